@@ -1,0 +1,1 @@
+"""The network: config, encoder, heads, quantisation, bundles. Imports `data` only."""

@@ -1,0 +1,1 @@
+"""Turbine, the gRPC service and its client. Imports `model` and `data`, never `train`."""

@@ -1,0 +1,1 @@
+"""What people run. Imports anything; nothing imports it."""
