@@ -1,0 +1,130 @@
+"""From logits to probabilities to labels: the last step, the same in evaluation and in serving. NumPy only.
+
+Axes: N texts, L labels of one task.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ..data.errors import InputError
+from ..data.taxonomy import Task
+
+DEFAULT_THRESHOLD = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What was fitted on the dev set, to be applied to one task's logits.
+
+    Attributes:
+      temperature: what the logits are divided by (Guo et al. 2017, "On Calibration of Modern Neural Networks", §4.2);
+        above 1 makes the model less sure of itself. Positive and finite.
+      thresholds: multilabel only, one a label: the label is chosen when its probability reaches this. None means 0.5
+        for all.
+
+    Raises:
+      InputError: a temperature or threshold out of range.
+    """
+
+    temperature: float = 1.0
+    thresholds: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise InputError(f"A calibration's temperature must be positive and finite, not {self.temperature}.")
+        for i, threshold in enumerate(self.thresholds or ()):
+            if not 0.0 <= threshold <= 1.0:
+                raise InputError(f"A calibration's threshold {i} must lie between 0 and 1, not {threshold}.")
+
+    def to_json(self) -> dict[str, Any]:
+        data: dict[str, Any] = {"temperature": self.temperature}
+        if self.thresholds is not None:
+            data["thresholds"] = list(self.thresholds)
+        return data
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], *, source: str) -> Calibration:
+        """Reads what `to_json` wrote; `source` names the file in errors (InputError)."""
+        try:
+            thresholds = data.get("thresholds")
+            return cls(
+                temperature=float(data["temperature"]),
+                thresholds=None if thresholds is None else tuple(float(t) for t in thresholds),
+            )
+        except KeyError:
+            raise InputError(f"{source}: the calibration has no field 'temperature'.") from None
+        except (TypeError, ValueError, AttributeError):
+            raise InputError(f"{source}: the calibration must hold numbers, but is {data!r}.") from None
+        except InputError as e:
+            raise InputError(f"{source}: {e}") from None
+
+
+def probabilities(task: Task, logits_NL: np.ndarray, calibration: Calibration) -> np.ndarray:
+    """Calibrated probabilities of one task's labels.
+
+    Softmax for binary and multiclass tasks (each row sums to 1), a sigmoid a label for multilabel ones. Finite logits
+    of any size give finite probabilities; computed in float64. A NaN logit makes its own row NaN (one decision when
+    multilabel) and touches no other: the caller decides what to tell whom.
+
+    Args:
+      task: whose labels the columns are.
+      logits_NL: (N, L) any float dtype; N may be 0.
+      calibration: the task's.
+
+    Returns:
+      (N, L) float32.
+
+    Raises:
+      ValueError: the last axis is not the task's number of labels.
+    """
+    _check_width(task, logits_NL.shape)
+    scaled_NL = np.asarray(logits_NL, np.float64) / calibration.temperature
+    if task.kind.exclusive:
+        with np.errstate(invalid="ignore"):  # a row of inf or NaN stays NaN, without a warning
+            exp_NL = np.exp(scaled_NL - scaled_NL.max(axis=-1, keepdims=True))
+        return (exp_NL / exp_NL.sum(axis=-1, keepdims=True)).astype(np.float32)
+    # exp of the negative magnitude never overflows; the two branches of the sigmoid share it.
+    exp_NL = np.exp(-np.abs(scaled_NL))
+    return (np.where(scaled_NL >= 0, 1.0, exp_NL) / (1.0 + exp_NL)).astype(np.float32)
+
+
+def choose(task: Task, probs_L: np.ndarray, calibration: Calibration) -> list[int]:
+    """The labels that hold, as positions within the task, in the task's order.
+
+    Binary and multiclass: the most probable one (the first of equals). Multilabel: all that reach their thresholds,
+    perhaps none.
+
+    Args:
+      task: whose labels these are.
+      probs_L: (L,) from `probabilities`.
+      calibration: the task's.
+
+    Raises:
+      ValueError: the number of probabilities or of thresholds is not the task's number of labels.
+    """
+    return np.flatnonzero(choose_all(task, probs_L[None], calibration)[0]).tolist()
+
+
+def choose_all(task: Task, probs_NL: np.ndarray, calibration: Calibration) -> np.ndarray:
+    """`choose` for many texts: (N, L) probabilities → (N, L) bool, True where a label is chosen. Raises as `choose`."""
+    _check_width(task, probs_NL.shape)
+    if task.kind.exclusive:
+        return probs_NL.argmax(axis=-1)[:, None] == np.arange(len(task.labels))
+    if calibration.thresholds is None:
+        return probs_NL >= DEFAULT_THRESHOLD
+    count = len(calibration.thresholds)
+    if count != len(task.labels):
+        raise ValueError(f"Task '{task.name}' has {len(task.labels)} labels, its calibration {count} thresholds.")
+    # In the probabilities' own precision, so that a threshold fitted to one of them still admits it.
+    return probs_NL >= np.asarray(calibration.thresholds, probs_NL.dtype)
+
+
+def _check_width(task: Task, shape: tuple[int, ...]) -> None:
+    if len(shape) != 2 or shape[1] != len(task.labels):
+        raise ValueError(f"Task '{task.name}' has {len(task.labels)} labels, so needs an array (N, that), not {shape}.")
