@@ -1,0 +1,97 @@
+"""Calibration on the dev set: how sure the model may say it is, and from where on a label counts as chosen.
+
+Axes: N texts, L labels of one task.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+from scipy.special import logsumexp
+
+from ..data.taxonomy import Task
+from ..model.decode import DEFAULT_THRESHOLD, Calibration, probabilities
+
+# A dev set without a single error would drive the temperature to 0, and one without signal to infinity.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.1, 10.0
+
+
+def fit_calibration(task: Task, logits_NL: np.ndarray, targets_NL: np.ndarray) -> Calibration:
+    """Fits a task's temperature and, when it is multilabel, one threshold a label.
+
+    The temperature minimises the negative log-likelihood (Guo et al. 2017, "On Calibration of Modern Neural Networks",
+    §4.2) between MIN_TEMPERATURE and MAX_TEMPERATURE, and is 1 where nothing does better, so that the likelihood of the
+    dev set never falls. A threshold maximises its label's F1 at that temperature.
+
+    Args:
+      task: whose labels the columns are.
+      logits_NL: (N, L) uncalibrated outputs on texts that the model was not trained on; N may be 0 (temperature 1).
+      targets_NL: (N, L) 1 where a label holds, else 0.
+
+    Raises:
+      ValueError: the shapes differ, or a logit is NaN or infinite.
+    """
+    expected = (len(logits_NL), len(task.labels))
+    if logits_NL.shape != expected or targets_NL.shape != expected:
+        raise ValueError(
+            f"Task '{task.name}': calibration needs logits and targets of the shape {expected}, "
+            f"not {logits_NL.shape} and {targets_NL.shape}."
+        )
+    if not np.isfinite(logits_NL).all():
+        raise ValueError(f"Task '{task.name}': some logits are not finite, so there is nothing to calibrate.")
+
+    temperature = _fit_temperature(task, logits_NL, targets_NL) if len(logits_NL) else 1.0
+    if task.kind.exclusive:
+        return Calibration(temperature)
+    probs_NL = probabilities(task, logits_NL, Calibration(temperature))
+    thresholds = tuple(best_threshold(probs_NL[:, i], targets_NL[:, i] > 0.5) for i in range(len(task.labels)))
+    return Calibration(temperature, thresholds)
+
+
+def negative_log_likelihood(task: Task, logits_NL: np.ndarray, targets_NL: np.ndarray, temperature: float) -> float:
+    """Mean over the texts (multilabel: over texts and labels), in nats; shapes as for `fit_calibration`."""
+    scaled_NL = logits_NL.astype(np.float64) / temperature
+    if task.kind.exclusive:
+        return float(np.mean(logsumexp(scaled_NL, axis=1) - (targets_NL * scaled_NL).sum(axis=1)))
+    # −log σ(z) = log(1 + exp(−z)), and a label that does not hold adds z.
+    return float(np.mean(np.logaddexp(0.0, -scaled_NL) + (1.0 - targets_NL) * scaled_NL))
+
+
+def best_threshold(probs_N: np.ndarray, held_N: np.ndarray) -> float:
+    """The threshold for `probs_N >= threshold` of the highest F1; of equals, the one nearest 0.5.
+
+    Candidates are 0.5 and the middles between neighbouring probabilities, which leave new texts a margin on both
+    sides. Without a positive text F1 says nothing, and the answer is 0.5.
+
+    Args:
+      probs_N: (N,) a label's calibrated probabilities.
+      held_N: (N,) bool, where it holds.
+    """
+    if not held_N.any():
+        return DEFAULT_THRESHOLD
+    order = np.argsort(-probs_N, kind="stable")
+    falling_N, hits_N = probs_N[order], np.cumsum(held_N[order])
+
+    levels = np.unique(np.concatenate([[0.0], probs_N]).astype(probs_N.dtype))
+    below, above = levels[:-1], levels[1:]
+    middle = below + (above - below) / 2
+    # Between neighbouring floats the middle rounds down and would let the lower one in.
+    candidates = np.append(np.where(middle > below, middle, above), probs_N.dtype.type(DEFAULT_THRESHOLD))
+
+    chosen = np.searchsorted(-falling_N, -candidates, side="right")
+    f1 = 2 * np.where(chosen > 0, hits_N[chosen - 1], 0) / (chosen + held_N.sum())
+    distance = np.abs(candidates - DEFAULT_THRESHOLD)
+    return float(candidates[np.lexsort((distance, -f1))[0]])
+
+
+def _fit_temperature(task: Task, logits_NL: np.ndarray, targets_NL: np.ndarray) -> float:
+    def nll(log_temperature: float) -> float:
+        return negative_log_likelihood(task, logits_NL, targets_NL, math.exp(log_temperature))
+
+    # The loss is convex in 1/T, so it has one valley in log T too.
+    bounds = (math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE))
+    found = minimize_scalar(nll, bounds=bounds, method="bounded", options={"xatol": 1e-6})
+    # A gain within rounding is none: it would let logits that say nothing pick any temperature.
+    return math.exp(found.x) if found.fun < nll(0.0) - 1e-9 else 1.0
