@@ -7,7 +7,7 @@ from classer.train.calibration import MIN_TEMPERATURE, best_threshold, fit_calib
 from classer.train.metrics import reliability
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.special import expit
+from scipy.special import expit, softmax
 from sklearn.metrics import f1_score, log_loss
 
 
@@ -47,9 +47,7 @@ def test_calibration_error_falls(kind):
 
 def test_likelihood_equals_scikit_learn():
     t, logits, targets = sample(TaskKind.MULTICLASS, 1.0, n=50)
-    expected = log_loss(
-        targets.argmax(1), probabilities(t, logits, Calibration(2.0)).astype(np.float64), labels=range(4)
-    )
+    expected = log_loss(targets.argmax(1), softmax(logits / 2.0, axis=1), labels=range(4))
     assert negative_log_likelihood(t, logits, targets, 2.0) == pytest.approx(expected, rel=1e-5)
     t, logits, targets = sample(TaskKind.MULTILABEL, 1.0, n=50)
     expected = log_loss(targets.ravel(), expit(logits / 2.0).ravel())
