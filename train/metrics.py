@@ -150,7 +150,7 @@ def check_predictions(task: Task, probs_NL: np.ndarray, targets_NL: np.ndarray, 
     for name, array in (("probabilities", probs_NL), ("targets", targets_NL), ("choices", chosen_NL)):
         if array.shape != expected:
             raise ValueError(f"Task '{task.name}': the {name} have the shape {array.shape}, not {expected}.")
-    finite_N = np.isfinite(probs_NL).all(axis=1)
+    finite_N = np.asarray(np.isfinite(probs_NL).all(axis=1))
     if not finite_N.all():
         broken = int((~finite_N).sum())
         raise ValueError(

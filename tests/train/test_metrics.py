@@ -1,4 +1,5 @@
 import json
+from typing import Any
 
 import hypothesis.extra.numpy as hnp
 import numpy as np
@@ -9,6 +10,8 @@ from classer.train.metrics import NUM_BINS, evaluate, reliability
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as sk
+
+ZERO: Any = 0.0  # scikit-learn's own annotation of `zero_division` admits only strings
 
 
 def task(kind: TaskKind, count: int) -> Task:
@@ -39,9 +42,11 @@ def test_single_label_equals_scikit_learn(drawn):
         return
     truth, said = targets.argmax(1), chosen.argmax(1)
     assert found.accuracy == pytest.approx(sk.accuracy_score(truth, said))
-    assert found.macro_f1 == pytest.approx(sk.f1_score(truth, said, average="macro", zero_division=0.0))
+    assert found.macro_f1 == pytest.approx(sk.f1_score(truth, said, average="macro", zero_division=ZERO))
     assert found.micro_f1 == pytest.approx(found.accuracy)
-    check_labels(found, sk.precision_recall_fscore_support(truth, said, labels=range(len(t.labels)), zero_division=0.0))
+    check_labels(
+        found, sk.precision_recall_fscore_support(truth, said, labels=range(len(t.labels)), zero_division=ZERO)
+    )
 
 
 @given(predictions(TaskKind.MULTILABEL))
@@ -52,13 +57,13 @@ def test_multilabel_equals_scikit_learn(drawn):
         return
     occurs = np.flatnonzero(targets.any(0) | chosen.any(0))
     assert found.accuracy == pytest.approx(sk.accuracy_score(targets, chosen))
-    assert found.micro_f1 == pytest.approx(sk.f1_score(targets, chosen, average="micro", zero_division=0.0))
+    assert found.micro_f1 == pytest.approx(sk.f1_score(targets, chosen, average="micro", zero_division=ZERO))
     if len(occurs):
-        macro = sk.f1_score(targets, chosen, labels=occurs, average="macro", zero_division=0.0)
+        macro = sk.f1_score(targets, chosen, labels=occurs, average="macro", zero_division=ZERO)
         assert found.macro_f1 == pytest.approx(macro)
     else:
         assert found.macro_f1 == 0
-    check_labels(found, sk.precision_recall_fscore_support(targets, chosen, zero_division=0.0))
+    check_labels(found, sk.precision_recall_fscore_support(targets, chosen, zero_division=ZERO))
 
 
 def check_labels(found, expected):
