@@ -1,0 +1,1 @@
+"""The wire format: classifier.proto and what `generate.py` made of it."""
