@@ -1,0 +1,108 @@
+"""The engine on programs that are plain functions with a known cost."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from classer.serve.engine import Engine
+
+PAD = 9
+
+
+class Programs:
+    """Compiles functions that give each row's sum of real tokens; a run costs `cost(batch size, length)` seconds."""
+
+    def __init__(self, cost=lambda size, length: size * length * 1e-3) -> None:
+        self.cost = cost
+        self.now = 0.0
+        self.compiled: list[tuple[int, int]] = []
+        self.ran: list[tuple[int, int]] = []
+
+    def clock(self) -> float:
+        return self.now
+
+    def compile(self, batch_size: int, length: int):
+        self.compiled.append((batch_size, length))
+        self.now += 2.0
+
+        def program(tokens_BS: np.ndarray, lengths_B: np.ndarray) -> np.ndarray:
+            assert tokens_BS.shape == (batch_size, length)
+            assert tokens_BS.dtype == lengths_B.dtype == np.int32
+            self.ran.append((batch_size, length))
+            self.now += self.cost(batch_size, length)
+            real_BS = np.arange(length) < lengths_B[:, None]
+            assert (tokens_BS[~real_BS] == PAD).all()
+            return np.where(real_BS, tokens_BS, 0).sum(axis=1, keepdims=True).astype(np.float32)
+
+        return program
+
+
+def engine_of(programs: Programs, max_length: int = 100, **options) -> Engine:
+    return Engine(programs, max_length=max_length, pad_id=PAD, clock=programs.clock, **options)
+
+
+def test_programs_are_those_that_the_model_can_fill() -> None:
+    assert engine_of(Programs(), 100).buckets == (32, 64, 100)
+    assert engine_of(Programs(), 512).buckets == (32, 64, 128, 256, 512)
+    assert engine_of(Programs(), 16).buckets == (16,)
+    # 32 × 512 tokens would keep the device for too long.
+    assert [size for bucket, size in engine_of(Programs(), 512).shapes if bucket == 512] == [1, 8]
+    assert [size for bucket, size in engine_of(Programs(), 512).shapes if bucket == 256] == [1, 8, 32]
+
+
+def test_it_is_ready_only_when_every_program_is_warm() -> None:
+    programs = Programs()
+    engine = engine_of(programs)
+    with pytest.raises(RuntimeError, match="warm the engine up"):
+        engine.run([np.ones(3, np.int32)], 32)
+    for warmed in engine.warm_up():
+        assert engine.ready == (len(programs.compiled) == 9)
+        assert warmed.compile_seconds == pytest.approx(2.0)
+        assert warmed.run_seconds == pytest.approx(warmed.batch_size * warmed.length * 1e-3)
+    assert engine.ready
+    assert sorted(programs.compiled) == sorted((size, bucket) for bucket in (32, 64, 100) for size in (1, 8, 32))
+    assert set(programs.ran) == set(programs.compiled)
+
+
+def test_run_takes_the_smallest_program_that_holds_the_texts() -> None:
+    programs = Programs()
+    engine = engine_of(programs)
+    list(engine.warm_up())
+    for count, size in ((1, 1), (2, 8), (8, 8), (9, 32), (32, 32)):
+        ids = [np.arange(n % 7 + 1, dtype=np.int32) for n in range(count)]
+        logits_NL = engine.run(ids, 64)
+        assert programs.ran[-1] == (size, 64)
+        assert logits_NL[:, 0].tolist() == [one.sum() for one in ids]
+    with pytest.raises(ValueError, match="33 rows"):
+        engine.run([np.ones(1, np.int32)] * 33, 64)
+
+
+@pytest.mark.parametrize(
+    ("cost", "expected"),
+    [
+        # A CPU: the time grows with the batch, so one large half-empty program loses to a full small one.
+        (lambda size, length: size * 1e-3 + 1e-3, {1: 1, 2: 1, 5: 5, 8: 8, 9: 8, 12: 8, 30: 30, 40: 32}),
+        # A GPU: a program takes as long, however much is in it.
+        (lambda size, length: 1e-3, {1: 1, 2: 2, 9: 9, 40: 32}),
+        # As fast one by one, but for the noise of the measurement: the larger batch has less to pay around it.
+        (lambda size, length: size * 1e-3 * (1.05 if size > 1 else 1), {8: 8, 32: 32, 40: 32}),
+    ],
+)
+def test_batches_are_sized_by_measured_speed(cost, expected: dict[int, int]) -> None:
+    engine = engine_of(Programs(cost))
+    list(engine.warm_up())
+    assert {waiting: engine.batch_for(32, waiting) for waiting in expected} == expected
+
+
+def test_check_fails_only_with_the_device() -> None:
+    programs = Programs()
+    engine = engine_of(programs)
+    list(engine.warm_up())
+    engine.check()
+
+    def lost(size: int, length: int) -> float:
+        raise RuntimeError("device lost")
+
+    programs.cost = lost
+    with pytest.raises(RuntimeError, match="device lost"):
+        engine.check()
