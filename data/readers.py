@@ -1,0 +1,254 @@
+"""Examples from a user's files: strict, so that what is wrong with the data is said before a model learns it."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+from .examples import Example
+from .tables import SUFFIXES, Row, read_rows, suffix_of
+from .taxonomy import Label, Task, TaskKind
+
+MAX_TEXT_CHARS = 1_000_000
+
+_MISSING = ("nan", "null")  # how a missing label looks after a trip through a data frame
+
+
+def read_examples(
+    path: Path, *, text_column: str = "text", label_column: str | None = None, task: str
+) -> list[Example]:
+    """Reads a CSV, TSV, JSON Lines (each also with .gz) or Parquet file of labelled texts.
+
+    Several labels a row are a list in JSON and Parquet. In CSV and TSV they are names separated by '|', in any label
+    column but one called `label`, where '|' is part of the name. Whole numbers and booleans are taken as names. A
+    column `id`, if there is one, becomes the examples' ids.
+
+    Args:
+      path: the file; UTF-8.
+      text_column: the column of the texts.
+      label_column: the column of the labels; None for `label` or `labels`, whichever there is.
+      task: the name of the task that the labels belong to.
+
+    Raises:
+      InputError: what is wrong, with file and row or field: a missing file or column, no rows, undecodable or
+        malformed content, a missing label, a text that is blank, no string or longer than `MAX_TEXT_CHARS`, an id
+        that stood before.
+    """
+    path = Path(path)
+    examples: list[Example] = []
+    source_of_id: dict[str, str] = {}
+    for row in read_rows(path):
+        if label_column is None:
+            label_column = _find_label_column(path, row)
+        for column, option in ((text_column, "--text-column"), (label_column, "--label-column")):
+            if column not in row.fields:
+                place = path if not examples else row.source
+                raise InputError(
+                    f"{place} has no column '{column}', only {_listed(list(row.fields))}; name another with {option}."
+                )
+        example = Example(
+            text=_text(row, text_column),
+            labels=_labels(
+                row, label_column, cells=not path.name.lower().endswith((".jsonl", ".jsonl.gz", ".parquet"))
+            ),
+            task=task,
+            id=_id(row),
+            source=row.source,
+        )
+        if example.id is not None:
+            earlier = source_of_id.setdefault(example.id, row.source)
+            if earlier != row.source:
+                raise InputError(f"{row.source}: the id '{example.id}' stood at {earlier} already; ids must differ.")
+        examples.append(example)
+    if not examples:
+        raise InputError(f"{path} is empty; at least one row of text and label was expected.")
+    return examples
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskData:
+    """A task and its examples, by the name of the split ("train", "dev", "test", …)."""
+
+    task: Task
+    splits: dict[str, list[Example]]
+
+
+def read_task_folder(path: Path) -> TaskData:
+    """Reads a folder with `task.json` and one file of examples a split, such as `train.jsonl.gz`.
+
+    Raises:
+      InputError: as `read_examples` and `Task.from_json`; or no task.json, no split, two files for one split, a split
+        that task.json names and the folder lacks, a label that the task has not.
+    """
+    path = Path(path)
+    task_file = path / "task.json"
+    try:
+        description = json.loads(task_file.read_text(encoding="utf-8-sig"))
+    except OSError as e:
+        raise InputError(
+            f"{task_file} cannot be read ({e.strerror}); a task's folder holds it and its splits."
+        ) from None
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{task_file} is not valid JSON: {e}.") from None
+    if not isinstance(description, dict):
+        raise InputError(f'{task_file} is no JSON object with the fields "name", "kind" and "labels".')
+    task = Task.from_json(description, source=str(task_file))
+
+    files: dict[str, Path] = {}
+    for file in sorted(path.iterdir()):
+        suffix = suffix_of(file)
+        if suffix is None:
+            continue
+        split = file.name[: -len(suffix)]
+        if split in files:
+            raise InputError(f"{path} has two files for the split '{split}': {files[split].name} and {file.name}.")
+        files[split] = file
+    for split in description.get("splits", ()):
+        if split not in files:
+            raise InputError(f"{path} has no file {split}.jsonl (or {', '.join(SUFFIXES)}), which task.json names.")
+    if not files:
+        raise InputError(f"{path} has no split beside task.json; expected a file such as train.jsonl.")
+    splits = {split: read_examples(file, task=task.name) for split, file in files.items()}
+    for examples in splits.values():
+        check_labels(task, examples)
+    return TaskData(task, splits)
+
+
+def infer_task(name: str, examples: Sequence[Example]) -> tuple[Task, str]:
+    """The task that the labels amount to, and a sentence that says so.
+
+    Exactly one label on every row makes a binary task of two labels and a multiclass task of more; anything else is
+    multilabel. Labels are sorted by name.
+
+    Raises:
+      InputError: no label at all, or the same single label on every row.
+    """
+    labels = sorted({label for example in examples for label in example.labels})
+    counts = [len(example.labels) for example in examples]
+    if not labels:
+        raise InputError(f"None of the {len(counts)} rows has a label; a classifier needs some to learn from.")
+    if set(counts) != {1}:
+        kind = TaskKind.MULTILABEL
+        found = f"{min(counts)} to {max(counts)} labels a row" if min(counts) < max(counts) else f"{counts[0]} a row"
+        said = f"The label column holds {found}, {len(labels)} distinct: a multilabel task."
+    elif len(labels) == 1:
+        raise InputError(
+            f"All {len(counts)} rows have the label '{labels[0]}'; a classifier needs at least two to tell apart."
+        )
+    else:
+        kind = TaskKind.BINARY if len(labels) == 2 else TaskKind.MULTICLASS
+        said = f"The label column holds one label a row, {len(labels)} distinct: a {kind} task."
+    return Task(name, kind, tuple(Label(label) for label in labels)), said
+
+
+def check_labels(task: Task, examples: Sequence[Example]) -> None:
+    """Holds examples against a task, for instance a test file against the task found in the training file.
+
+    Raises:
+      InputError: a label that the task has not, or, where the labels exclude each other, a row with other than one.
+    """
+    for example in examples:
+        for label in example.labels:
+            if label not in task.index:
+                near = difflib.get_close_matches(label, task.label_names, n=1)
+                hint = f" Did you mean '{near[0]}'?" if near else ""
+                raise InputError(
+                    f"{example.source}: the task '{task.name}' has no label '{label}', only "
+                    f"{_listed(task.label_names)}.{hint}"
+                )
+        if task.kind.exclusive and len(example.labels) != 1:
+            raise InputError(
+                f"{example.source}: {len(example.labels)} labels, but '{task.name}' is a {task.kind} task, where every "
+                f"text has exactly one."
+            )
+
+
+def _find_label_column(path: Path, row: Row) -> str:
+    there = [column for column in ("label", "labels") if column in row.fields]
+    if len(there) == 1:
+        return there[0]
+    columns = _listed(list(row.fields))
+    if there:
+        raise InputError(f"{path} has both columns 'label' and 'labels'; choose one with --label-column.")
+    raise InputError(f"{path} has no column 'label' or 'labels', only {columns}; name another with --label-column.")
+
+
+def _text(row: Row, column: str) -> str:
+    text = row.fields[column]
+    if not isinstance(text, str):
+        raise InputError(f"{row.source}: '{column}' holds {_described(text)}, not a text.")
+    if len(text) > MAX_TEXT_CHARS:
+        raise InputError(
+            f"{row.source}: '{column}' holds {len(text):,} characters; a text may have {MAX_TEXT_CHARS:,}. Cut it."
+        )
+    if not text or text.isspace():
+        raise InputError(f"{row.source}: '{column}' is empty; remove the row or give it a text.")
+    _check_encodable(row, column, text)
+    return text
+
+
+def _labels(row: Row, column: str, *, cells: bool) -> tuple[str, ...]:
+    value = row.fields[column]
+    if cells:
+        values = [name.strip() for name in ([value] if column == "label" else value.split("|"))]
+    else:
+        values = value if isinstance(value, list) else [value]
+    names = tuple(_label(row, column, value) for value in values)
+    repeated = [name for name, count in collections.Counter(names).items() if count > 1]
+    if repeated:
+        raise InputError(f"{row.source}: '{column}' names the label '{repeated[0]}' twice.")
+    return names
+
+
+def _label(row: Row, column: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int):
+        return str(value)
+    if not isinstance(value, str):
+        raise InputError(f"{row.source}: '{column}' holds {_described(value)}; a label is a name or a whole number.")
+    if not value or value.isspace():
+        raise InputError(
+            f"{row.source}: '{column}' has an empty label; name one, or, for a text to which none applies, write [] in "
+            f"a JSON Lines file."
+        )
+    if value.casefold() in _MISSING:
+        raise InputError(f"{row.source}: '{column}' holds '{value}', a missing value; name a label or remove the row.")
+    _check_encodable(row, column, value)
+    return value
+
+
+def _id(row: Row) -> str | None:
+    value = row.fields.get("id")
+    return None if value is None or value == "" else str(value)
+
+
+def _check_encodable(row: Row, column: str, value: str) -> None:
+    # JSON can spell half of a surrogate pair, which no file or message can hold later.
+    try:
+        value.encode()
+    except UnicodeEncodeError as e:
+        half = ord(value[e.start])
+        raise InputError(
+            f"{row.source}: character {e.start} of '{column}' is \\u{half:04x}, half of a surrogate pair and no character."
+        ) from None
+
+
+def _described(value: Any) -> str:
+    if value is None:
+        return "null, a missing value"
+    if isinstance(value, float) and value != value:
+        return "NaN, a missing value"
+    kinds = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return f"{kinds.get(type(value), 'a ' + type(value).__name__)} ({str(value)[:40]})"
+
+
+def _listed(names: Sequence[str], most: int = 10) -> str:
+    listed = ", ".join(f"'{name}'" for name in names[:most])
+    return f"{listed} and {len(names) - most} more" if len(names) > most else listed
