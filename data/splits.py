@@ -1,0 +1,95 @@
+"""Splits of labelled examples: setting a share aside for development, and finding texts that stand in two splits."""
+
+from __future__ import annotations
+
+import collections
+import random
+import re
+import unicodedata
+from collections.abc import Sequence
+
+from .errors import InputError
+from .examples import Example
+
+
+def stratified_split(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """Sets about `fraction` of the examples aside, each label in its share.
+
+    An example belongs to the stratum of its rarest label; every stratum gives its share to within one example, and
+    so does the whole. Every label that occurs stays in train at least once. The result depends on the examples,
+    the fraction and the seed alone, and both parts keep the order of the source.
+
+    Args:
+      examples: of one task.
+      fraction: the share for dev, strictly between 0 and 1.
+      seed: chooses which examples of a stratum go.
+
+    Returns:
+      (train, dev).
+
+    Raises:
+      InputError: the examples are too few to set any aside.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"fraction must lie between 0 and 1; it is {fraction}.")
+    counts = collections.Counter(label for example in examples for label in example.labels)
+    strata: dict[str, list[int]] = collections.defaultdict(list)
+    for i, example in enumerate(examples):
+        strata[min(example.labels, key=lambda label: (counts[label], label), default="")].append(i)
+
+    # Systematic sampling: strata one after the other, each shuffled, and every (1/fraction)-th example goes.
+    rng = random.Random(seed)
+    order = sorted(strata)
+    rng.shuffle(order)
+    row: list[int] = []
+    for label in order:
+        rng.shuffle(strata[label])
+        row += strata[label]
+    phase = rng.random()
+    chosen = {i for k, i in enumerate(row) if int(fraction * (k + 1) + phase) > int(fraction * k + phase)}
+
+    in_train = {label for i, example in enumerate(examples) if i not in chosen for label in example.labels}
+    for i in sorted(chosen):
+        if not in_train.issuperset(examples[i].labels):
+            chosen.remove(i)
+            in_train.update(examples[i].labels)
+    if not chosen:
+        raise InputError(
+            f"{len(examples)} examples of {len(counts)} labels are too few to set {fraction:.0%} of them aside for "
+            f"development, as each label needs one to train on; add examples or give a development file."
+        )
+    train = [example for i, example in enumerate(examples) if i not in chosen]
+    return train, [examples[i] for i in sorted(chosen)]
+
+
+def find_duplicates(train: Sequence[Example], test: Sequence[Example]) -> list[tuple[Example, Example]]:
+    """Texts of `test` that stand in `train` too: equal after NFKC, case folding and collapsing of white space.
+
+    Returns:
+      One pair (train example, test example) for each such test example, with the first such train example.
+    """
+    first_with: dict[str, Example] = {}
+    for example in train:
+        first_with.setdefault(_comparable(example.text), example)
+    pairs = ((first_with.get(_comparable(example.text)), example) for example in test)
+    return [(twin, example) for twin, example in pairs if twin is not None]
+
+
+def describe_duplicates(pairs: Sequence[tuple[Example, Example]], train_name: str, test_name: str) -> str | None:
+    """A sentence for the user about what `find_duplicates` found; None if it found nothing."""
+    if not pairs:
+        return None
+    twin, example = pairs[0]
+    contradicting = sum(set(a.labels) != set(b.labels) for a, b in pairs)
+    texts = "1 text" if len(pairs) == 1 else f"{len(pairs):,} texts"
+    sentence = (
+        f"{texts} of {test_name} also in {train_name} (equal but for case and white space), "
+        f"the first at {example.source} and {twin.source}"
+    )
+    if contradicting:
+        sentence += f"; {contradicting:,} of them with other labels there"
+    return f"{sentence}. They make scores on {test_name} look better than they are."
+
+
+def _comparable(text: str) -> str:
+    return re.sub(r"\s+", " ", unicodedata.normalize("NFKC", text).casefold()).strip()
