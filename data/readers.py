@@ -41,26 +41,16 @@ def read_examples(
         that stood before.
     """
     path = Path(path)
+    in_cell = (suffix_of(path) or "").startswith((".csv", ".tsv"))
     examples: list[Example] = []
     source_of_id: dict[str, str] = {}
     for row in read_rows(path):
         if label_column is None:
             label_column = _find_label_column(path, row)
-        for column, option in ((text_column, "--text-column"), (label_column, "--label-column")):
-            if column not in row.fields:
-                place = path if not examples else row.source
-                raise InputError(
-                    f"{place} has no column '{column}', only {_listed(list(row.fields))}; name another with {option}."
-                )
-        example = Example(
-            text=_text(row, text_column),
-            labels=_labels(
-                row, label_column, cells=not path.name.lower().endswith((".jsonl", ".jsonl.gz", ".parquet"))
-            ),
-            task=task,
-            id=_id(row),
-            source=row.source,
-        )
+        _check_column(row, text_column, "--text-column")
+        _check_column(row, label_column, "--label-column")
+        labels = _labels(row, label_column, in_cell=in_cell)
+        example = Example(_text(row, text_column), labels, task, id=_id(row), source=row.source)
         if example.id is not None:
             earlier = source_of_id.setdefault(example.id, row.source)
             if earlier != row.source:
@@ -179,6 +169,11 @@ def _find_label_column(path: Path, row: Row) -> str:
     raise InputError(f"{path} has no column 'label' or 'labels', only {columns}; name another with --label-column.")
 
 
+def _check_column(row: Row, column: str, option: str) -> None:
+    if column not in row.fields:
+        raise InputError(f"{row.source}: no column '{column}', only {_listed(list(row.fields))}; see {option}.")
+
+
 def _text(row: Row, column: str) -> str:
     text = row.fields[column]
     if not isinstance(text, str):
@@ -193,9 +188,9 @@ def _text(row: Row, column: str) -> str:
     return text
 
 
-def _labels(row: Row, column: str, *, cells: bool) -> tuple[str, ...]:
+def _labels(row: Row, column: str, *, in_cell: bool) -> tuple[str, ...]:
     value = row.fields[column]
-    if cells:
+    if in_cell:
         values = [name.strip() for name in ([value] if column == "label" else value.split("|"))]
     else:
         values = value if isinstance(value, list) else [value]
@@ -236,7 +231,7 @@ def _check_encodable(row: Row, column: str, value: str) -> None:
     except UnicodeEncodeError as e:
         half = ord(value[e.start])
         raise InputError(
-            f"{row.source}: character {e.start} of '{column}' is \\u{half:04x}, half of a surrogate pair and no character."
+            f"{row.source}: '{column}' has \\u{half:04x} at character {e.start}, half of a surrogate pair."
         ) from None
 
 
