@@ -21,11 +21,9 @@ test: .venv/.stamp-dev ## run the quick tests
 test-slow: .venv/.stamp-dev ## run the tests that take minutes each
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-# Pyright does not follow the editable install's import hook; to it the package is a folder named as such.
-check: .venv/.stamp-dev ## check format, lint and types
+check: .venv/.stamp-dev | .pyright/classer ## check format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	@mkdir -p .pyright && ln -sfn .. .pyright/classer
 	$(BIN)/pyright
 
 format: .venv/.stamp-dev ## format the code and mend what lint can mend
@@ -38,6 +36,10 @@ proto: .venv/.stamp-dev ## make the Python files of serve/proto/classifier.proto
 clean: ## remove .venv, caches and build outputs; runs/ stays
 	rm -rf .venv .pyright .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Pyright does not follow the editable install's import hook; for it the checkout is a folder of the package's name too.
+.pyright/classer:
+	@mkdir -p .pyright && ln -sfn .. $@
 
 # pip is the last thing that venv puts in place, so that a broken-off attempt is made again.
 $(BIN)/pip:
