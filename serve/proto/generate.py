@@ -6,6 +6,8 @@ Needs grpcio-tools (extra `dev`).
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -23,7 +25,6 @@ def generate(folder: Path = HERE) -> None:
     """
     import google.rpc.status_pb2
     import grpc_tools
-    from grpc_tools import protoc
 
     includes = (
         f"{DESCRIPTOR_FOLDER}={HERE}",
@@ -32,8 +33,9 @@ def generate(folder: Path = HERE) -> None:
     )
     with tempfile.TemporaryDirectory() as scratch:
         outputs = [f"--{kind}_out={scratch}" for kind in ("python", "pyi", "grpc_python")]
-        arguments = ["protoc", *(f"-I{path}" for path in includes), *outputs]
-        if protoc.main([*arguments, f"{DESCRIPTOR_FOLDER}/classifier.proto"]) != 0:
+        # In a process of its own: protoc's native code and TensorFlow's crash in the same one.
+        command = [sys.executable, "-m", "grpc_tools.protoc", *(f"-I{path}" for path in includes), *outputs]
+        if subprocess.run([*command, f"{DESCRIPTOR_FOLDER}/classifier.proto"]).returncode != 0:
             raise RuntimeError("protoc refused classifier.proto; its messages stand above.")
         for name in GENERATED:
             shutil.copyfile(Path(scratch, DESCRIPTOR_FOLDER, name), folder / name)
