@@ -1,0 +1,97 @@
+"""From logits to the response: decoding against the taxonomy, the same code as in evaluation. No gRPC channel here.
+
+Axes: `N` texts, `L` labels of one task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from ..data.taxonomy import Task, Taxonomy
+from ..model.decode import Calibration, choose_all, probabilities
+from .errors import InternalError, InvalidRequest, UnknownTask
+from .limits import DEFAULT_TOP_K
+from .proto import classifier_pb2 as pb
+from .scheduler import Scored
+from .tokenizing import Tokens
+
+
+class Answers:
+    """Turns what the device said into responses, for one model.
+
+    Args:
+      taxonomy: the model's.
+      calibration: of each task, by its name.
+      version: the model's, as responses give it.
+    """
+
+    def __init__(self, taxonomy: Taxonomy, calibration: Mapping[str, Calibration], version: str) -> None:
+        self._tasks = {task.name: task for task in taxonomy.tasks}
+        self._slices = {task.name: taxonomy.slice_of(task.name) for task in taxonomy.tasks}
+        self._calibration = {name: calibration.get(name, Calibration()) for name in self._tasks}
+        self._version = version
+
+    def task(self, name: str) -> Task:
+        """The task of that name; the only one if the name is empty.
+
+        Raises:
+          UnknownTask: there is none of that name.
+          InvalidRequest: the name is empty and there are several.
+        """
+        known = ", ".join(self._tasks)
+        if name in self._tasks:
+            return self._tasks[name]
+        if name:
+            raise UnknownTask(f"This model has no task of the name given; it has: {known}.")
+        if len(self._tasks) > 1:
+            raise InvalidRequest(f"The field `task` is empty, but this model has several; name one of: {known}.")
+        return next(iter(self._tasks.values()))
+
+    def answer(
+        self, task: Task, tokens: Sequence[Tokens], scored: Sequence[Scored], top_k: int
+    ) -> list[pb.ClassifyResponse | InternalError]:
+        """Responses to N texts.
+
+        Args:
+          task: the one asked about.
+          tokens: what the model read of each text.
+          scored: what the device said of each.
+          top_k: how many labels to give, best first (0: `DEFAULT_TOP_K`); the chosen ones are given in any case.
+
+        Returns:
+          One for each text; an InternalError for one whose logits are not finite.
+        """
+        if not scored:
+            return []
+        calibration = self._calibration[task.name]
+        logits_NL = np.stack([one.logits_L for one in scored])[:, self._slices[task.name]]
+        finite_N = np.asarray(np.isfinite(logits_NL).all(axis=1))
+        probs_NL = probabilities(task, np.where(finite_N[:, None], logits_NL, 0.0), calibration)
+        chosen_NL = choose_all(task, probs_NL, calibration)
+        ranked_NL = np.argsort(-probs_NL, axis=1, kind="stable")
+        shown = top_k or DEFAULT_TOP_K
+        responses: list[pb.ClassifyResponse | InternalError] = []
+        for i, (read, one) in enumerate(zip(tokens, scored, strict=True)):
+            if not finite_N[i]:
+                responses.append(InternalError("The model's scores for this text are not finite numbers."))
+                continue
+            ranks = [label for rank, label in enumerate(ranked_NL[i].tolist()) if rank < shown or chosen_NL[i, label]]
+            labels = [
+                pb.ScoredLabel(
+                    name=task.label_names[label], score=float(probs_NL[i, label]), chosen=bool(chosen_NL[i, label])
+                )
+                for label in ranks
+            ]
+            response = pb.ClassifyResponse(
+                task=task.name,
+                labels=labels,
+                truncated=read.truncated,
+                tokens=len(read.ids),
+                queue_micros=round(one.queue_seconds * 1e6),
+                compute_micros=round(one.compute_seconds * 1e6),
+                model_version=self._version,
+            )
+            responses.append(response)
+        return responses
