@@ -1,0 +1,355 @@
+"""The whole server, over a real port, with a real (tiny, random) bundle."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from classer.data.errors import InputError
+from classer.data.readers import MAX_TEXT_CHARS
+from classer.model.bundle import load_bundle
+from classer.serve.client import (
+    AsyncClient,
+    Classification,
+    Client,
+    DeadlineExceeded,
+    InternalError,
+    InvalidRequest,
+    Overloaded,
+    Unavailable,
+    UnknownTask,
+)
+from classer.serve.engine import Engine
+from classer.serve.proto import classifier_pb2 as pb
+from classer.serve.proto.classifier_pb2_grpc import ClassifierStub
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+TIMEOUT = 60.0
+TEXTS = ["my card has not arrived", "where is my money ?", "card", "", "the money is here. " * 8]
+
+
+@pytest.fixture(scope="module")
+def running(start_server, bundle_path) -> Iterator:
+    with start_server(bundle_path) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(running) -> Iterator[Client]:
+    with Client(running.address) as client:
+        yield client
+
+
+def health_stub(channel: grpc.Channel) -> Any:
+    """The generated stub has no types."""
+    return health_pb2_grpc.HealthStub(channel)
+
+
+def code_and_details(error: Any) -> tuple[grpc.StatusCode, str]:
+    """An RpcError that a call raised is the call itself, which its type does not say."""
+    return error.code(), error.details()
+
+
+def eventually(condition: Callable[[], bool]) -> bool:
+    end = time.monotonic() + TIMEOUT
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return condition()
+
+
+# What it answers
+
+
+def test_answers_are_those_of_the_model(client: Client, bundle_path) -> None:
+    """The same scores as the bundle gives by itself, for each text alone and for all in a batch."""
+    bundle = load_bundle(bundle_path)
+    encoded = bundle.tokenizer.encode(TEXTS, bundle.max_length)
+    program = bundle.predictor().compile(1, bundle.max_length)
+    for task in bundle.taxonomy.tasks:
+        in_batch = client.classify_batch(TEXTS, task.name, top_k=100)
+        for i, text in enumerate(TEXTS):
+            tokens_BS = np.zeros((1, bundle.max_length), np.int32)
+            tokens_BS[0, : len(encoded.ids[i])] = encoded.ids[i]
+            logits_L = program(tokens_BS, np.array([len(encoded.ids[i])], np.int32))[0]
+            probs_L = bundle.probabilities(task.name, logits_L[None])[0]
+            expected = dict(zip(task.label_names, probs_L.tolist(), strict=True))
+            for answer in (client.classify(text, task.name, top_k=100), in_batch[i]):
+                assert isinstance(answer, Classification)
+                scores = {label.name: label.score for label in answer.labels}
+                assert scores == pytest.approx(expected, abs=2e-3)
+                assert answer.task == task.name
+                assert answer.tokens == len(encoded.ids[i])
+                assert answer.model_version == bundle.version
+                assert not answer.truncated
+                assert answer.compute_micros > 0
+
+
+def test_an_empty_text_is_answered(client: Client) -> None:
+    answer = client.classify("", "topic")
+    assert answer.tokens == 2
+    assert len(answer.chosen) == 1
+
+
+def test_a_text_longer_than_the_model_reads_is_reported(client: Client, bundle_path) -> None:
+    answer = client.classify("card " * 10_000, "topic")
+    assert answer.truncated
+    assert answer.tokens == load_bundle(bundle_path).max_length
+
+
+def test_many_threads_get_their_own_answers(client: Client) -> None:
+    texts = [("card " * (i % 40)).strip() for i in range(200)]
+    alone = {text: client.classify(text, "topic") for text in set(texts)}
+    with ThreadPoolExecutor(16) as pool:
+        for text, answer in zip(texts, pool.map(lambda text: client.classify(text, "topic"), texts), strict=True):
+            assert answer.tokens == alone[text].tokens
+            assert answer.best.score == pytest.approx(alone[text].best.score, abs=2e-3)
+
+
+def test_the_async_client_gives_the_same_answers(running, client: Client) -> None:
+    async def main() -> list[Classification]:
+        async with AsyncClient(running.address) as other:
+            await other.wait_until_healthy(5)
+            assert await other.healthy()
+            answers = await asyncio.gather(*(other.classify(text, "topic") for text in TEXTS))
+            batch = await other.classify_batch(TEXTS, "topic")
+            assert [type(one) for one in batch] == [Classification] * len(TEXTS)
+            with pytest.raises(UnknownTask):
+                await other.classify("a", "nothing")
+            return answers
+
+    for text, answer in zip(TEXTS, asyncio.run(main()), strict=True):
+        assert answer.best.name == client.classify(text, "topic").best.name
+
+
+def test_it_describes_itself(running) -> None:
+    with grpc.insecure_channel(running.address) as channel:
+        stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
+        request = reflection_pb2.ServerReflectionRequest(list_services="")
+        (response,) = stub.ServerReflectionInfo(iter([request]), timeout=TIMEOUT)
+        names = {service.name for service in response.list_services_response.service}
+        assert {"classer.v1.Classifier", "grpc.health.v1.Health"} <= names
+        health = health_stub(channel)
+        for name in ("", "classer.v1.Classifier"):
+            answer = health.Check(health_pb2.HealthCheckRequest(service=name), timeout=TIMEOUT)
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+# Bad input
+
+
+def test_bad_requests_each_have_their_status_and_echo_nothing(client: Client) -> None:
+    with pytest.raises(UnknownTask, match="topic, tags") as unknown:
+        client.classify("a", "secret")
+    assert "secret" not in str(unknown.value)
+    with pytest.raises(InvalidRequest, match="name one of: topic, tags"):
+        client.classify("a")
+    with pytest.raises(InvalidRequest, match=f"at most {MAX_TEXT_CHARS} are taken") as invalid:
+        client.classify("secret " * 1_500_000, "topic")  # 10 MB
+    assert "secret" not in str(invalid.value)
+    assert client.classify("a " * (MAX_TEXT_CHARS // 2), "topic").truncated  # as long as a text may be
+    with pytest.raises(UnknownTask):
+        client.classify_batch(["a", "b"], "secret")
+
+
+def test_a_bad_text_in_a_batch_fails_alone(client: Client) -> None:
+    first, bad, last = client.classify_batch(["a", "b" * (MAX_TEXT_CHARS + 1), ""], "topic")
+    assert isinstance(bad, InvalidRequest)
+    assert isinstance(first, Classification)
+    assert isinstance(last, Classification)
+    assert last.tokens == 2
+
+
+@pytest.mark.parametrize("texts", [[], ["a"] * 1025])
+def test_a_batch_of_none_or_too_many_is_refused(running, texts: list[str]) -> None:
+    with grpc.insecure_channel(running.address) as channel, pytest.raises(grpc.RpcError) as refused:
+        ClassifierStub(channel).ClassifyBatch(pb.ClassifyBatchRequest(texts=texts, task="topic"), timeout=TIMEOUT)
+    code, details = code_and_details(refused.value)
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert f"holds {len(texts)} texts" in details
+
+
+def test_the_largest_batch_is_taken(client: Client) -> None:
+    outcomes = client.classify_batch(["card"] * 1024, "topic")
+    assert [type(outcome) for outcome in outcomes] == [Classification] * 1024
+
+
+@pytest.mark.parametrize("payload", [b"\xff\xff\xff\xff", b"\x0a\x03\xff\xfe\xfd", b"\x0a\xff\x01abc"])
+def test_bytes_that_are_no_request_hurt_nobody(running, client: Client, payload: bytes) -> None:
+    with grpc.insecure_channel(running.address) as channel, pytest.raises(grpc.RpcError):
+        channel.unary_unary("/classer.v1.Classifier/Classify")(payload, timeout=TIMEOUT)
+    assert client.classify("card", "topic").chosen
+
+
+def test_a_message_beyond_the_limit_is_refused_by_grpc(running, client: Client) -> None:
+    with grpc.insecure_channel(running.address) as channel, pytest.raises(grpc.RpcError) as refused:
+        ClassifierStub(channel).Classify(pb.ClassifyRequest(text="a" * (17 << 20)), timeout=TIMEOUT)
+    assert code_and_details(refused.value)[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert client.healthy()
+
+
+def test_a_port_in_use_is_refused_with_a_sentence(running, start_server, bundle_path) -> None:
+    port = int(running.address.rpartition(":")[2])
+    with (
+        pytest.raises(InputError, match=f"Cannot listen on 127.0.0.1:{port}: address already in use.*--port"),
+        start_server(bundle_path, port=port),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(("fields", "says"), [({"port": 70000}, "70000"), ({"host": "192.0.2.1"}, "192.0.2.1")])
+def test_an_address_that_is_none_of_ours_is_refused(start_server, bundle_path, fields: dict, says: str) -> None:
+    with pytest.raises(InputError, match=says), start_server(bundle_path, **fields):
+        pass
+
+
+def test_a_path_that_is_no_bundle_is_refused(start_server, tmp_path) -> None:
+    with pytest.raises(InputError, match=tmp_path.name), start_server(tmp_path):
+        pass
+
+
+# Hard to kill
+
+
+class Valve:
+    """Holds the device still: `closed` is set once a batch waits in it, `open` lets it go on."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.closed, self.open = threading.Event(), threading.Event()
+        self.ran: list[int] = []
+        real = Engine.run
+
+        def run(engine: Engine, ids: Sequence[np.ndarray], bucket: int) -> np.ndarray:
+            self.closed.set()
+            assert self.open.wait(TIMEOUT)
+            self.ran.append(len(ids))
+            return real(engine, ids, bucket)
+
+        monkeypatch.setattr(Engine, "run", run)
+
+
+@pytest.fixture
+def valve(running, monkeypatch) -> Iterator[Valve]:
+    valve = Valve(monkeypatch)
+    yield valve
+    valve.open.set()
+    assert eventually(lambda: running.server.scheduler.waiting_tokens == 0)
+
+
+def test_a_deadline_ends_the_wait_and_the_text_is_not_run(running, client: Client, valve: Valve) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(client.classify, "card", "topic")
+        assert valve.closed.wait(TIMEOUT)
+        with pytest.raises(DeadlineExceeded, match=r"within 0\.2 seconds"):
+            client.classify("money", "topic", timeout=0.2)
+        # It has left the queue although the device is still held.
+        assert eventually(lambda: running.server.scheduler.waiting_tokens == 0)
+        valve.open.set()
+        assert first.result(TIMEOUT).chosen
+    assert valve.ran == [1]
+
+
+def test_cancelled_requests_leave_the_queue_and_their_mates_are_answered(running, valve: Valve) -> None:
+    async def main() -> None:
+        async with AsyncClient(running.address) as client:
+            first = asyncio.create_task(client.classify("card", "topic"))
+            await asyncio.to_thread(valve.closed.wait, TIMEOUT)
+            kept, dropped = (asyncio.create_task(client.classify("money", "topic")) for _ in range(2))
+            batch = asyncio.create_task(client.classify_batch(["a", "b", "c"], "topic"))
+            scheduler = running.server.scheduler
+            assert await asyncio.to_thread(eventually, lambda: scheduler.waiting_tokens == 5 * 32)
+            dropped.cancel()
+            batch.cancel()
+            assert await asyncio.to_thread(eventually, lambda: scheduler.waiting_tokens == 32)
+            valve.open.set()
+            assert (await first).chosen
+            assert (await kept).chosen
+            for task in (dropped, batch):
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+
+    asyncio.run(main())
+    assert valve.ran == [1, 1]
+
+
+def test_too_much_waiting_is_refused(start_server, bundle_path, monkeypatch) -> None:
+    valve = Valve(monkeypatch)
+    with start_server(bundle_path, warm=True, max_waiting_tokens=128) as running, Client(running.address) as client:
+        with ThreadPoolExecutor(1) as pool:
+            first = pool.submit(client.classify, "card", "topic")
+            assert valve.closed.wait(TIMEOUT)
+            second = pool.submit(client.classify_batch, ["a"] * 6, "topic")
+            threading.Timer(0.3, valve.open.set).start()
+            outcomes = second.result(TIMEOUT)
+            assert first.result(TIMEOUT).chosen
+        assert [type(outcome) for outcome in outcomes] == [Classification] * 4 + [Overloaded] * 2
+        assert client.healthy()
+
+
+def test_scores_that_are_no_numbers_fail_their_text_only(client: Client, monkeypatch) -> None:
+    real = Engine.run
+
+    def run(engine: Engine, ids: Sequence[np.ndarray], bucket: int) -> np.ndarray:
+        logits_NL = np.array(real(engine, ids, bucket))
+        logits_NL[[len(one) == 2 for one in ids]] = np.nan
+        return logits_NL
+
+    monkeypatch.setattr(Engine, "run", run)
+    first, empty, last = client.classify_batch(["card", "", "money"], "topic")
+    assert isinstance(empty, InternalError)
+    assert isinstance(first, Classification)
+    assert isinstance(last, Classification)
+    with pytest.raises(InternalError, match="not finite"):
+        client.classify("", "topic")
+    assert client.healthy()
+
+
+def test_it_is_not_healthy_before_its_programs_are_warm(start_server, bundle_path) -> None:
+    with start_server(bundle_path, warm=False) as running, Client(running.address) as client:
+        assert not client.healthy()
+        with pytest.raises(Unavailable, match="still compiling"):
+            client.classify("card", "topic")
+        running.call(running.server.warm_up(asyncio.Event()))
+        client.wait_until_healthy(5)
+        assert client.classify("card", "topic").chosen
+
+
+def test_health_goes_red_when_the_device_is_lost(start_server, bundle_path, monkeypatch) -> None:
+    def lost(engine: Engine, ids: Sequence[np.ndarray], bucket: int) -> np.ndarray:
+        raise RuntimeError("device lost")
+
+    with start_server(bundle_path) as running, Client(running.address) as client:
+        assert client.healthy()
+        monkeypatch.setattr(Engine, "run", lost)
+        with pytest.raises(Unavailable, match="lost its device"):
+            client.classify("card", "topic")
+        assert eventually(lambda: not client.healthy())
+        with pytest.raises(Unavailable, match="lost its device"):
+            client.classify("card", "topic")
+
+
+def test_stopping_lets_what_is_in_flight_finish(start_server, bundle_path, monkeypatch) -> None:
+    """… and does not wait for those who only watch the health."""
+    with start_server(bundle_path, drain_seconds=TIMEOUT) as running, Client(running.address) as client:
+        channel = grpc.insecure_channel(running.address)
+        watch = health_stub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        valve = Valve(monkeypatch)
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(client.classify, "card", "topic", timeout=TIMEOUT)
+            assert valve.closed.wait(TIMEOUT)
+            threading.Timer(0.3, valve.open.set).start()
+            begin = time.monotonic()
+            running.call(running.server.stop())
+            assert time.monotonic() - begin < TIMEOUT / 2
+            assert answer.result(TIMEOUT).chosen
+        channel.close()
+        with pytest.raises(Unavailable):
+            client.classify("card", "topic")
