@@ -125,8 +125,8 @@ def infer_task(name: str, examples: Sequence[Example]) -> tuple[Task, str]:
         raise InputError(f"None of the {len(counts)} rows has a label; a classifier needs some to learn from.")
     if set(counts) != {1}:
         kind = TaskKind.MULTILABEL
-        found = f"{min(counts)} to {max(counts)} labels a row" if min(counts) < max(counts) else f"{counts[0]} a row"
-        said = f"The label column holds {found}, {len(labels)} distinct: a multilabel task."
+        found = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else f"{counts[0]}"
+        said = f"The label column holds {found} labels a row, {len(labels)} distinct: a multilabel task."
     elif len(labels) == 1:
         raise InputError(
             f"All {len(counts)} rows have the label '{labels[0]}'; a classifier needs at least two to tell apart."

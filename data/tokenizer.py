@@ -10,8 +10,8 @@ texts.
 What still differs from the Hugging Face tokenizers (4 of 67,935 real texts of 205 languages, all of the first kind):
   - a text that spells a special token ("[SEP]", "[UNK]", …) gets it there; here it is ordinary text, so that nobody
     can write control tokens into a request;
-  - characters newer than Unicode 8 (their categories there are of that age; here Python's), among them some
-    punctuation and combining marks of small scripts.
+  - characters that are newer than Unicode 8 or have changed category since (the categories there are of that age,
+    here Python's): some punctuation and combining marks, mostly of small scripts.
 """
 
 from __future__ import annotations

@@ -1,0 +1,29 @@
+"""What tests of several rooms share: real data sets and a real pretrained encoder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from classer.data.errors import InputError
+from classer.model.pretrained import fetch_encoder
+
+
+@pytest.fixture(scope="session")
+def datasets() -> Path:
+    """The folder of real data sets: $CLASSER_DATASETS, or `shared/datasets` beside the repository."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "datasets"
+    folder = Path(os.environ.get("CLASSER_DATASETS") or beside)
+    if not folder.is_dir():
+        pytest.skip("skipped: no data sets")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The folder of all-MiniLM-L6-v2, fetched once into the cache."""
+    try:
+        return fetch_encoder()
+    except InputError as e:
+        pytest.skip(f"skipped: {e}")
