@@ -112,6 +112,12 @@ def test_of_equal_thresholds_the_one_nearest_a_half_wins():
     assert best_threshold(np.array([0.7, 0.6, 0.25, 0.25]), held) == pytest.approx(0.65)
 
 
+def test_threshold_tells_neighbouring_floats_apart():
+    low = np.float32(0.7)
+    high = np.nextafter(low, np.float32(1))
+    assert best_threshold(np.array([high, low]), np.array([True, False])) == float(high)
+
+
 def test_label_without_positive_texts_keeps_a_half():
     assert best_threshold(np.array([0.9, 0.1]), np.array([False, False])) == 0.5
 

@@ -15,7 +15,7 @@ from classer.train.report import confusion_counts, worst_confusions, write_repor
 from hypothesis import given
 from hypothesis import strategies as st
 
-HOSTILE = ("$x_1^2$", "a|b", "two\nlines", "*bold*", "卡片", "x" * 300, "_under_", "<b>", "back\\slash", "[link](x)")
+HOSTILE = (r"$\frac{$", "a|b", "two\nlines", "*bold*", "卡片", "x" * 300, "_under_", "<b>", "back\\slash", "[link](x)")
 
 
 def names(count: int) -> tuple[str, ...]:
