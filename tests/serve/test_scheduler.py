@@ -187,13 +187,25 @@ def test_a_deadline_that_passes_during_the_second_try_is_not_run(
     assert [batch for _, batch, _ in device.batches] == [[1, 2], [1]]
 
 
-def test_closing_finishes_what_waits_and_refuses_the_rest(device: FakeDevice) -> None:
+def test_closing_finishes_what_waits_and_refuses_the_rest(device: FakeDevice, monkeypatch) -> None:
     scheduler = Scheduler(device)
+    running, go_on = threading.Event(), threading.Event()
+    real = device.run
+
+    def run(ids: Sequence[np.ndarray], bucket: int) -> np.ndarray:
+        running.set()
+        assert go_on.wait(30)
+        return real(ids, bucket)
+
+    monkeypatch.setattr(device, "run", run)
     waiting = scheduler.submit_all([text(name) for name in range(7)])
     scheduler.start()
+    assert running.wait(30)
+    scheduler.close(timeout=0)  # while one batch runs and two wait
+    assert isinstance(scheduler.submit(text(9)).exception(0), Unavailable)
+    go_on.set()
     scheduler.close(timeout=30)
     assert names(waiting) == list(range(7))
-    assert isinstance(scheduler.submit(text(9)).exception(0), Unavailable)
     assert scheduler.alive
 
 
