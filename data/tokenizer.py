@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -44,6 +45,7 @@ _OVERLONG = "\U0010ffff"
 _LONG_WORD = re.compile(rf"[^ !-/:-@\[-`{{-~]{{{_MAX_WORD_CHARS + 1},}}")
 _HEAD_CHARS_PER_TOKEN = 32  # how much of a long text is looked at first; see _Normalizer.head
 _TEXTS_PER_CALL = 1024  # bounds the memory of one call into TensorFlow
+_LOADING = threading.Lock()  # one for all tokenizers: the import redirects stderr, which is the process's
 
 _CJK_RANGES = (
     (0x4E00, 0x9FFF),
@@ -97,7 +99,6 @@ class WordPieceTokenizer:
         self.vocab_size = len(self._vocab)
         self._source = str(vocab_file)
         self._normalizer = _Normalizer(lowercase)
-        self._lock = threading.Lock()
         self._matcher_or_none: Any = None
 
     @classmethod
@@ -180,8 +181,8 @@ class WordPieceTokenizer:
         return flat, starts.flat_values.numpy(), ends.flat_values.numpy(), tokens.row_splits.numpy()
 
     def _matcher(self) -> tuple[Any, Any]:
-        with self._lock:
-            if self._matcher_or_none is None:
+        if self._matcher_or_none is None:
+            with _LOADING:
                 tf, tf_text = _import_tensorflow()
                 try:
                     matcher = tf_text.FastWordpieceTokenizer(
@@ -190,7 +191,7 @@ class WordPieceTokenizer:
                 except RuntimeError as e:
                     raise InputError(f"{self._source} cannot be used as a WordPiece vocabulary: {e}") from e
                 self._matcher_or_none = (matcher, tf)
-            return self._matcher_or_none
+        return self._matcher_or_none
 
 
 class _Normalizer:
@@ -295,6 +296,7 @@ def _read_vocab(vocab_file: Path) -> list[str]:
     return list(vocab)
 
 
+@functools.cache
 def _import_tensorflow() -> tuple[Any, Any]:
     """TensorFlow and tensorflow-text, kept off the accelerators, which are JAX's, and to one thread."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

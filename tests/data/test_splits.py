@@ -1,4 +1,5 @@
 import collections
+import itertools
 
 import pytest
 from classer.data.errors import InputError
@@ -52,6 +53,14 @@ def test_split_of_thousands_of_labels_still_has_its_share():
 def test_other_seeds_split_otherwise():
     examples = examples_of(*["a", "b"] * 50)
     assert stratified_split(examples, 0.2, seed=0) != stratified_split(examples, 0.2, seed=1)
+
+
+def test_which_examples_of_a_label_go_is_random():
+    """A file sorted by date, say, must not give its every tenth row."""
+    examples = examples_of(*["a"] * 200)
+    _, dev = stratified_split(examples, 0.1, seed=0)
+    places = [examples.index(example) for example in dev]
+    assert len({later - earlier for earlier, later in itertools.pairwise(places)}) > 3
 
 
 def test_too_few_examples_to_split():
