@@ -116,7 +116,7 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x_ND: jax.Array) -> jax.Array:
         hidden_NF = Dense(self.config.d_ff, self.quantization, name="up")(x_ND)
-        hidden_NF = jax.nn.gelu(hidden_NF.astype(jnp.float32), approximate=False).astype(x_ND.dtype)
+        hidden_NF = ops.gelu(hidden_NF)
         return Dense(self.config.d_model, self.quantization, name="down")(hidden_NF)
 
 

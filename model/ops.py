@@ -106,3 +106,9 @@ def _layer_norm_backward(residuals, g_ND):
 
 
 layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
+def gelu(x_NF: jax.Array) -> jax.Array:
+    """x · Φ(x), by the error function in float32 (Hendrycks & Gimpel 2016, https://arxiv.org/abs/1606.08415)."""
+    x32_NF = x_NF.astype(jnp.float32)
+    return (x32_NF * (0.5 + 0.5 * lax.erf(x32_NF * 2**-0.5))).astype(x_NF.dtype)

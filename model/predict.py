@@ -5,6 +5,7 @@ Axes: B batch, S sequence, N texts, L all labels of the taxonomy.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 
 import jax
@@ -20,8 +21,8 @@ from .quantize import Precision, Quantization, Weights, variables
 class Program:
     """One compiled XLA executable: (batch size, length) → logits."""
 
-    def __init__(self, compiled: Callable[..., jax.Array], variables: dict, batch_size: int, length: int) -> None:
-        self._compiled = compiled
+    def __init__(self, executable: jax.stages.Compiled, variables: dict, batch_size: int, length: int) -> None:
+        self._executable = executable
         self._variables = variables
         self.batch_size = batch_size
         self.length = length
@@ -36,11 +37,11 @@ class Program:
         Returns:
           logits_BL, float32, over all labels of the taxonomy. Waits for the device.
         """
-        return np.asarray(self._compiled(self._variables, tokens_BS, lengths_B))
+        return np.asarray(self._executable(self._variables, tokens_BS, lengths_B))
 
     def as_text(self) -> str:
         """The optimised HLO, to check what became of it (int8 products, say)."""
-        return self._compiled.as_text()  # pyright: ignore[reportFunctionMemberAccess]
+        return self._executable.as_text() or ""
 
 
 class Predictor:
@@ -65,19 +66,24 @@ class Predictor:
         """
         quantization = Quantization.SERVE if precision == "int8" else Quantization.NONE
         self._model = TextClassifier(config, num_labels, jnp.dtype(compute_dtype), quantization)
+        self._precision: Precision = precision
         self._variables = jax.device_put(variables(weights, precision))
-        self._programs: dict[tuple[int, int], Program] = {}
-        self._quantized = precision == "int8"
+        self._executables: dict[tuple[int, int], jax.stages.Compiled] = {}
+
+    def with_weights(self, weights: Weights) -> Predictor:
+        """The same classifier with other weights of the same shapes; shares what is compiled."""
+        other = copy.copy(self)
+        other._variables = jax.device_put(variables(weights, self._precision))
+        return other
 
     def compile(self, batch_size: int, length: int) -> Program:
         """The program for a batch size and a sequence length in tokens; compiled at the first call for that shape."""
         key = (batch_size, length)
-        if key not in self._programs:
+        if key not in self._executables:
             tokens_BS = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
             lengths_B = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-            compiled = jax.jit(self._forward).lower(self._variables, tokens_BS, lengths_B).compile()
-            self._programs[key] = Program(compiled, self._variables, batch_size, length)
-        return self._programs[key]
+            self._executables[key] = jax.jit(self._forward).lower(self._variables, tokens_BS, lengths_B).compile()
+        return Program(self._executables[key], self._variables, batch_size, length)
 
     def logits(
         self,
@@ -113,5 +119,5 @@ class Predictor:
 
     def _forward(self, variables: dict, tokens_BS: jax.Array, lengths_B: jax.Array) -> jax.Array:
         # AQT asks for an RNG even where it rounds to nearest.
-        rngs = {"params": jax.random.key(0)} if self._quantized else None
+        rngs = {"params": jax.random.key(0)} if self._precision == "int8" else None
         return self._model.apply(variables, tokens_BS, lengths_B, rngs=rngs)

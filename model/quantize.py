@@ -73,7 +73,7 @@ def convert(model: nn.Module, weights: Weights) -> Weights:
     tokens_BS, lengths_B = jnp.zeros((1, 8), jnp.int32), jnp.full((1,), 8, jnp.int32)
     # AQT quantises weights as it sees them pass by, and asks for an RNG even where it rounds to nearest.
     _, written = model.apply(
-        variables(weights, "float32"), tokens_BS, lengths_B, mutable=[_AQT], rngs={"params": jax.random.key(0)}
+        jax.device_put(variables(weights, "float32")), tokens_BS, lengths_B, mutable=[_AQT], rngs={"params": jax.random.key(0)}
     )
     converted = dict(weights)
     for name, value in flatten(written[_AQT]).items():

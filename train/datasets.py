@@ -1,0 +1,99 @@
+"""A job's examples: read, split, checked against one another and tokenised."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..data.errors import InputError
+from ..data.examples import Example
+from ..data.readers import check_labels, infer_task, read_examples, read_task_folder
+from ..data.splits import describe_duplicates, find_duplicates, stratified_split
+from ..data.taxonomy import Task
+from ..data.tokenizer import WordPieceTokenizer
+from .config import TrainJob
+from .loop import TokenizedSplit
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """One task's examples; `test` is empty where none are given."""
+
+    task: Task
+    train: list[Example]
+    dev: list[Example]
+    test: list[Example]
+
+
+def load_dataset(job: TrainJob, say: Callable[[str], object]) -> Dataset:
+    """Reads what a job names, and says what it found.
+
+    A folder brings its task and its splits; a file's task is inferred from its labels. Examples for development are
+    the folder's split `dev`, the file given, or a stratified share of the training examples.
+
+    Raises:
+      InputError: as `read_examples` and `read_task_folder`; a label in dev or test that no training example has.
+    """
+    given: dict[str, list[Example]] = {}
+    if job.data.is_dir():
+        folder = read_task_folder(job.data)
+        task, given = folder.task, dict(folder.splits)
+        if "train" not in given:
+            raise InputError(f"{job.data} has no split 'train'; it has {', '.join(sorted(given))}.")
+        say(f"{job.data}: task '{task.name}', {task.kind}, {len(task.labels)} labels.")
+    else:
+        name = job.data.name.split(".")[0]
+        given["train"] = _read(job, job.data, name)
+        task, said = infer_task(name, given["train"])
+        say(said)
+    for split, file in (("dev", job.dev), ("test", job.test)):
+        if file is not None:
+            given[split] = _read(job, file, task.name)
+            check_labels(task, given[split])
+
+    train = given["train"]
+    _check_trainable(task, train)
+    if "dev" in given:
+        dev = given["dev"]
+    else:
+        train, dev = stratified_split(train, job.recipe.dev_fraction, job.recipe.seed)
+        say(f"Set {len(dev):,} of {len(given['train']):,} training examples aside for development.")
+    test = given.get("test", [])
+    say(f"Examples: {len(train):,} to train on, {len(dev):,} for development, {len(test):,} to test.")
+    for name, split in (("dev", dev), ("test", test)):
+        if sentence := describe_duplicates(find_duplicates(train, split), "train", name):
+            say(f"Warning: {sentence}")
+    return Dataset(task, train, dev, test)
+
+
+def targets_of(task: Task, examples: Sequence[Example]) -> np.ndarray:
+    """One-hot or multi-hot, float32 (N, L)."""
+    targets_NL = np.zeros((len(examples), len(task.labels)), np.float32)
+    for row, example in enumerate(examples):
+        targets_NL[row, [task.index[label] for label in example.labels]] = 1.0
+    return targets_NL
+
+
+def tokenize(
+    task: Task, examples: Sequence[Example], tokenizer: WordPieceTokenizer, max_length: int
+) -> TokenizedSplit:
+    """Token ids and targets, in the order of the examples."""
+    tokenized = tokenizer.encode([example.text for example in examples], max_length)
+    return TokenizedSplit(tokenized.ids, targets_of(task, examples), int(tokenized.truncated.sum()))
+
+
+def _read(job: TrainJob, file: Path, task: str) -> list[Example]:
+    return read_examples(file, text_column=job.text_column, label_column=job.label_column, task=task)
+
+
+def _check_trainable(task: Task, train: Sequence[Example]) -> None:
+    """A task folder may name labels that no example has; a file cannot."""
+    seen = {label for example in train for label in example.labels}
+    if len(seen) < (2 if task.kind.exclusive else 1):
+        raise InputError(
+            f"All {len(train)} training examples of '{task.name}' have the same label; "
+            f"a classifier needs at least two to tell apart."
+        )

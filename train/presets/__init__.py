@@ -1,0 +1,1 @@
+"""Presets: Python files whose docstring says what they train, on what, how long it took and what score it reached."""

@@ -1,0 +1,100 @@
+"""The training step: loss, gradients and AdamW in one compiled function."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ..data.pipeline import Batch
+from ..data.taxonomy import TaskKind
+from ..model.classifier import TextClassifier
+from .config import Recipe
+from .losses import classification_loss
+
+
+class TrainState(NamedTuple):
+    """All that a step changes. `step` counts the steps done."""
+
+    params: Any
+    opt_state: optax.OptState
+    step: jax.Array
+
+
+class StepMetrics(NamedTuple):
+    loss: jax.Array
+    grad_norm: jax.Array
+
+
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+
+
+def learning_rate_schedule(recipe: Recipe, num_steps: int) -> optax.Schedule:
+    """Linear warm-up to the peak, then a cosine down to 0 at `num_steps`."""
+    warmup_steps = round(recipe.warmup * num_steps)
+    return optax.warmup_cosine_decay_schedule(0.0, recipe.learning_rate, warmup_steps, max(num_steps, warmup_steps + 1))
+
+
+def make_optimizer(recipe: Recipe, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """AdamW (Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101) behind clipping by the global norm.
+
+    Matrices decay; biases and norms do not.
+    """
+
+    def is_matrix(params):
+        return jax.tree.map(lambda p: p.ndim > 1, params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(recipe.max_grad_norm),
+        optax.adamw(schedule, b2=0.999, weight_decay=recipe.weight_decay, mask=is_matrix),
+    )
+
+
+def make_train_step(
+    model: TextClassifier,
+    kind: TaskKind,
+    optimizer: optax.GradientTransformation,
+    *,
+    label_smoothing: float,
+    class_weights_L: jax.Array | None,
+    seed: int,
+) -> TrainStep:
+    """Builds the step; it compiles once for each batch shape and takes over the memory of the state it is given.
+
+    Args:
+      model: with its training dtype and dropout.
+      kind: of the task whose labels the logits are.
+      optimizer: from `make_optimizer`.
+      label_smoothing, class_weights_L: see `classification_loss`.
+      seed: of dropout, which is a function of the seed and the step alone.
+    """
+
+    def loss_fn(params, batch: tuple, step: jax.Array) -> jax.Array:
+        tokens_BS, lengths_B, targets_BL, weights_B = batch
+        # RBG bits cost a fraction of Threefry's on a CPU, and dropout needs no more from them.
+        rngs = {"dropout": jax.random.fold_in(jax.random.key(seed, impl="rbg"), step)} if model.dropout else None
+        logits_BL = model.apply({"params": params}, tokens_BS, lengths_B, rngs=rngs)
+        return classification_loss(
+            kind, logits_BL, targets_BL, weights_B, label_smoothing=label_smoothing, class_weights_L=class_weights_L
+        )
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: TrainState, batch: tuple) -> tuple[TrainState, StepMetrics]:
+        loss, gradients = jax.value_and_grad(loss_fn)(state.params, batch, state.step)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(params, opt_state, state.step + 1), StepMetrics(loss, optax.global_norm(gradients))
+
+    def run(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        return step(state, (batch.tokens_BS, batch.lengths_B, batch.targets_BL, batch.weights_B))
+
+    return run
+
+
+def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    params = jax.tree.map(jnp.asarray, params)
+    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
