@@ -16,14 +16,13 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -35,7 +34,7 @@ from .classifier import TextClassifier
 from .config import ComputeDtype, EncoderConfig
 from .decode import Calibration, probabilities
 from .predict import Predictor
-from .quantize import Precision, Weights
+from .quantize import Precision, Quantization, Weights, convert
 
 FORMAT = "classer-bundle"
 FORMAT_VERSION = 1
@@ -58,6 +57,9 @@ class Bundle:
       precision: what the weights are.
       calibration: by task name.
       max_length: tokens that a text is cut to, special tokens included.
+      golden_texts: a few texts, whose probabilities are stored and checked at every load.
+      card: the model card, Markdown.
+      licences: files to keep beside the weights.
       version: a short hash of the content; empty before it is saved.
       path: the folder; None before it is saved.
     """
@@ -69,6 +71,9 @@ class Bundle:
     precision: Precision
     calibration: Mapping[str, Calibration]
     max_length: int
+    golden_texts: tuple[str, ...]
+    card: str
+    licences: tuple[Path, ...] = ()
     version: str = ""
     path: Path | None = None
 
@@ -82,17 +87,12 @@ class Bundle:
         return probabilities(self.taxonomy.task(task_name), task_logits_NL, self.calibration[task_name])
 
 
-def save_bundle(
-    bundle: Bundle, path: Path, *, golden_texts: Sequence[str], card: str, licences: Sequence[Path] = ()
-) -> Bundle:
+def save_bundle(bundle: Bundle, path: Path) -> Bundle:
     """Writes a bundle to a new folder: whole, or not at all.
 
     Args:
       bundle: what to write.
       path: a folder that does not exist yet.
-      golden_texts: a few texts, whose probabilities are stored and checked at every load.
-      card: the model card, Markdown.
-      licences: files to keep beside the weights.
 
     Returns:
       The bundle with its `version` and `path`.
@@ -112,11 +112,11 @@ def save_bundle(
     _write_json(staging / "calibration.json", {name: c.to_json() for name, c in bundle.calibration.items()})
     golden = [
         {"text": text, "probabilities": rows}
-        for text, rows in zip(golden_texts, _golden_probabilities(bundle, golden_texts), strict=True)
+        for text, rows in zip(bundle.golden_texts, _golden_probabilities(bundle), strict=True)
     ]
     _write_json(staging / "golden.json", golden)
-    (staging / "README.md").write_text(card, encoding="utf-8")
-    for licence in licences:
+    (staging / "README.md").write_text(bundle.card, encoding="utf-8")
+    for licence in bundle.licences:
         shutil.copyfile(licence, staging / licence.name)
 
     files = sorted(file for file in staging.rglob("*") if file.is_file())
@@ -157,6 +157,7 @@ def load_bundle(path: Path) -> Bundle:
     except (OSError, SafetensorError) as e:
         raise InputError(f"{path / _WEIGHTS} cannot be read: {e}") from None
     _check_weights(weights, encoder, taxonomy, precision, path / _WEIGHTS)
+    golden = _read_json(path / "golden.json")
     bundle = Bundle(
         encoder=encoder,
         taxonomy=taxonomy,
@@ -165,15 +166,31 @@ def load_bundle(path: Path) -> Bundle:
         precision=precision,
         calibration=calibration,
         max_length=manifest["max_length"],
+        golden_texts=tuple(row["text"] for row in golden),
+        card=(path / "README.md").read_text(encoding="utf-8"),
+        licences=tuple(path / name for name in _LICENCES if (path / name).is_file()),
         version=_version(manifest),
         path=path,
     )
-    _check_golden(bundle, path)
+    _check_golden(bundle, golden, path)
     return bundle
 
 
 _WEIGHTS = "weights.safetensors"
+_LICENCES = ("LICENSE", "NOTICE")
 _GOLDEN_LENGTH = 64  # golden texts are cut to this many tokens: one small program checks them all
+
+
+def quantize(bundle: Bundle) -> Bundle:
+    """The INT8 version of a float32 bundle, not yet saved.
+
+    Raises:
+      InputError: it is INT8 already.
+    """
+    if bundle.precision == "int8":
+        raise InputError(f"{bundle.path} is INT8 already; quantise a float32 bundle.")
+    model = TextClassifier(bundle.encoder, bundle.taxonomy.num_labels, quantization=Quantization.CONVERT)
+    return dataclasses.replace(bundle, weights=convert(model, bundle.weights), precision="int8", version="", path=None)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -188,7 +205,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise InputError(f"{path / MANIFEST}: 'format_version' must be a whole number.")
     if version > FORMAT_VERSION:
         raise InputError(
-            f"{path} has bundle format {version}; this Classer reads up to {FORMAT_VERSION}. Upgrade Classer to load it."
+            f"{path} has bundle format {version}; this Classer reads up to {FORMAT_VERSION}. "
+            "Upgrade Classer to load it."
         )
     for field, kind in (("files", dict), ("precision", str), ("max_length", int)):
         if not isinstance(manifest.get(field), kind):
@@ -200,7 +218,15 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-_NEEDED = {"encoder.json", "taxonomy.json", "calibration.json", "golden.json", _WEIGHTS, "tokenizer/vocab.txt"}
+_NEEDED = {
+    "encoder.json",
+    "taxonomy.json",
+    "calibration.json",
+    "golden.json",
+    _WEIGHTS,
+    "tokenizer/vocab.txt",
+    "README.md",
+}
 
 
 def _check_file(path: Path, name: str, expected: Mapping[str, Any]) -> None:
@@ -222,7 +248,10 @@ def _check_weights(
     """Names, shapes and dtypes are those of the model that the configs describe."""
     model = TextClassifier(encoder, taxonomy.num_labels)
     init = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32), jnp.ones((1,), jnp.int32))
-    expected = {name: value.shape for name, value in traverse_util.flatten_dict(init["params"], sep=".").items()}
+    expected = {
+        ".".join(str(key.key) for key in path): value.shape
+        for path, value in jax.tree_util.tree_leaves_with_path(init["params"])
+    }
     if precision == "int8":
         quantised = [name for name in expected if name.startswith("encoder.") and name.endswith((".kernel", ".table"))]
         scale_axis = {name: -1 if name.endswith(".kernel") else 0 for name in quantised}
@@ -234,8 +263,9 @@ def _check_weights(
             raise InputError(f"{source}: '{name}' has shape {weights[name].shape}; the config says {shape}.")
 
 
-def _golden_probabilities(bundle: Bundle, texts: Sequence[str]) -> list[dict[str, list[float]]]:
-    """Task name → probabilities, for each text."""
+def _golden_probabilities(bundle: Bundle) -> list[dict[str, list[float]]]:
+    """Task name → probabilities, for each golden text."""
+    texts = bundle.golden_texts
     length = min(_GOLDEN_LENGTH, bundle.max_length)
     ids = bundle.tokenizer.encode(texts, length).ids
     logits_NL = bundle.predictor().logits(ids, batch_size=max(1, len(texts)), buckets=(length,))
@@ -243,17 +273,16 @@ def _golden_probabilities(bundle: Bundle, texts: Sequence[str]) -> list[dict[str
     return [{name: [float(p) for p in rows[i]] for name, rows in by_task.items()} for i in range(len(texts))]
 
 
-def _check_golden(bundle: Bundle, path: Path) -> None:
-    golden = _read_json(path / "golden.json")
+def _check_golden(bundle: Bundle, golden: list[dict[str, Any]], path: Path) -> None:
     tolerance = GOLDEN_TOLERANCE[bundle.precision]
-    got = _golden_probabilities(bundle, [row["text"] for row in golden])
+    got = _golden_probabilities(bundle)
     for number, (row, ours) in enumerate(zip(golden, got, strict=True), start=1):
         for task, expected in row["probabilities"].items():
             difference = float(np.abs(np.subtract(expected, ours[task])).max())
             if not difference <= tolerance:  # also when NaN
                 raise InputError(
-                    f"{path} computes something else here: a probability of golden text {number} (task '{task}') differs "
-                    f"by {difference:.4f}, more than {tolerance}. The bundle or this installation is broken."
+                    f"{path} computes something else here: a probability of golden text {number} (task '{task}') "
+                    f"differs by {difference:.4f}, more than {tolerance}. The bundle or this installation is broken."
                 )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -120,4 +121,4 @@ class Predictor:
     def _forward(self, variables: dict, tokens_BS: jax.Array, lengths_B: jax.Array) -> jax.Array:
         # AQT asks for an RNG even where it rounds to nearest.
         rngs = {"params": jax.random.key(0)} if self._precision == "int8" else None
-        return self._model.apply(variables, tokens_BS, lengths_B, rngs=rngs)
+        return cast(jax.Array, self._model.apply(variables, tokens_BS, lengths_B, rngs=rngs))

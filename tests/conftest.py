@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from classer.data.errors import InputError
 from classer.model.pretrained import fetch_encoder
 

@@ -1,4 +1,4 @@
-"""A job's examples: read, split, checked against one another and tokenised."""
+"""A job's examples: read, split, and checked against one another."""
 
 from __future__ import annotations
 
@@ -6,16 +6,12 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from ..data.errors import InputError
 from ..data.examples import Example
 from ..data.readers import check_labels, infer_task, read_examples, read_task_folder
 from ..data.splits import describe_duplicates, find_duplicates, stratified_split
 from ..data.taxonomy import Task
-from ..data.tokenizer import WordPieceTokenizer
 from .config import TrainJob
-from .loop import TokenizedSplit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +22,11 @@ class Dataset:
     train: list[Example]
     dev: list[Example]
     test: list[Example]
+
+    @property
+    def measured(self) -> str:
+        """The split that the finished model is measured on: "test", or "dev" where there is none."""
+        return "test" if self.test else "dev"
 
 
 def load_dataset(job: TrainJob, say: Callable[[str], object]) -> Dataset:
@@ -67,22 +68,6 @@ def load_dataset(job: TrainJob, say: Callable[[str], object]) -> Dataset:
         if sentence := describe_duplicates(find_duplicates(train, split), "train", name):
             say(f"Warning: {sentence}")
     return Dataset(task, train, dev, test)
-
-
-def targets_of(task: Task, examples: Sequence[Example]) -> np.ndarray:
-    """One-hot or multi-hot, float32 (N, L)."""
-    targets_NL = np.zeros((len(examples), len(task.labels)), np.float32)
-    for row, example in enumerate(examples):
-        targets_NL[row, [task.index[label] for label in example.labels]] = 1.0
-    return targets_NL
-
-
-def tokenize(
-    task: Task, examples: Sequence[Example], tokenizer: WordPieceTokenizer, max_length: int
-) -> TokenizedSplit:
-    """Token ids and targets, in the order of the examples."""
-    tokenized = tokenizer.encode([example.text for example in examples], max_length)
-    return TokenizedSplit(tokenized.ids, targets_of(task, examples), int(tokenized.truncated.sum()))
 
 
 def _read(job: TrainJob, file: Path, task: str) -> list[Example]:

@@ -9,36 +9,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ..data.pipeline import TrainBatches
 from ..data.taxonomy import Task
 from ..model.classifier import TextClassifier
 from ..model.config import EncoderConfig
-from ..model.decode import Calibration, choose, probabilities
+from ..model.decode import Calibration
 from ..model.predict import Predictor
 from ..model.quantize import Weights, flatten, variables
 from .checkpoints import Checkpoints, Progress
 from .config import Recipe
+from .evaluation import TokenizedSplit, measure
 from .losses import balanced_class_weights
-from .metrics import Metrics, evaluate
+from .metrics import Metrics
 from .runlog import RunLog
 from .step import TrainState, init_state, learning_rate_schedule, make_optimizer, make_train_step
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenizedSplit:
-    """Examples as the network takes them.
-
-    Attributes:
-      ids: N arrays of token ids.
-      targets_NL: float32, one-hot or multi-hot.
-      truncated: how many texts were longer than the model reads.
-    """
-
-    ids: list[np.ndarray]
-    targets_NL: np.ndarray
-    truncated: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,15 +119,6 @@ def fit(
     return Fitted(flatten(jax.device_get(best_state.params)), progress.best_score, best_epoch, progress.epoch)
 
 
-def predict_task(task: Task, logits_NL: np.ndarray, calibration: Calibration) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities (N, L) of one task's labels, and which labels are chosen, bool (N, L)."""
-    probs_NL = probabilities(task, logits_NL, calibration)
-    chosen_NL = np.zeros(probs_NL.shape, bool)
-    for row, probs_L in enumerate(probs_NL):
-        chosen_NL[row, choose(task, probs_L, calibration)] = True
-    return probs_NL, chosen_NL
-
-
 def _initial_params(model: TextClassifier, weights: Weights, seed: int) -> Any:
     """The pretrained encoder under a head of initial values."""
     tokens_BS, lengths_B = jnp.zeros((1, 8), jnp.int32), jnp.ones((1,), jnp.int32)
@@ -173,8 +149,7 @@ def _train_epoch(train_step, state: TrainState, iterator, num_steps: int, schedu
 
 def _evaluate(predictor: Predictor, task: Task, state: TrainState, dev: TokenizedSplit) -> Metrics:
     logits_NL = predictor.with_weights(flatten(state.params)).logits(dev.ids)
-    probs_NL, chosen_NL = predict_task(task, logits_NL, Calibration())
-    return evaluate(task, probs_NL, dev.targets_NL, chosen_NL)
+    return measure(task, logits_NL, dev.targets_NL, Calibration())
 
 
 def _score(task: Task, metrics: Metrics) -> float:

@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from .. import __version__
 from ..data.errors import InputError
-from ..data.examples import Example
 from ..data.taxonomy import Taxonomy
 from ..data.tokenizer import WordPieceTokenizer
-from ..model.bundle import Bundle, save_bundle
-from ..model.classifier import TextClassifier
+from ..model.bundle import Bundle, quantize, save_bundle
 from ..model.pretrained import fetch_encoder, load_encoder
-from ..model.quantize import Quantization, convert
 from .baseline import BaselineScore, tfidf_svm
 from .calibration import fit_calibration
 from .config import TrainJob
-from .datasets import Dataset, load_dataset, tokenize
-from .loop import Fitted, TokenizedSplit, fit, predict_task
-from .metrics import Metrics, evaluate
-from .report import write_report
+from .datasets import Dataset, load_dataset
+from .evaluation import TokenizedSplit, measure, tokenize
+from .loop import Fitted, fit
+from .metrics import Metrics
 
 GOLDEN_TEXTS = 8
 JOB_FILE = "job.json"
@@ -88,7 +82,7 @@ def train(job: TrainJob) -> TrainResult:
         out=job.out,
     )
 
-    unsaved = Bundle(
+    trained = Bundle(
         encoder=encoder,
         taxonomy=Taxonomy((dataset.task,)),
         tokenizer=tokenizer,
@@ -96,62 +90,32 @@ def train(job: TrainJob) -> TrainResult:
         precision="float32",
         calibration={},
         max_length=job.recipe.max_length,
+        golden_texts=(*(example.text for example in dataset.dev[:GOLDEN_TEXTS]), ""),
+        card="",
+        licences=tuple(file for file in (encoder_folder / "LICENSE", encoder_folder / "NOTICE") if file.is_file()),
     )
-    licences = [file for file in (encoder_folder / "LICENSE", encoder_folder / "NOTICE") if file.is_file()]
-    finish = _Finish(job, dataset, splits, fitted, licences)
-    float_bundle, float_metrics = finish(unsaved, "bundle-float32", "results-float32")
-    int8_bundle, int8_metrics = finish(quantize(unsaved), "bundle", "results")
+    float_bundle, float_metrics = _finish(job, dataset, splits, fitted, trained, "-float32")
+    int8_bundle, int8_metrics = _finish(job, dataset, splits, fitted, quantize(trained), "")
     baseline = tfidf_svm(dataset.train, dataset.test or dataset.dev, dataset.task) if job.baseline else None
-    return TrainResult(int8_bundle, float_bundle, finish.split, float_metrics, int8_metrics, baseline)
+    return TrainResult(int8_bundle, float_bundle, dataset.measured, float_metrics, int8_metrics, baseline)
 
 
-def quantize(bundle: Bundle) -> Bundle:
-    """The INT8 version of a float32 bundle, not yet saved.
-
-    Raises:
-      InputError: it is INT8 already.
-    """
-    if bundle.precision == "int8":
-        raise InputError(f"{bundle.path} is INT8 already; quantise a float32 bundle.")
-    model = TextClassifier(bundle.encoder, bundle.taxonomy.num_labels, quantization=Quantization.CONVERT)
-    return dataclasses.replace(
-        bundle, weights=convert(model, bundle.weights), precision="int8", version="", path=None
-    )
-
-
-@dataclasses.dataclass
-class _Finish:
+def _finish(
+    job: TrainJob, dataset: Dataset, splits: dict[str, TokenizedSplit], fitted: Fitted, bundle: Bundle, suffix: str
+) -> tuple[Bundle, Metrics]:
     """Calibrates, measures and writes one precision of the trained classifier."""
-
-    job: TrainJob
-    dataset: Dataset
-    splits: dict[str, TokenizedSplit]
-    fitted: Fitted
-    licences: Sequence[Path]
-
-    @property
-    def split(self) -> str:
-        return "test" if self.dataset.test else "dev"
-
-    def __call__(self, bundle: Bundle, name: str, results: str) -> tuple[Bundle, Metrics]:
-        task = self.dataset.task
-        predictor = bundle.predictor()
-        dev = self.splits["dev"]
-        dev_logits_NL = predictor.logits(dev.ids)
-        calibration = fit_calibration(task, dev_logits_NL, dev.targets_NL)
-        bundle = dataclasses.replace(bundle, calibration={task.name: calibration})
-
-        measured = self.splits[self.split]
-        logits_NL = dev_logits_NL if self.split == "dev" else predictor.logits(measured.ids)
-        probs_NL, chosen_NL = predict_task(task, logits_NL, calibration)
-        metrics = evaluate(task, probs_NL, measured.targets_NL, chosen_NL)
-        title = f"{task.name}, {self.split}, {bundle.precision}"
-        write_report(self.job.out / results, task, metrics, probs_NL, measured.targets_NL, chosen_NL, title)
-
-        card = _model_card(self.job, self.dataset, self.fitted, bundle, self.split, metrics)
-        golden = [example.text for example in self.dataset.dev[:GOLDEN_TEXTS]]
-        saved = save_bundle(bundle, self.job.out / name, golden_texts=[*golden, ""], card=card, licences=self.licences)
-        return saved, metrics
+    task, dev = dataset.task, splits["dev"]
+    predictor = bundle.predictor()
+    dev_logits_NL = predictor.logits(dev.ids)
+    calibration = fit_calibration(task, dev_logits_NL, dev.targets_NL)
+    logits_NL = predictor.logits(splits["test"].ids) if dataset.test else dev_logits_NL
+    targets_NL = splits[dataset.measured].targets_NL
+    title = f"{task.name}, {dataset.measured}, {bundle.precision}"
+    results = job.out / f"results{suffix}"
+    metrics = measure(task, logits_NL, targets_NL, calibration, title=title, results=results)
+    finished = dataclasses.replace(bundle, calibration={task.name: calibration})
+    finished = dataclasses.replace(finished, card=_model_card(job, dataset, fitted, finished, metrics))
+    return save_bundle(finished, job.out / f"bundle{suffix}"), metrics
 
 
 def _check_out(job: TrainJob) -> None:
@@ -175,7 +139,9 @@ def _check_same_job(job: TrainJob) -> None:
         for name, value in values.items():
             was = before.get(section, {}).get(name)
             if was != value:
-                raise InputError(f"The run in {job.out} began with {name} = {was!r}, not {value!r}; resume it with that.")
+                raise InputError(
+                    f"The run in {job.out} began with {name} = {was!r}, not {value!r}; resume it with that."
+                )
 
 
 def _job_json(job: TrainJob) -> dict[str, Any]:
@@ -193,9 +159,7 @@ def _write_job(job: TrainJob) -> None:
     (job.out / JOB_FILE).write_text(json.dumps(_job_json(job), indent=1) + "\n", encoding="utf-8")
 
 
-def _model_card(
-    job: TrainJob, dataset: Dataset, fitted: Fitted, bundle: Bundle, split: str, metrics: Metrics
-) -> str:
+def _model_card(job: TrainJob, dataset: Dataset, fitted: Fitted, bundle: Bundle, metrics: Metrics) -> str:
     task = dataset.task
     calibration = bundle.calibration[task.name]
     return "\n".join(
@@ -206,8 +170,8 @@ def _model_card(
             "",
             f"- Fine-tuned from {job.recipe.encoder} (its licence stands beside this file) on {len(dataset.train):,} "
             f"examples: {fitted.best_epoch} of {fitted.epochs} epochs, seed {job.recipe.seed}.",
-            f"- On {metrics.n:,} {split} examples: accuracy {metrics.accuracy:.2%}, macro-F1 {metrics.macro_f1:.3f}, "
-            f"expected calibration error {metrics.ece:.3f}.",
+            f"- On {metrics.n:,} {dataset.measured} examples: accuracy {metrics.accuracy:.2%}, "
+            f"macro-F1 {metrics.macro_f1:.3f}, expected calibration error {metrics.ece:.3f}.",
             f"- Texts are read up to {bundle.max_length} tokens. Temperature {calibration.temperature:.3f}.",
             f"- Labels: {', '.join(task.label_names)}.",
             "",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +77,7 @@ def make_train_step(
         tokens_BS, lengths_B, targets_BL, weights_B = batch
         # RBG bits cost a fraction of Threefry's on a CPU, and dropout needs no more from them.
         rngs = {"dropout": jax.random.fold_in(jax.random.key(seed, impl="rbg"), step)} if model.dropout else None
-        logits_BL = model.apply({"params": params}, tokens_BS, lengths_B, rngs=rngs)
+        logits_BL = cast(jax.Array, model.apply({"params": params}, tokens_BS, lengths_B, rngs=rngs))
         return classification_loss(
             kind, logits_BL, targets_BL, weights_B, label_smoothing=label_smoothing, class_weights_L=class_weights_L
         )

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
-from classer.data.buckets import BUCKETS, bucket_for, pad_batch
 from hypothesis import given
 from hypothesis import strategies as st
+
+from classer.data.buckets import BUCKETS, bucket_for, pad_batch
 
 
 @given(st.integers(1, BUCKETS[-1]))

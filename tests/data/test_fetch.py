@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
 from classer.data.errors import InputError
 from classer.data.fetch import cache_folder, fetch_wheel_file, sha256_of
 

@@ -3,11 +3,12 @@ from itertools import islice
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from classer.data.buckets import BUCKETS, bucket_for
 from classer.data.errors import InputError
 from classer.data.pipeline import Batch, TrainBatches, eval_batches
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 PAD = 0
 

@@ -7,12 +7,13 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from classer.data.errors import InputError
 from classer.data.examples import Example
 from classer.data.readers import MAX_TEXT_CHARS, check_labels, infer_task, read_examples, read_task_folder
 from classer.data.taxonomy import Label, Task, TaskKind
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 
 def write(folder: Path, name: str, content: str | bytes) -> Path:

@@ -2,11 +2,12 @@ import collections
 import itertools
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from classer.data.errors import InputError
 from classer.data.examples import Example
 from classer.data.splits import describe_duplicates, find_duplicates, stratified_split
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 
 def examples_of(*labels: tuple[str, ...] | str) -> list[Example]:

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from classer.data.errors import InputError
-from classer.data.tokenizer import WordPieceTokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import BertWordPieceTokenizer
+
+from classer.data.errors import InputError
+from classer.data.tokenizer import WordPieceTokenizer
 
 VOCAB = [
     "[PAD]",

@@ -1,11 +1,12 @@
 import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from classer.data.errors import InputError
 from classer.data.taxonomy import Label, Task, TaskKind
 from classer.model.decode import Calibration, choose, choose_all, probabilities
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 def task(kind: TaskKind, count: int) -> Task:

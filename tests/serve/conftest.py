@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import pytest
+
 from classer.data.taxonomy import Label, Task, TaskKind, Taxonomy
 from classer.data.tokenizer import WordPieceTokenizer
 from classer.model.bundle import Bundle, save_bundle
@@ -65,9 +66,11 @@ def bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         weights=weights,
         precision="float32",
         calibration={"topic": Calibration(1.5), "tags": Calibration(0.8, (0.3, 0.5, 0.7))},
+        golden_texts=("my card has not arrived",),
+        card="A test's bundle.",
         max_length=48,
     )
-    save_bundle(bundle, folder / "bundle", golden_texts=["my card has not arrived"], card="A test's bundle.")
+    save_bundle(bundle, folder / "bundle")
     return folder / "bundle"
 
 

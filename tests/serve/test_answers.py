@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from classer.data.taxonomy import Label, Task, TaskKind, Taxonomy
 from classer.model.decode import Calibration
 from classer.serve.answers import Answers

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
+
 from classer.serve import client as client_module
 from classer.serve.client import AsyncClient, Client, InvalidRequest, Unavailable
 from classer.serve.errors import ClasserError

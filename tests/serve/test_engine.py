@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from classer.serve.engine import Engine
 
 PAD = 9

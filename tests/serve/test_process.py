@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from classer.serve.client import Client
 
 TIMEOUT = 90

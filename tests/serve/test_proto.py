@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from classer.serve.proto import classifier_pb2, generate
 
 FOLDER = Path(generate.__file__).parent

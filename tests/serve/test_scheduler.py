@@ -9,6 +9,10 @@ from concurrent.futures import Future
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
 from classer.serve.errors import (
     ClasserError,
     DeadlineExceeded,
@@ -18,9 +22,6 @@ from classer.serve.errors import (
     Unavailable,
 )
 from classer.serve.scheduler import Scheduler, Scored
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 BUCKETS = (4, 8, 16)
 MAX_BATCH = 3

@@ -12,6 +12,9 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
 from classer.data.errors import InputError
 from classer.data.readers import MAX_TEXT_CHARS
 from classer.model.bundle import load_bundle
@@ -29,8 +32,6 @@ from classer.serve.client import (
 from classer.serve.engine import Engine
 from classer.serve.proto import classifier_pb2 as pb
 from classer.serve.proto.classifier_pb2_grpc import ClassifierStub
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 TIMEOUT = 60.0
 TEXTS = ["my card has not arrived", "where is my money ?", "card", "", "the money is here. " * 8]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+
 from classer.serve.errors import InternalError, Overloaded
 from classer.serve.tokenizing import TokenizerStage, Tokens
 

@@ -1,4 +1,5 @@
 import pytest
+
 from classer.data.errors import InputError
 from classer.data.examples import Example
 from classer.data.taxonomy import Label, Task, TaskKind

@@ -3,14 +3,15 @@ from typing import Any
 import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
-from classer.data.taxonomy import Label, Task, TaskKind
-from classer.model.decode import Calibration, choose_all, probabilities
-from classer.train.calibration import MIN_TEMPERATURE, best_threshold, fit_calibration, negative_log_likelihood
-from classer.train.metrics import reliability
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import expit, softmax
 from sklearn.metrics import f1_score, log_loss
+
+from classer.data.taxonomy import Label, Task, TaskKind
+from classer.model.decode import Calibration, choose_all, probabilities
+from classer.train.calibration import MIN_TEMPERATURE, best_threshold, fit_calibration, negative_log_likelihood
+from classer.train.metrics import reliability
 
 ZERO: Any = 0.0  # scikit-learn's own annotation of `zero_division` admits only strings
 

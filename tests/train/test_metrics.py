@@ -4,12 +4,13 @@ from typing import Any
 import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
-from classer.data.taxonomy import Label, Task, TaskKind
-from classer.model.decode import Calibration, choose_all
-from classer.train.metrics import NUM_BINS, evaluate, reliability
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as sk
+
+from classer.data.taxonomy import Label, Task, TaskKind
+from classer.model.decode import Calibration, choose_all
+from classer.train.metrics import NUM_BINS, evaluate, reliability
 
 ZERO: Any = 0.0  # scikit-learn's own annotation of `zero_division` admits only strings
 

@@ -7,13 +7,14 @@ from pathlib import Path
 import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from classer.data.taxonomy import Label, Task, TaskKind
 from classer.model.decode import Calibration, choose_all, probabilities
 from classer.train.metrics import evaluate
 from classer.train.pictures import GRID_LABELS, most_confused
 from classer.train.report import confusion_counts, worst_confusions, write_report
-from hypothesis import given
-from hypothesis import strategies as st
 
 HOSTILE = (r"$\frac{$", "a|b", "two\nlines", "*bold*", "卡片", "x" * 300, "_under_", "<b>", "back\\slash", "[link](x)")
 

@@ -1,0 +1,281 @@
+"""The commands behind `classer`. Each takes its arguments, prints for people, and raises what they can mend.
+
+Heavy modules are imported inside the commands, so that `classer classify` starts without JAX and TensorFlow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import pkgutil
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from classer.data.errors import InputError
+
+if TYPE_CHECKING:
+    from classer.train.config import Recipe, TrainJob
+    from classer.train.metrics import Metrics
+    from classer.train.run import TrainResult
+
+
+def train(argv: Sequence[str]) -> None:
+    """Train a classifier on labelled texts; leaves a bundle to serve in OUT/bundle."""
+    job = parse_job(argv, prog="classer train")
+    from classer.train.run import train as run_job
+
+    started = time.monotonic()
+    result = run_job(job)
+    print_result(result, time.monotonic() - started)
+    print(f"\nServe it:  classer serve {job.out / 'bundle'}")
+    print('Ask it:    classer classify "some text" --server localhost:50051')
+
+
+def parse_job(argv: Sequence[str], *, prog: str) -> TrainJob:
+    """A training job from command-line arguments; `--preset NAME` sets what the other options default to.
+
+    Raises:
+      InputError: no such preset, or a value out of range.
+    """
+    from classer.train.config import Recipe, TrainJob
+
+    preset, rest = _take_preset(list(argv))
+    recipe = _load_preset(preset) if preset else Recipe()
+    default = TrainJob(data=tyro.MISSING, out=tyro.MISSING, recipe=recipe)
+    description = (
+        "Train, calibrate and quantise a classifier. Data: a CSV, TSV, JSONL or Parquet file with a text and a label "
+        f"column, or a folder with task.json. --preset NAME starts from a preset: {', '.join(preset_names())}."
+    )
+    return tyro.cli(
+        TrainJob, prog=prog, args=rest, default=default, description=description, config=(tyro.conf.OmitArgPrefixes,)
+    )
+
+
+def preset_names() -> list[str]:
+    from classer.train import presets
+
+    return sorted(module.name for module in pkgutil.iter_modules(presets.__path__))
+
+
+def print_result(result: TrainResult, seconds: float) -> None:
+    """The scores of a run, side by side."""
+    print(f"\nOn {result.float_metrics.n:,} {result.split} examples:")
+    print(f"  {'':24}{'accuracy':>9} {'macro-F1':>9} {'ECE':>7} {'MB':>7}")
+    for name, bundle, metrics in (
+        ("Classer, float32", result.float_bundle, result.float_metrics),
+        ("Classer, INT8", result.bundle, result.int8_metrics),
+    ):
+        size = sum(file.stat().st_size for file in _path(bundle).rglob("*") if file.is_file()) / 1e6
+        print(f"  {name:24}{metrics.accuracy:>9.2%} {metrics.macro_f1:>9.3f} {metrics.ece:>7.3f} {size:>7.1f}")
+    if result.baseline is not None:
+        print(f"  {'TF-IDF + linear SVM':24}{result.baseline.accuracy:>9.2%} {result.baseline.macro_f1:>9.3f}")
+    print(f"{seconds / 60:.1f} minutes. Reports and pictures: {_path(result.bundle).parent / 'results'}")
+
+
+def serve(argv: Sequence[str]) -> None:
+    """Serve a bundle over gRPC."""
+    from classer.serve.server import ServeConfig
+    from classer.serve.server import serve as run_server
+
+    @dataclasses.dataclass(frozen=True)
+    class Arguments(ServeConfig):
+        bundle: tyro.conf.Positional[Path]
+
+    arguments = _parse(Arguments, argv, "classer serve", serve.__doc__, ServeConfig.__doc__)
+    run_server(ServeConfig(**dataclasses.asdict(arguments)))
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifyArguments:
+    """
+    Attributes:
+      texts: the texts; none means one text a line from standard input.
+      server: address of a running `classer serve`.
+      task: name of the task; needed only if the model has several.
+      top_k: how many labels to show of each text.
+      timeout: seconds to wait for each answer.
+      json: print one JSON object a text.
+    """
+
+    texts: tyro.conf.Positional[tuple[str, ...]] = ()
+    server: str = "localhost:50051"
+    task: str | None = None
+    top_k: int = 3
+    timeout: float = 10.0
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+
+
+def classify(argv: Sequence[str]) -> None:
+    """Ask a running server which labels a text has."""
+    from classer.serve.client import Client
+
+    arguments: ClassifyArguments = _parse(ClassifyArguments, argv, "classer classify", classify.__doc__)
+    texts: Iterable[str] = arguments.texts or (line.rstrip("\n") for line in sys.stdin)
+    with Client(arguments.server) as client:
+        for text in texts:
+            started = time.perf_counter()
+            answer = client.classify(text, arguments.task, top_k=arguments.top_k, timeout=arguments.timeout)
+            milliseconds = (time.perf_counter() - started) * 1e3
+            if arguments.json:
+                print(json.dumps({**dataclasses.asdict(answer), "milliseconds": round(milliseconds, 2)}))
+                continue
+            for label in answer.labels:
+                print(f"{'→' if label.chosen else ' '} {label.score:7.2%}  {label.name}")
+            cut = ", cut to them" if answer.truncated else ""
+            print(f"  {answer.tokens} tokens{cut}, {milliseconds:.1f} ms, model {answer.model_version}")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateArguments:
+    """
+    Attributes:
+      bundle: the bundle to measure.
+      data: a file of labelled texts, or a folder with task.json.
+      split: which split of the folder.
+      task: name of the bundle's task; needed only if it has several.
+      out: a new folder for the report and its pictures.
+      text_column: the column of the texts.
+      label_column: the column of the labels; by default `label` or `labels`.
+      max_length: tokens that a text is cut to; by default what the bundle was trained with.
+    """
+
+    bundle: tyro.conf.Positional[Path]
+    data: Path
+    split: str = "test"
+    task: str | None = None
+    out: Path | None = None
+    text_column: str = "text"
+    label_column: str | None = None
+    max_length: int | None = None
+
+
+def evaluate(argv: Sequence[str]) -> None:
+    """Measure a bundle on labelled texts."""
+    from classer.data.readers import check_labels, read_examples, read_task_folder
+    from classer.model.bundle import load_bundle
+    from classer.train.evaluation import measure, tokenize
+
+    a = _parse(EvaluateArguments, argv, "classer evaluate", evaluate.__doc__)
+    if a.out is not None and a.out.exists():
+        raise InputError(f"{a.out} exists already; name a new folder with --out.")
+    bundle = load_bundle(a.bundle)
+    names = [task.name for task in bundle.taxonomy.tasks]
+    if a.task is None and len(names) > 1:
+        raise InputError(f"The bundle has several tasks; name one with --task: {', '.join(names)}.")
+    task = bundle.taxonomy.task(a.task or names[0])
+    if a.data.is_dir():
+        splits = read_task_folder(a.data).splits
+        if a.split not in splits:
+            raise InputError(f"{a.data} has no split '{a.split}'; it has {', '.join(sorted(splits))}.")
+        examples = splits[a.split]
+    else:
+        examples = read_examples(a.data, text_column=a.text_column, label_column=a.label_column, task=task.name)
+    check_labels(task, examples)
+    split = tokenize(task, examples, bundle.tokenizer, min(a.max_length or bundle.max_length, bundle.max_length))
+    logits_NL = bundle.predictor().logits(split.ids)[:, bundle.taxonomy.slice_of(task.name)]
+    title = f"{task.name}, {a.data.name}, {bundle.precision}"
+    metrics = measure(task, logits_NL, split.targets_NL, bundle.calibration[task.name], title=title, results=a.out)
+    _print_metrics(metrics, split.truncated)
+    if a.out is not None:
+        print(f"Report and pictures: {a.out}")
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeArguments:
+    """
+    Attributes:
+      bundle: a float32 bundle.
+      out: a new folder for the INT8 one.
+    """
+
+    bundle: tyro.conf.Positional[Path]
+    out: Path
+
+
+def quantize(argv: Sequence[str]) -> None:
+    """Turn a float32 bundle into an INT8 one."""
+    from classer.model.bundle import load_bundle, save_bundle
+    from classer.model.bundle import quantize as to_int8
+
+    a = _parse(QuantizeArguments, argv, "classer quantize", quantize.__doc__)
+    before = load_bundle(a.bundle)
+    after = save_bundle(to_int8(before), a.out)
+    old, new = (sum(weights.nbytes for weights in bundle.weights.values()) for bundle in (before, after))
+    print(f"{a.out}: INT8, version {after.version}, weights {new / 1e6:.1f} MB ({new / old:.3f} of float32).")
+
+
+@dataclasses.dataclass(frozen=True)
+class InfoArguments:
+    """
+    Attributes:
+      bundle: the bundle to describe.
+    """
+
+    bundle: tyro.conf.Positional[Path]
+
+
+def info(argv: Sequence[str]) -> None:
+    """Check a bundle and say what is in it."""
+    from classer.model.bundle import load_bundle
+
+    bundle = load_bundle(_parse(InfoArguments, argv, "classer info", info.__doc__).bundle)
+    encoder = bundle.encoder
+    parameters = sum(value.size for name, value in bundle.weights.items() if not name.endswith("_scale"))
+    print(f"{bundle.path}: whole, {bundle.precision}, version {bundle.version}")
+    print(
+        f"  encoder: {encoder.num_layers} layers, {encoder.d_model} wide, {encoder.num_heads} heads, "
+        f"{parameters / 1e6:.1f} M parameters; texts are read up to {bundle.max_length} tokens"
+    )
+    for task in bundle.taxonomy.tasks:
+        calibration = bundle.calibration[task.name]
+        print(
+            f"  task '{task.name}': {task.kind}, {len(task.labels)} labels, temperature {calibration.temperature:.3f}"
+        )
+        for i, name in enumerate(task.label_names):
+            threshold = f"  from {calibration.thresholds[i]:.3f}" if calibration.thresholds else ""
+            print(f"    {name}{threshold}")
+
+
+def _print_metrics(metrics: Metrics, truncated: int) -> None:
+    print(f"{metrics.n:,} examples, {truncated:,} of them cut to the maximum length")
+    print(
+        f"accuracy {metrics.accuracy:.2%} · macro-F1 {metrics.macro_f1:.3f} · micro-F1 {metrics.micro_f1:.3f}", end=" "
+    )
+    print(f"· expected calibration error {metrics.ece:.3f}")
+    worst = sorted((label for label in metrics.labels if label.support), key=lambda label: label.f1)[:5]
+    for label in worst:
+        print(f"  F1 {label.f1:.3f} (precision {label.precision:.3f}, recall {label.recall:.3f})  {label.name}")
+
+
+def _parse(kind: type, argv: Sequence[str], prog: str, doc: str | None, fields: str | None = None) -> Any:
+    if fields is not None:
+        kind.__doc__ = fields
+    return tyro.cli(kind, prog=prog, args=list(argv), description=doc)
+
+
+def _take_preset(argv: list[str]) -> tuple[str | None, list[str]]:
+    """Splits `--preset NAME` or `--preset=NAME` off."""
+    for i, argument in enumerate(argv):
+        if argument == "--preset":
+            if i + 1 == len(argv):
+                raise InputError(f"--preset needs a name: {', '.join(preset_names())}.")
+            return argv[i + 1], argv[:i] + argv[i + 2 :]
+        if argument.startswith("--preset="):
+            return argument.removeprefix("--preset="), argv[:i] + argv[i + 1 :]
+    return None, argv
+
+
+def _load_preset(name: str) -> Recipe:
+    if name not in preset_names():
+        raise InputError(f"There is no preset '{name}'; there are: {', '.join(preset_names())}.")
+    return importlib.import_module(f"classer.train.presets.{name}").RECIPE
+
+
+def _path(bundle: Any) -> Path:
+    return bundle.path

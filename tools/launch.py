@@ -1,0 +1,14 @@
+"""Launches training jobs: `python tools/launch.py --preset banking77 --data FOLDER --out runs/banking77`.
+
+Takes what `classer train` takes and runs the same job.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from classer.tools.cli import main, use_huge_pages
+
+if __name__ == "__main__":
+    use_huge_pages()
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -1,0 +1,10 @@
+"""Banking77: 77 intents of bank customers, from MiniLM-L6 (22.7M parameters).
+
+    classer train --preset banking77 --data FOLDER --out runs/banking77
+
+FOLDER holds the official split (10,003 / 3,080) as task.json, train.jsonl and test.jsonl.
+"""
+
+from ..config import Recipe
+
+RECIPE = Recipe(max_length=64, epochs=12, learning_rate=1e-4, dropout=0.1, dev_fraction=0.05)
