@@ -7,7 +7,7 @@ PYTHON := $(shell for p in python3.11 python3; do \
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow check format proto clean
+.PHONY: help quickstart test test-slow check format proto bench clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ format: .venv/.stamp-dev ## format the code and mend what lint can mend
 
 proto: .venv/.stamp-dev ## make the Python files of serve/proto/classifier.proto anew
 	$(BIN)/python -m classer.serve.proto.generate
+
+bench: .venv/.stamp-dev ## fine-tuning speed beside PyTorch; DATA names a folder with task.json
+	$(BIN)/python tools/bench_finetune.py --data $(or $(DATA),../shared/datasets/banking77)
 
 clean: ## remove .venv, caches and build outputs; runs/ stays
 	rm -rf .venv .pyright .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -82,7 +82,7 @@ def fit(
         class_weights_L=balanced_class_weights(task.kind, train.targets_NL) if balanced else None,
         seed=recipe.seed,
     )
-    state = init_state(_initial_params(model, weights, recipe.seed), optimizer)
+    state = init_state(initial_params(model, weights, recipe.seed), optimizer)
     iterator = iter(batches)
     predictor = Predictor(encoder, len(task.labels), flatten(state.params), "float32", recipe.compute_dtype)
     progress = Progress(0, iterator.get_state(), -1.0, -1.0, 0, 0)
@@ -119,7 +119,7 @@ def fit(
     return Fitted(flatten(jax.device_get(best_state.params)), progress.best_score, best_epoch, progress.epoch)
 
 
-def _initial_params(model: TextClassifier, weights: Weights, seed: int) -> Any:
+def initial_params(model: TextClassifier, weights: Weights, seed: int) -> Any:
     """The pretrained encoder under a head of initial values."""
     tokens_BS, lengths_B = jnp.zeros((1, 8), jnp.int32), jnp.ones((1,), jnp.int32)
     rngs = {"params": jax.random.key(seed), "dropout": jax.random.key(seed)}
