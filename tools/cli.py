@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -27,31 +29,57 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv = sys.argv[1:]
         if argv[:1] == ["train"]:
             use_huge_pages()
-    argv = list(argv)
+    return run(dispatch, argv)
+
+
+def dispatch(argv: Sequence[str]) -> None:
+    """Hands the arguments over to the command that the first of them names.
+
+    Raises:
+      InputError: there is no such command.
+    """
     if argv[:1] == ["--version"]:
         print(f"classer {__version__}")
-        return 0
-    if not argv or argv[0] in ("-h", "--help"):
+    elif not argv or argv[0] in ("-h", "--help"):
         print(_usage())
-        return 0
-    command = COMMANDS.get(argv[0])
-    if command is None:
-        print(f"classer: error: there is no command '{argv[0]}'. There are: {', '.join(COMMANDS)}.", file=sys.stderr)
-        return 2
-    return run(command, argv[1:])
+    elif argv[0] in COMMANDS:
+        COMMANDS[argv[0]](argv[1:])
+    else:
+        raise InputError(f"There is no command '{argv[0]}'. There are: {', '.join(COMMANDS)}.")
 
 
 def run(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     """Calls a command and turns its errors into an exit code."""
+    # gRPC's core would print its own account of a port in use before our sentence.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Line by line, so that in a file our lines and those on stderr stand in their order; and a terminal that lacks
+        # a character gets its code instead of a traceback.
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
-        command(argv)
+        try:
+            command(list(argv))
+        finally:
+            sys.stdout.flush()  # here, where a reader that left can be caught
     except (InputError, ClasserError) as e:
-        print(f"classer: error: {e}", file=sys.stderr)
-        return 2
+        return _fail(str(e))
+    except BrokenPipeError:
+        # Who read the output wants no more of it (`| head`). What is left in the buffer goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as e:
+        if e.filename is None:
+            raise
+        return _fail(f"{e.filename}: {e.strerror}.")
     except KeyboardInterrupt:
         print("classer: stopped.", file=sys.stderr)
-        return 130
+        return 128 + signal.SIGINT
     return 0
+
+
+def _fail(sentence: str) -> int:
+    print(f"classer: error: {sentence}", file=sys.stderr)
+    return 2
 
 
 def use_huge_pages() -> None:

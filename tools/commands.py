@@ -9,9 +9,11 @@ import dataclasses
 import importlib
 import json
 import pkgutil
+import shlex
 import sys
+import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,16 +26,19 @@ if TYPE_CHECKING:
     from classer.train.metrics import Metrics
     from classer.train.run import TrainResult
 
+BundleArgument = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="BUNDLE")]
+
 
 def train(argv: Sequence[str]) -> None:
     """Train a classifier on labelled texts; leaves a bundle to serve in OUT/bundle."""
     job = parse_job(argv, prog="classer train")
+    _check_can_make(job.out)
     from classer.train.run import train as run_job
 
     started = time.monotonic()
     result = run_job(job)
     print_result(result, time.monotonic() - started)
-    print(f"\nServe it:  classer serve {job.out / 'bundle'}")
+    print(f"\nServe it:  classer serve {shlex.quote(str(job.out / 'bundle'))}")
     print('Ask it:    classer classify "some text" --server localhost:50051')
 
 
@@ -85,10 +90,13 @@ def serve(argv: Sequence[str]) -> None:
 
     @dataclasses.dataclass(frozen=True)
     class Arguments(ServeConfig):
-        bundle: tyro.conf.Positional[Path]
+        bundle: BundleArgument
 
     arguments = _parse(Arguments, argv, "classer serve", serve.__doc__, ServeConfig.__doc__)
     run_server(ServeConfig(**dataclasses.asdict(arguments)))
+
+
+MAX_TIMEOUT = 86_400
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,31 +104,43 @@ class ClassifyArguments:
     """
     Attributes:
       texts: the texts; none means one text a line from standard input.
-      server: address of a running `classer serve`.
+      server: address of a running `classer serve`, HOST:PORT.
       task: name of the task; needed only if the model has several.
-      top_k: how many labels to show of each text.
+      top_k: how many labels to show of each text; chosen ones are shown in any case.
       timeout: seconds to wait for each answer.
       json: print one JSON object a text.
     """
 
-    texts: tyro.conf.Positional[tuple[str, ...]] = ()
+    texts: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[TEXT …]")] = ()
     server: str = "localhost:50051"
     task: str | None = None
     top_k: int = 3
     timeout: float = 10.0
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
+    def __post_init__(self) -> None:
+        if ":" not in self.server:
+            raise InputError(f"--server is '{self.server}'; an address is HOST:PORT, such as localhost:50051.")
+        if self.top_k < 1:
+            raise InputError(f"--top-k is {self.top_k}; at least 1 label is shown.")
+        if not 0 < self.timeout <= MAX_TIMEOUT:
+            raise InputError(f"--timeout is {self.timeout:g}; give seconds, above 0 and at most {MAX_TIMEOUT:,}.")
+
 
 def classify(argv: Sequence[str]) -> None:
     """Ask a running server which labels a text has."""
-    from classer.serve.client import Client
-
     arguments: ClassifyArguments = _parse(ClassifyArguments, argv, "classer classify", classify.__doc__)
-    texts: Iterable[str] = arguments.texts or (line.rstrip("\n") for line in sys.stdin)
+    from classer.serve.client import Client
+    from classer.serve.errors import InvalidRequest
+
+    texts: Iterable[str] = arguments.texts or _lines_of_stdin()
     with Client(arguments.server) as client:
-        for text in texts:
+        for number, text in enumerate(texts, start=1):
             started = time.perf_counter()
-            answer = client.classify(text, arguments.task, top_k=arguments.top_k, timeout=arguments.timeout)
+            try:
+                answer = client.classify(text, arguments.task, top_k=arguments.top_k, timeout=arguments.timeout)
+            except InvalidRequest as e:
+                raise InvalidRequest(f"Text {number}: {e}") from None
             milliseconds = (time.perf_counter() - started) * 1e3
             if arguments.json:
                 print(json.dumps({**dataclasses.asdict(answer), "milliseconds": round(milliseconds, 2)}))
@@ -129,6 +149,18 @@ def classify(argv: Sequence[str]) -> None:
                 print(f"{'→' if label.chosen else ' '} {label.score:7.2%}  {label.name}")
             cut = ", cut to them" if answer.truncated else ""
             print(f"  {answer.tokens} tokens{cut}, {milliseconds:.1f} ms, model {answer.model_version}")
+
+
+def _lines_of_stdin() -> Iterator[str]:
+    if sys.stdin.isatty():
+        print("Type texts, one a line; Ctrl-D ends.", file=sys.stderr)
+    for number, line in enumerate(sys.stdin.buffer, start=1):
+        try:
+            yield line.decode().rstrip("\r\n")
+        except UnicodeDecodeError as e:
+            raise InputError(
+                f"Standard input, line {number}: byte 0x{line[e.start]:02x} at its position {e.start} is not UTF-8."
+            ) from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +177,7 @@ class EvaluateArguments:
       max_length: tokens that a text is cut to; by default what the bundle was trained with.
     """
 
-    bundle: tyro.conf.Positional[Path]
+    bundle: BundleArgument
     data: Path
     split: str = "test"
     task: str | None = None
@@ -162,13 +194,16 @@ def evaluate(argv: Sequence[str]) -> None:
     from classer.train.evaluation import measure, tokenize
 
     a = _parse(EvaluateArguments, argv, "classer evaluate", evaluate.__doc__)
-    if a.out is not None and a.out.exists():
-        raise InputError(f"{a.out} exists already; name a new folder with --out.")
+    if a.out is not None:
+        _check_can_make(a.out, new=True)
     bundle = load_bundle(a.bundle)
     names = [task.name for task in bundle.taxonomy.tasks]
     if a.task is None and len(names) > 1:
         raise InputError(f"The bundle has several tasks; name one with --task: {', '.join(names)}.")
-    task = bundle.taxonomy.task(a.task or names[0])
+    task = bundle.taxonomy.task(names[0] if a.task is None else a.task)
+    max_length = bundle.max_length if a.max_length is None else a.max_length
+    if not 2 <= max_length <= bundle.max_length:
+        raise InputError(f"--max-length is {max_length}; this bundle reads 2 to {bundle.max_length} tokens.")
     if a.data.is_dir():
         splits = read_task_folder(a.data).splits
         if a.split not in splits:
@@ -177,7 +212,7 @@ def evaluate(argv: Sequence[str]) -> None:
     else:
         examples = read_examples(a.data, text_column=a.text_column, label_column=a.label_column, task=task.name)
     check_labels(task, examples)
-    split = tokenize(task, examples, bundle.tokenizer, min(a.max_length or bundle.max_length, bundle.max_length))
+    split = tokenize(task, examples, bundle.tokenizer, max_length)
     logits_NL = bundle.predictor().logits(split.ids)[:, bundle.taxonomy.slice_of(task.name)]
     title = f"{task.name}, {a.data.name}, {bundle.precision}"
     metrics = measure(task, logits_NL, split.targets_NL, bundle.calibration[task.name], title=title, results=a.out)
@@ -194,7 +229,7 @@ class QuantizeArguments:
       out: a new folder for the INT8 one.
     """
 
-    bundle: tyro.conf.Positional[Path]
+    bundle: BundleArgument
     out: Path
 
 
@@ -204,6 +239,7 @@ def quantize(argv: Sequence[str]) -> None:
     from classer.model.bundle import quantize as to_int8
 
     a = _parse(QuantizeArguments, argv, "classer quantize", quantize.__doc__)
+    _check_can_make(a.out, new=True)
     before = load_bundle(a.bundle)
     after = save_bundle(to_int8(before), a.out)
     old, new = (sum(weights.nbytes for weights in bundle.weights.values()) for bundle in (before, after))
@@ -217,7 +253,7 @@ class InfoArguments:
       bundle: the bundle to describe.
     """
 
-    bundle: tyro.conf.Positional[Path]
+    bundle: BundleArgument
 
 
 def info(argv: Sequence[str]) -> None:
@@ -257,6 +293,21 @@ def _parse(kind: type, argv: Sequence[str], prog: str, doc: str | None, fields: 
     if fields is not None:
         kind.__doc__ = fields
     return tyro.cli(kind, prog=prog, args=list(argv), description=doc)
+
+
+def _check_can_make(folder: Path, *, new: bool = False) -> None:
+    """Raises InputError where no folder of that name can be made, before the work that is to go into it is done."""
+    if new and folder.exists():
+        raise InputError(f"{folder} exists already and was not touched; name a new folder with --out.")
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise InputError(f"--out is {folder}, but {nearest} is a file; name a folder that can be made.")
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as e:
+        reason = (e.strerror or str(e)).lower()
+        raise InputError(f"--out is {folder}, but nothing can be written in {nearest}: {reason}.") from None
 
 
 def _take_preset(argv: list[str]) -> tuple[str | None, list[str]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ..data.errors import InputError
@@ -48,7 +49,8 @@ def load_dataset(job: TrainJob, say: Callable[[str], object]) -> Dataset:
     else:
         name = job.data.name.split(".")[0]
         given["train"] = _read(job, job.data, name)
-        task, said = infer_task(name, given["train"])
+        with _naming(job.data):
+            task, said = infer_task(name, given["train"])
         say(said)
     for split, file in (("dev", job.dev), ("test", job.test)):
         if file is not None:
@@ -56,11 +58,13 @@ def load_dataset(job: TrainJob, say: Callable[[str], object]) -> Dataset:
             check_labels(task, given[split])
 
     train = given["train"]
-    _check_trainable(task, train)
+    with _naming(job.data):
+        _check_trainable(task, train)
     if "dev" in given:
         dev = given["dev"]
     else:
-        train, dev = stratified_split(train, job.recipe.dev_fraction, job.recipe.seed)
+        with _naming(job.data):
+            train, dev = stratified_split(train, job.recipe.dev_fraction, job.recipe.seed)
         say(f"Set {len(dev):,} of {len(given['train']):,} training examples aside for development.")
     test = given.get("test", [])
     say(f"Examples: {len(train):,} to train on, {len(dev):,} for development, {len(test):,} to test.")
@@ -72,6 +76,15 @@ def load_dataset(job: TrainJob, say: Callable[[str], object]) -> Dataset:
 
 def _read(job: TrainJob, file: Path, task: str) -> list[Example]:
     return read_examples(file, text_column=job.text_column, label_column=job.label_column, task=task)
+
+
+@contextlib.contextmanager
+def _naming(data: Path) -> Iterator[None]:
+    """Puts the file or folder before the errors of what sees its examples only."""
+    try:
+        yield
+    except InputError as e:
+        raise InputError(f"{data}: {e}") from None
 
 
 def _check_trainable(task: Task, train: Sequence[Example]) -> None:
