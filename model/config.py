@@ -39,6 +39,10 @@ class EncoderConfig:
     norm_eps: float = 1e-12
 
     def __post_init__(self) -> None:
+        for name in ("vocab_size", "num_layers", "d_model", "num_heads", "d_ff", "max_positions", "num_segments"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"{name} must be a whole number of at least 1; it is {value!r}.")
         if self.d_model % self.num_heads:
             raise InputError(f"d_model ({self.d_model}) must be a multiple of num_heads ({self.num_heads}).")
 

@@ -106,6 +106,8 @@ def load_encoder(folder: Path) -> tuple[EncoderConfig, Weights]:
         raw = json.loads(config_file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise InputError(f"{config_file} cannot be read as JSON: {_first_line(e)}") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{config_file} is no JSON object with an encoder's fields.")
     if (kind := raw.get("model_type")) != "bert":
         raise InputError(f"{config_file}: model_type is '{kind}'; encoders of type 'bert' can be loaded.")
     if (activation := raw.get("hidden_act")) != "gelu":
@@ -125,6 +127,8 @@ def load_encoder(folder: Path) -> tuple[EncoderConfig, Weights]:
         )
     except KeyError as e:
         raise InputError(f"{config_file} has no field {e}.") from None
+    except InputError as e:
+        raise InputError(f"{config_file}: {e}") from None
     weights_file = folder / "model.safetensors"
     try:
         theirs = load_file(weights_file)

@@ -1,4 +1,4 @@
-"""What tests of several rooms share: real data sets and a real pretrained encoder."""
+"""What tests of several rooms share: real data sets, a real pretrained encoder, and tiny ones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from classer.data.errors import InputError
+from classer.model.bundle import Bundle
 from classer.model.pretrained import fetch_encoder
+from classer.tests.helpers import make_bundle, write_encoder
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +30,15 @@ def minilm() -> Path:
         return fetch_encoder()
     except InputError as e:
         pytest.skip(f"skipped: {e}")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A float32 bundle, not saved, of a tiny encoder with random weights."""
+    return make_bundle(tmp_path_factory.mktemp("tiny_bundle"))
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny random encoder in Hugging Face's layout; not to be written to."""
+    return write_encoder(tmp_path_factory.mktemp("tiny_encoder"))

@@ -9,69 +9,21 @@ from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-import jax
-import jax.numpy as jnp
 import pytest
 
-from classer.data.taxonomy import Label, Task, TaskKind, Taxonomy
-from classer.data.tokenizer import WordPieceTokenizer
 from classer.model.bundle import Bundle, save_bundle
-from classer.model.classifier import TextClassifier
-from classer.model.config import EncoderConfig
-from classer.model.decode import Calibration
-from classer.model.quantize import flatten
 from classer.serve.server import ServeConfig, Server
 
 T = TypeVar("T")
 TIMEOUT = 60.0
-VOCAB = [
-    "[PAD]",
-    "[UNK]",
-    "[CLS]",
-    "[SEP]",
-    ".",
-    "?",
-    "my",
-    "card",
-    "has",
-    "not",
-    "arrived",
-    "where",
-    "is",
-    "the",
-    "money",
-]
-TAXONOMY = Taxonomy(
-    (
-        Task("topic", TaskKind.MULTICLASS, tuple(Label(f"topic {i}") for i in range(7))),
-        Task("tags", TaskKind.MULTILABEL, (Label("urgent"), Label("angry"), Label("spam"))),
-    )
-)
 
 
 @pytest.fixture(scope="session")
-def bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle_path(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Bundle) -> Path:
     """A bundle of a tiny encoder with random weights, that reads 48 tokens and answers two tasks."""
-    folder = tmp_path_factory.mktemp("serve")
-    (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in VOCAB))
-    config = EncoderConfig(len(VOCAB), num_layers=2, d_model=32, num_heads=2, d_ff=64, max_positions=48)
-    model = TextClassifier(config, TAXONOMY.num_labels)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32), jnp.ones((1,), jnp.int32))["params"]
-    weights = flatten(params)
-    weights["head.kernel"] = 20 * weights["head.kernel"]  # else all texts look alike to it
-    bundle = Bundle(
-        encoder=config,
-        taxonomy=TAXONOMY,
-        tokenizer=WordPieceTokenizer(folder / "vocab.txt"),
-        weights=weights,
-        precision="float32",
-        calibration={"topic": Calibration(1.5), "tags": Calibration(0.8, (0.3, 0.5, 0.7))},
-        golden_texts=("my card has not arrived",),
-        card="A test's bundle.",
-        max_length=48,
-    )
-    save_bundle(bundle, folder / "bundle")
-    return folder / "bundle"
+    path = tmp_path_factory.mktemp("serve") / "bundle"
+    save_bundle(tiny_bundle, path)
+    return path
 
 
 class Running:

@@ -1,0 +1,106 @@
+"""What tests of several rooms make: a tiny classifier, and a tiny pretrained encoder with toy texts for it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from classer.data.taxonomy import Label, Task, TaskKind, Taxonomy
+from classer.data.tokenizer import WordPieceTokenizer
+from classer.model.bundle import Bundle
+from classer.model.classifier import TextClassifier
+from classer.model.config import EncoderConfig
+from classer.model.decode import Calibration
+from classer.model.quantize import flatten
+
+SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+TOPICS = {
+    "food": ("bread", "cheese", "soup", "apple"),
+    "sport": ("goal", "match", "team", "race"),
+    "weather": ("rain", "storm", "snow", "wind"),
+}
+FILLERS = ("the", "is", "a", "my", "has", "not", "where", ".", "?")
+VOCAB = [*SPECIALS, *FILLERS, "card", "arrived", "money", *(word for words in TOPICS.values() for word in words)]
+TAXONOMY = Taxonomy(
+    (
+        Task("topic", TaskKind.MULTICLASS, tuple(Label(f"topic {i}") for i in range(7))),
+        Task("tags", TaskKind.MULTILABEL, (Label("urgent"), Label("angry"), Label("spam"))),
+    )
+)
+
+
+def make_bundle(folder: Path) -> Bundle:
+    """A float32 bundle, not saved, of a tiny encoder with random weights that reads 48 tokens and answers two tasks."""
+    (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in VOCAB))
+    config = EncoderConfig(len(VOCAB), num_layers=2, d_model=32, num_heads=2, d_ff=64, max_positions=48)
+    model = TextClassifier(config, TAXONOMY.num_labels)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32), jnp.ones((1,), jnp.int32))["params"]
+    weights = flatten(params)
+    weights["head.kernel"] = 20 * weights["head.kernel"]  # else all texts look alike to it
+    return Bundle(
+        encoder=config,
+        taxonomy=TAXONOMY,
+        tokenizer=WordPieceTokenizer(folder / "vocab.txt"),
+        weights=weights,
+        precision="float32",
+        calibration={"topic": Calibration(1.5), "tags": Calibration(0.8, (0.3, 0.5, 0.7))},
+        golden_texts=("my card has not arrived",),
+        card="A test's bundle.",
+        max_length=48,
+    )
+
+
+def write_encoder(folder: Path, *, seed: int = 0, **sizes: int | float) -> Path:
+    """Writes a random encoder in Hugging Face's layout, by `transformers` itself, with a licence; every weight differs.
+
+    `sizes` are fields of `transformers.BertConfig`.
+    """
+    import torch
+    import transformers
+
+    defaults = {
+        "vocab_size": len(VOCAB),
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "max_position_embeddings": 48,
+    }
+    torch.manual_seed(seed)
+    model = transformers.BertModel(transformers.BertConfig(**(defaults | sizes)))
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            # Biases and norms begin at 0 and 1, which would hide one that is taken for another.
+            noise = torch.randn(value.shape) * 0.1
+            value.copy_(1 + noise if name.endswith("LayerNorm.weight") else noise)
+    model.save_pretrained(folder)
+    (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in VOCAB))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": True}))
+    (folder / "LICENSE").write_text("A licence.\n")
+    return folder
+
+
+def toy_text(labels: Sequence[str], rng: np.random.Generator) -> str:
+    """A text with one word of each label among three to six others."""
+    words = [str(rng.choice(TOPICS[label])) for label in labels]
+    words += [str(word) for word in rng.choice(FILLERS, size=rng.integers(3, 7))]
+    rng.shuffle(words)
+    return " ".join(words)
+
+
+def write_toy_data(file: Path, kind: TaskKind, count: int, *, seed: int = 0) -> Path:
+    """Writes `count` toy examples of a kind of task as JSONL; labels follow from single words."""
+    rng = np.random.default_rng(seed)
+    names = list(TOPICS)[:2] if kind is TaskKind.BINARY else list(TOPICS)
+    with file.open("w") as out:
+        for i in range(count):
+            labels = [names[i % len(names)]] if kind.exclusive else [name for name in names if rng.random() < 0.4]
+            row = {"text": toy_text(labels, rng)}
+            row |= {"label": labels[0]} if kind.exclusive else {"labels": labels}
+            out.write(json.dumps(row) + "\n")
+    return file
