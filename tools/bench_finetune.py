@@ -4,8 +4,8 @@
 
 Both sides fine-tune the same pretrained encoder with mean pooling and a linear head: bfloat16 activations over float32
 parameters (PyTorch: CPU autocast), AdamW (PyTorch: fused), gradients clipped by their global norm, the same dropout
-after embeddings and sublayers. They take turns of a few steps, so that a noisy machine is as noisy for both; quote the ratio.
-Both profit from glibc's huge pages, which `classer train` asks for; `--no-huge-pages` measures without.
+after embeddings and sublayers. They take turns of a few steps, so that a noisy machine is as noisy for both; quote the
+ratio. Both profit from glibc's huge pages, which `classer train` asks for; `--no-huge-pages` measures without.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from .config import Recipe
 from .evaluation import TokenizedSplit, measure
 from .losses import balanced_class_weights
 from .metrics import Metrics
+from .probe import probe_head
 from .runlog import RunLog
 from .step import TrainState, init_state, learning_rate_schedule, make_optimizer, make_train_step
 
@@ -82,13 +83,16 @@ def fit(
         class_weights_L=balanced_class_weights(task.kind, train.targets_NL) if balanced else None,
         seed=recipe.seed,
     )
-    state = init_state(initial_params(model, weights, recipe.seed), optimizer)
     iterator = iter(batches)
-    predictor = Predictor(encoder, len(task.labels), flatten(state.params), "float32", recipe.compute_dtype)
     progress = Progress(0, iterator.get_state(), -1.0, -1.0, 0, 0)
 
     with Checkpoints(out / "checkpoints") as checkpoints:
-        if (last := checkpoints.latest_step) is not None:
+        last = checkpoints.latest_step
+        if last is None and task.kind.exclusive:
+            weights = weights | probe_head(recipe, task, encoder, weights, train, dev)
+        state = init_state(initial_params(model, weights, recipe.seed), optimizer)
+        predictor = Predictor(encoder, len(task.labels), flatten(state.params), "float32", recipe.compute_dtype)
+        if last is not None:
             state, progress = checkpoints.restore(state, last)
             iterator.set_state(progress.data)
         with RunLog(out, num_steps, start_step=int(state.step)) as log:
