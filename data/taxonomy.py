@@ -132,4 +132,7 @@ class Taxonomy:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], *, source: str) -> Taxonomy:
+        """Reads what `to_json` wrote; `source` names the file in errors (InputError)."""
+        if not isinstance(data, Mapping) or not isinstance(data.get("tasks"), list):
+            raise InputError(f"{source}: the taxonomy has no list 'tasks'.")
         return cls(tasks=tuple(Task.from_json(task, source=source) for task in data["tasks"]))

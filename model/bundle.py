@@ -1,6 +1,6 @@
 """Bundles: what is deployed. A directory of safetensors and JSON, checked in full when it is loaded.
 
-bundle.json          format version, precision, and the size and SHA-256 of every other file
+bundle.json          format version, precision, the size and SHA-256 of every other file, and a hash of all this
 encoder.json         the encoder's config
 taxonomy.json        tasks and labels, in the order of the logits
 calibration.json     temperature and thresholds of each task
@@ -60,7 +60,7 @@ class Bundle:
       golden_texts: a few texts, whose probabilities are stored and checked at every load.
       card: the model card, Markdown.
       licences: files to keep beside the weights.
-      version: a short hash of the content; empty before it is saved.
+      version: a short hash of the content, which the manifest repeats; empty before it is saved.
       path: the folder; None before it is saved.
     """
 
@@ -104,35 +104,46 @@ def save_bundle(bundle: Bundle, path: Path) -> Bundle:
         raise InputError(f"{path} exists already; a bundle is written to a new folder.")
     staging = path.with_name(path.name + ".part")
     shutil.rmtree(staging, ignore_errors=True)
-    (staging / "tokenizer").mkdir(parents=True)
-    save_file({name: np.ascontiguousarray(value) for name, value in bundle.weights.items()}, staging / _WEIGHTS)
-    bundle.tokenizer.save(staging / "tokenizer")
-    _write_json(staging / "encoder.json", bundle.encoder.to_json())
-    _write_json(staging / "taxonomy.json", bundle.taxonomy.to_json())
-    _write_json(staging / "calibration.json", {name: c.to_json() for name, c in bundle.calibration.items()})
+    try:
+        (staging / "tokenizer").mkdir(parents=True)
+        version = _write_files(bundle, staging)
+        staging.rename(path)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return dataclasses.replace(bundle, version=version, path=path)
+
+
+def _write_files(bundle: Bundle, folder: Path) -> str:
+    """Writes all of a bundle's files, the manifest last, and returns its version."""
+    save_file({name: np.ascontiguousarray(value) for name, value in bundle.weights.items()}, folder / _WEIGHTS)
+    bundle.tokenizer.save(folder / "tokenizer")
+    _write_json(folder / "encoder.json", bundle.encoder.to_json())
+    _write_json(folder / "taxonomy.json", bundle.taxonomy.to_json())
+    _write_json(folder / "calibration.json", {name: c.to_json() for name, c in bundle.calibration.items()})
     golden = [
         {"text": text, "probabilities": rows}
         for text, rows in zip(bundle.golden_texts, _golden_probabilities(bundle), strict=True)
     ]
-    _write_json(staging / "golden.json", golden)
-    (staging / "README.md").write_text(bundle.card, encoding="utf-8")
+    _write_json(folder / "golden.json", golden)
+    (folder / "README.md").write_text(bundle.card, encoding="utf-8")
     for licence in bundle.licences:
-        shutil.copyfile(licence, staging / licence.name)
+        shutil.copyfile(licence, folder / licence.name)
 
-    files = sorted(file for file in staging.rglob("*") if file.is_file())
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
     manifest = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "precision": bundle.precision,
         "max_length": bundle.max_length,
         "files": {
-            file.relative_to(staging).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+            file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
             for file in files
         },
     }
-    _write_json(staging / MANIFEST, manifest)
-    staging.rename(path)
-    return dataclasses.replace(bundle, version=_version(manifest), path=path)
+    manifest["version"] = _version(manifest)
+    _write_json(folder / MANIFEST, manifest)
+    return manifest["version"]
 
 
 def load_bundle(path: Path) -> Bundle:
@@ -147,29 +158,29 @@ def load_bundle(path: Path) -> Bundle:
     precision: Precision = manifest["precision"]
     encoder = EncoderConfig.from_json(_read_json(path / "encoder.json"), source=str(path / "encoder.json"))
     taxonomy = Taxonomy.from_json(_read_json(path / "taxonomy.json"), source=str(path / "taxonomy.json"))
-    calibration_file = path / "calibration.json"
-    calibration = {
-        name: Calibration.from_json(data, source=str(calibration_file))
-        for name, data in _read_json(calibration_file).items()
-    }
+    if manifest["max_length"] > encoder.max_positions:
+        raise InputError(
+            f"{path / MANIFEST}: max_length is {manifest['max_length']}, but the encoder has only "
+            f"{encoder.max_positions} positions."
+        )
     try:
         weights = load_file(path / _WEIGHTS)
     except (OSError, SafetensorError) as e:
         raise InputError(f"{path / _WEIGHTS} cannot be read: {e}") from None
     _check_weights(weights, encoder, taxonomy, precision, path / _WEIGHTS)
-    golden = _read_json(path / "golden.json")
+    golden = _read_golden(path / "golden.json", taxonomy)
     bundle = Bundle(
         encoder=encoder,
         taxonomy=taxonomy,
         tokenizer=WordPieceTokenizer.from_folder(path / "tokenizer"),
         weights=weights,
         precision=precision,
-        calibration=calibration,
+        calibration=_read_calibration(path / "calibration.json", taxonomy),
         max_length=manifest["max_length"],
         golden_texts=tuple(row["text"] for row in golden),
         card=(path / "README.md").read_text(encoding="utf-8"),
         licences=tuple(path / name for name in _LICENCES if (path / name).is_file()),
-        version=_version(manifest),
+        version=manifest["version"],
         path=path,
     )
     _check_golden(bundle, golden, path)
@@ -208,11 +219,16 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             f"{path} has bundle format {version}; this Classer reads up to {FORMAT_VERSION}. "
             "Upgrade Classer to load it."
         )
+    if manifest.get("version") != _version(manifest):
+        raise InputError(f"{path} is damaged or was changed: {MANIFEST} is not as it was written.")
     for field, kind in (("files", dict), ("precision", str), ("max_length", int)):
         if not isinstance(manifest.get(field), kind):
             raise InputError(f"{path / MANIFEST}: the field '{field}' is missing or is not a {kind.__name__}.")
     if manifest["precision"] not in GOLDEN_TOLERANCE:
-        raise InputError(f"{path / MANIFEST}: precision '{manifest['precision']}' is none of those known.")
+        raise InputError(
+            f"{path / MANIFEST}: precision '{manifest['precision']}' is none of those known "
+            f"({', '.join(GOLDEN_TOLERANCE)})."
+        )
     if missing := sorted(_NEEDED - manifest["files"].keys()):
         raise InputError(f"{path / MANIFEST} lists no file '{missing[0]}'; the bundle is incomplete.")
     return manifest
@@ -229,10 +245,12 @@ _NEEDED = {
 }
 
 
-def _check_file(path: Path, name: str, expected: Mapping[str, Any]) -> None:
+def _check_file(path: Path, name: str, expected: Any) -> None:
     file = path / name
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise InputError(f"{path / MANIFEST} names a file outside the bundle.")
+    if not isinstance(expected, dict) or not expected.keys() >= {"bytes", "sha256"}:
+        raise InputError(f"{path / MANIFEST} gives no size and SHA-256 of {name}.")
     if not file.is_file():
         raise InputError(f"{path} is damaged: {name} is missing.")
     size = file.stat().st_size
@@ -249,18 +267,55 @@ def _check_weights(
     model = TextClassifier(encoder, taxonomy.num_labels)
     init = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32), jnp.ones((1,), jnp.int32))
     expected = {
-        ".".join(str(key.key) for key in path): value.shape
+        ".".join(str(key.key) for key in path): (value.shape, "float32")
         for path, value in jax.tree_util.tree_leaves_with_path(init["params"])
     }
     if precision == "int8":
-        quantised = [name for name in expected if name.startswith("encoder.") and name.endswith((".kernel", ".table"))]
-        scale_axis = {name: -1 if name.endswith(".kernel") else 0 for name in quantised}
-        expected |= {f"{name}_scale": (expected[name][axis],) for name, axis in scale_axis.items()}
-    for name, shape in expected.items():
+        for name, (shape, _) in list(expected.items()):
+            if name.startswith("encoder.") and name.endswith((".kernel", ".table")):
+                axis = -1 if name.endswith(".kernel") else 0
+                expected[name] = (shape, "int8")
+                expected[f"{name}_scale"] = ((shape[axis],), "float32")
+    for name, (shape, dtype) in expected.items():
         if name not in weights:
             raise InputError(f"{source} has no tensor '{name}'.")
         if weights[name].shape != shape:
             raise InputError(f"{source}: '{name}' has shape {weights[name].shape}; the config says {shape}.")
+        if weights[name].dtype != dtype:
+            raise InputError(
+                f"{source}: '{name}' is {weights[name].dtype}; in a bundle of precision {precision} it is {dtype}."
+            )
+    if unknown := sorted(weights.keys() - expected.keys()):
+        raise InputError(f"{source} has a tensor '{unknown[0]}', which a model of precision {precision} has not.")
+
+
+def _read_calibration(file: Path, taxonomy: Taxonomy) -> dict[str, Calibration]:
+    """By task name, for every task of the taxonomy."""
+    data = _read_json(file)
+    calibration = {}
+    for task in taxonomy.tasks:
+        if not isinstance(data, dict) or task.name not in data:
+            raise InputError(f"{file} has no calibration of the task '{task.name}'.")
+        fitted = calibration[task.name] = Calibration.from_json(data[task.name], source=str(file))
+        given, needed = fitted.thresholds, len(task.labels)
+        if given is not None and len(given) != needed:
+            raise InputError(f"{file}: the task '{task.name}' has {needed} labels, but {len(given)} thresholds.")
+    return calibration
+
+
+def _read_golden(file: Path, taxonomy: Taxonomy) -> list[dict[str, Any]]:
+    golden = _read_json(file)
+    widths = {task.name: len(task.labels) for task in taxonomy.tasks}
+    try:
+        fits = all(
+            isinstance(row["text"], str) and {name: len(p) for name, p in row["probabilities"].items()} == widths
+            for row in golden
+        )
+    except (TypeError, KeyError, AttributeError):
+        fits = False
+    if not fits:
+        raise InputError(f"{file} must hold texts, each with one probability for every label of the taxonomy.")
+    return golden
 
 
 def _golden_probabilities(bundle: Bundle) -> list[dict[str, list[float]]]:
@@ -287,7 +342,9 @@ def _check_golden(bundle: Bundle, golden: list[dict[str, Any]], path: Path) -> N
 
 
 def _version(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:12]
+    """A hash of the manifest's other fields, and through its checksums of every file."""
+    fields = {name: value for name, value in manifest.items() if name != "version"}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _write_json(file: Path, data: Any) -> None:

@@ -10,7 +10,10 @@ those into what the Linen modules read.
 
 from __future__ import annotations
 
+import collections
 import enum
+import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -72,13 +75,9 @@ def convert(model: nn.Module, weights: Weights) -> Weights:
     """
     tokens_BS, lengths_B = jnp.zeros((1, 8), jnp.int32), jnp.full((1,), 8, jnp.int32)
     # AQT quantises weights as it sees them pass by, and asks for an RNG even where it rounds to nearest.
-    _, written = model.apply(
-        jax.device_put(variables(weights, "float32")),
-        tokens_BS,
-        lengths_B,
-        mutable=[_AQT],
-        rngs={"params": jax.random.key(0)},
-    )
+    apply = jax.jit(functools.partial(model.apply, mutable=[_AQT]))
+    rngs = {"params": jax.random.key(0)}
+    _, written = apply(jax.device_put(variables(weights, "float32")), tokens_BS, lengths_B, rngs=rngs)
     converted = dict(weights)
     for name, value in flatten(written[_AQT]).items():
         layer, _, part = name.rpartition(f".{_AQT}.qrhs.")
@@ -89,6 +88,34 @@ def convert(model: nn.Module, weights: Weights) -> Weights:
     for name in [name for name in weights if name.endswith(".table")]:
         converted[name], converted[f"{name}_scale"] = _quantize_rows(weights[name])
     return converted
+
+
+def count_products(hlo: str) -> collections.Counter[str]:
+    """What the matrix products of a compiled program take and give, such as {"s8×s8→s32": 24, "f32×f32→f32": 13}.
+
+    Args:
+      hlo: optimised HLO (`Program.as_text`). Products are its `dot`s, also within fusions, and its calls of matrix
+        libraries. An operand counts as what enters the product itself: int8 weights that are converted to floats
+        before it are floats.
+    """
+    types: dict[str, str] = {}
+    counts: collections.Counter[str] = collections.Counter()
+    for line in hlo.splitlines():
+        if (found := _INSTRUCTION.match(line)) is None:
+            continue
+        name, result, operation, operands = found.groups()
+        types[name] = result
+        if operation == "dot" or (operation == "custom-call" and _MATMUL_CALL.search(line)):
+            # Some versions of XLA write an operand's type before its name.
+            lhs, rhs = [types[operand] for operand in _OPERAND.findall(operands)[:2]]
+            counts[f"{lhs}×{rhs}→{result}"] += 1
+    return counts
+
+
+# "  ROOT %dot.1 = s32[32,64]{1,0} dot(%a, %b), …" → name, element type (a tuple's first), operation, operands
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = \(?(\w+)\[[^ ]* (?:[^(]*\) )?([\w-]+)\(([^)]*)\)")
+_MATMUL_CALL = re.compile(r'custom_call_target="[^"]*(?:gemm|matmul)', re.IGNORECASE)
+_OPERAND = re.compile(r"%?([A-Za-z_][\w.-]*)(?=,|$)")
 
 
 def variables(weights: Weights, precision: Precision) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +56,7 @@ def make_bundle(folder: Path) -> Bundle:
     )
 
 
-def write_encoder(folder: Path, *, seed: int = 0, **sizes: int | float) -> Path:
+def write_encoder(folder: Path, *, seed: int = 0, **sizes: Any) -> Path:
     """Writes a random encoder in Hugging Face's layout, by `transformers` itself, with a licence; every weight differs.
 
     `sizes` are fields of `transformers.BertConfig`.
@@ -63,7 +64,7 @@ def write_encoder(folder: Path, *, seed: int = 0, **sizes: int | float) -> Path:
     import torch
     import transformers
 
-    defaults = {
+    defaults: dict[str, Any] = {
         "vocab_size": len(VOCAB),
         "hidden_size": 32,
         "num_hidden_layers": 2,

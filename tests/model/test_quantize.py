@@ -1,0 +1,150 @@
+"""INT8: what the weights become, what the compiled program multiplies, and how far the answers move."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from classer.data.errors import InputError
+from classer.data.taxonomy import Label, Task, TaskKind, Taxonomy
+from classer.data.tokenizer import WordPieceTokenizer
+from classer.model.bundle import Bundle, quantize, save_bundle
+from classer.model.decode import Calibration
+from classer.model.pretrained import load_encoder
+from classer.model.quantize import Weights, count_products
+
+TEXTS = ("my card has not arrived", "", "rain , storm and snow", "where is the money ?")
+UP, TABLE = "encoder.layer_0.feed_forward.up.kernel", "encoder.embeddings.token.table"
+FOUR_PRODUCTS_A_LAYER = 4  # qkv, out, up, down
+
+
+@pytest.fixture(scope="module")
+def float_bundle(tiny_bundle: Bundle) -> Bundle:
+    """The tiny bundle with a column of a kernel and a row of a table all zero, for which no scale can be found."""
+    weights = {name: value.copy() for name, value in tiny_bundle.weights.items()}
+    weights[UP][:, 3] = 0
+    weights[TABLE][2] = 0
+    return dataclasses.replace(tiny_bundle, weights=weights)
+
+
+@pytest.fixture(scope="module")
+def int8_bundle(float_bundle: Bundle) -> Bundle:
+    return quantize(float_bundle)
+
+
+def assert_within_half_a_step(floats: Weights, ints: Weights) -> None:
+    """int8 × scale gives each float back within half a scale, and each scale fits its largest value."""
+    for name, value in floats.items():
+        if not (name.startswith("encoder.") and name.endswith((".kernel", ".table"))):
+            np.testing.assert_array_equal(ints[name], value, err_msg=name)
+            continue
+        assert ints[name].dtype == np.int8, name
+        scale = ints[f"{name}_scale"]
+        axis = 0 if name.endswith(".kernel") else 1  # the axis that shares one scale
+        scale = np.expand_dims(scale, axis)
+        error = np.abs(ints[name] * scale - value)
+        assert (error <= 0.5 * scale * (1 + 1e-3)).all(), name
+        uses_the_range = np.abs(ints[name]).max(axis=axis) >= 126
+        assert (uses_the_range | ~value.any(axis=axis)).all(), name
+
+
+def test_int8_weights_give_the_floats_back_within_half_a_step(float_bundle: Bundle, int8_bundle: Bundle) -> None:
+    assert_within_half_a_step(float_bundle.weights, int8_bundle.weights)
+    kernels = [name for name, value in int8_bundle.weights.items() if value.dtype == np.int8]
+    assert len(kernels) == FOUR_PRODUCTS_A_LAYER * float_bundle.encoder.num_layers + 3
+
+
+def test_a_column_and_a_row_of_zeros_stay_zeros(int8_bundle: Bundle) -> None:
+    assert not int8_bundle.weights[UP][:, 3].any()
+    assert not int8_bundle.weights[TABLE][2].any()
+    assert np.isfinite(logits(int8_bundle)).all()
+
+
+def logits(bundle: Bundle) -> np.ndarray:
+    return bundle.predictor().logits(bundle.tokenizer.encode(TEXTS, 16).ids, batch_size=4)
+
+
+def test_int8_logits_are_near_float_ones_but_not_equal(float_bundle: Bundle, int8_bundle: Bundle) -> None:
+    float_NL, int8_NL = logits(float_bundle), logits(int8_bundle)
+    difference = np.abs(float_NL - int8_NL).max()
+    assert 0 < difference < 0.05 * np.abs(float_NL).max()
+
+
+def test_int8_rows_depend_neither_on_their_batch_nor_on_the_bucket(int8_bundle: Bundle) -> None:
+    ids = int8_bundle.tokenizer.encode(TEXTS, 16).ids
+    predictor = int8_bundle.predictor()
+    alone_NL = np.concatenate([predictor.logits([row], batch_size=1) for row in ids])
+    np.testing.assert_allclose(predictor.logits(ids, batch_size=8, buckets=(48,)), alone_NL, atol=1e-5)
+
+
+def test_an_int8_bundle_is_not_quantised_again(int8_bundle: Bundle) -> None:
+    with pytest.raises(InputError, match="is INT8 already; quantise a float32 bundle"):
+        quantize(int8_bundle)
+
+
+def test_the_int8_program_multiplies_int8_and_the_float_program_does_not(
+    float_bundle: Bundle, int8_bundle: Bundle
+) -> None:
+    int8 = count_products(int8_bundle.predictor().compile(4, 16).as_text())
+    floats = count_products(float_bundle.predictor().compile(4, 16).as_text())
+    layers = float_bundle.encoder.num_layers
+    assert int8["s8×s8→s32"] == FOUR_PRODUCTS_A_LAYER * layers
+    # Left in float: attention's two products in each layer, and the head.
+    assert int8["f32×f32→f32"] == 2 * layers + 1
+    assert int8.total() == floats.total() == 6 * layers + 1
+    assert floats["s8×s8→s32"] == 0
+
+
+@pytest.mark.parametrize("wide", [jnp.float32, jnp.int32])
+def test_a_program_that_widens_int8_before_the_product_is_not_counted_as_int8(wide) -> None:
+    def product(lhs, rhs):
+        return jax.lax.dot(lhs.astype(wide), rhs.astype(wide), preferred_element_type=wide)
+
+    int8 = jax.ShapeDtypeStruct((32, 32), jnp.int8)
+    counts = count_products(jax.jit(product).lower(int8, int8).compile().as_text() or "")
+    assert counts.total() == 1
+    assert counts["s8×s8→s32"] == 0
+
+
+def test_products_in_calls_of_matrix_libraries_are_counted() -> None:
+    hlo = """
+  %p.0 = s8[32,64]{1,0} parameter(0)
+  %p.1 = s8[64,32]{0,1} parameter(1)
+  %p.2 = bf16[64,32]{0,1} parameter(2)
+  %gemm.1 = (s32[32,32]{1,0}, s8[4096]{0}) custom-call(%p.0, %p.1), custom_call_target="__cublas$gemm"
+  ROOT %gemm.2 = f32[32,32]{1,0} custom-call(bf16[64,32]{0,1} %p.2, bf16[64,32]{0,1} %p.2), \
+custom_call_target="__cublas$lt$matmul"
+  %sort = s32[32]{0} custom-call(%p.0, %p.1), custom_call_target="sort"
+"""
+    assert count_products(hlo) == {"s8×s8→s32": 1, "bf16×bf16→f32": 1}
+
+
+def test_minilm_in_int8_is_at_most_three_tenths_of_its_float_size(minilm: Path, tmp_path: Path) -> None:
+    config, weights = load_encoder(minilm)
+    task = Task("intent", TaskKind.MULTICLASS, tuple(Label(f"label {i}") for i in range(77)))
+    rng = np.random.default_rng(0)
+    head = {"head.kernel": rng.normal(size=(config.d_model, 77)), "head.bias": np.zeros(77)}
+    bundle = Bundle(
+        encoder=config,
+        taxonomy=Taxonomy((task,)),
+        tokenizer=WordPieceTokenizer.from_folder(minilm),
+        weights=weights | {name: value.astype(np.float32) for name, value in head.items()},
+        precision="float32",
+        calibration={"intent": Calibration()},
+        max_length=64,
+        golden_texts=("My card has not arrived.",),
+        card="",
+    )
+    int8 = quantize(bundle)
+    assert_within_half_a_step(bundle.weights, int8.weights)
+    sizes = []
+    for precision, saved in (("float32", bundle), ("int8", int8)):
+        path = tmp_path / precision
+        save_bundle(saved, path)
+        sizes.append(sum(file.stat().st_size for file in path.rglob("*") if file.is_file()))
+    assert sizes[1] <= 0.30 * sizes[0]
