@@ -91,6 +91,7 @@ class Attention(nn.Module):
 
     config: EncoderConfig
     quantization: Quantization
+    dropout: float
 
     @nn.compact
     def __call__(self, x_ND: jax.Array, mask_BS: jax.Array) -> jax.Array:
@@ -103,6 +104,7 @@ class Attention(nn.Module):
         scores_BHST = jnp.einsum("BHSK,BHTK->BHST", query, key, preferred_element_type=jnp.float32)
         bias_B11T = jnp.where(mask_BS, 0.0, MASKED_SCORE)[:, None, None, :]
         weights_BHST = jax.nn.softmax(scores_BHST * c.head_dim**-0.5 + bias_B11T, axis=-1).astype(x_ND.dtype)
+        weights_BHST = nn.Dropout(self.dropout, deterministic=self.dropout == 0.0)(weights_BHST)
         mixed_BHSK = jnp.einsum("BHST,BHTK->BHSK", weights_BHST, value, preferred_element_type=jnp.float32)
 
         mixed_ND = mixed_BHSK.astype(x_ND.dtype).transpose(0, 2, 1, 3).reshape(B * S, c.d_model)
@@ -131,7 +133,7 @@ class EncoderLayer(nn.Module):
     def __call__(self, x_ND: jax.Array, mask_BS: jax.Array) -> jax.Array:
         c = self.config
         dropout = nn.Dropout(self.dropout, deterministic=self.dropout == 0.0)
-        x_ND += dropout(Attention(c, self.quantization, name="attention")(x_ND, mask_BS))
+        x_ND += dropout(Attention(c, self.quantization, self.dropout, name="attention")(x_ND, mask_BS))
         x_ND = LayerNorm(c.norm_eps, name="attention_norm")(x_ND)
         x_ND += dropout(FeedForward(c, self.quantization, name="feed_forward")(x_ND))
         return LayerNorm(c.norm_eps, name="feed_forward_norm")(x_ND)
@@ -144,7 +146,7 @@ class Encoder(nn.Module):
       config: the shape.
       dtype: what activations are computed in; parameters are float32 (or int8) whatever it says.
       quantization: see `quantize.Quantization`.
-      dropout: rate after embeddings and sublayers; 0 when not training. Needs the RNG stream `dropout`.
+      dropout: rate on embeddings, attention weights and sublayers; 0 when not training. Needs the RNG stream `dropout`.
     """
 
     config: EncoderConfig

@@ -4,8 +4,9 @@
 
 Both sides fine-tune the same pretrained encoder with mean pooling and a linear head: bfloat16 activations over float32
 parameters (PyTorch: CPU autocast), AdamW (PyTorch: fused), gradients clipped by their global norm, the same dropout
-after embeddings and sublayers. They take turns of a few steps, so that a noisy machine is as noisy for both; quote the
-ratio. Both profit from glibc's huge pages, which `classer train` asks for; `--no-huge-pages` measures without.
+on embeddings, attention weights and sublayers. They take turns of a few steps, so that a noisy machine is as noisy for
+both; quote the ratio. Both profit from glibc's huge pages, which `classer train` asks for; `--no-huge-pages` measures
+without.
 """
 
 from __future__ import annotations
@@ -137,7 +138,10 @@ def torch_side(arguments: Arguments, folder: Path, task: Task) -> Callable[[Batc
     recipe = Recipe()
     torch.set_num_threads(arguments.threads)
     encoder = transformers.AutoModel.from_pretrained(
-        folder, hidden_dropout_prob=arguments.dropout, attention_probs_dropout_prob=0.0, add_pooling_layer=False
+        folder,
+        hidden_dropout_prob=arguments.dropout,
+        attention_probs_dropout_prob=arguments.dropout,
+        add_pooling_layer=False,
     ).train()
     head = torch.nn.Linear(encoder.config.hidden_size, len(task.labels))
     parameters = [*encoder.parameters(), *head.parameters()]

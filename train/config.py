@@ -26,7 +26,7 @@ class Recipe:
       max_grad_norm: gradients of a larger global norm are scaled down to it.
       label_smoothing: probability mass that single-label targets spread over all labels.
       class_weights: `balanced` weighs each label by the inverse of its frequency; of a multilabel task, where it holds.
-      dropout: rate after embeddings and sublayers.
+      dropout: rate on embeddings, attention weights and sublayers.
       compute_dtype: of activations and products; parameters, sums and the optimiser are float32.
       dev_fraction: share of the training examples set aside for development where no dev examples are given.
       patience: epochs without a better dev score after which training stops early; 0 never stops early.
@@ -57,6 +57,7 @@ class Recipe:
             ("learning_rate", 0, None),
             ("warmup", 0, 1),
             ("weight_decay", 0, None),
+            ("max_grad_norm", 1e-6, None),
             ("label_smoothing", 0, 1),
             ("dropout", 0, 0.9),
             ("dev_fraction", 0.001, 0.9),
@@ -64,7 +65,7 @@ class Recipe:
             ("seed", 0, None),
         ):
             value = getattr(self, name)
-            if value < low or (high is not None and value > high):
+            if not value >= low or (high is not None and value > high):  # also when NaN
                 bounds = f"at least {low}" if high is None else f"between {low} and {high}"
                 raise InputError(f"{name} must be {bounds}; it is {value}.")
 
