@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..data.errors import InputError
 from ..data.pipeline import TrainBatches
 from ..data.taxonomy import Task
 from ..model.classifier import TextClassifier
@@ -61,6 +63,9 @@ def fit(
 
     Returns:
       The weights of the epoch with the best dev score: accuracy, or micro-F1 of a multilabel task.
+
+    Raises:
+      InputError: the loss became NaN or infinite; the checkpoints in `out` are of other examples or another seed.
     """
     batches = TrainBatches(
         train.ids,
@@ -138,8 +143,13 @@ def _train_epoch(train_step, state: TrainState, iterator, num_steps: int, schedu
 
     def report() -> None:
         if pending is not None:
-            loss, tokens = pending
-            log.step(step, loss(), tokens, float(schedule(step - 1)))
+            loss, tokens = pending[0](), pending[1]
+            log.step(step, loss, tokens, float(schedule(step - 1)))
+            if not math.isfinite(loss):
+                raise InputError(
+                    f"The loss of step {step} is {loss}: training diverged, and no weights of it are of use. "
+                    "Begin a new run with a lower learning_rate."
+                )
 
     for _ in range(num_steps - step % num_steps):
         batch = next(iterator)

@@ -1,0 +1,219 @@
+"""The loop: it learns, goes on after a stop as if there had been none, and keeps the best epoch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from classer.data.errors import InputError
+from classer.data.taxonomy import Label, Task, TaskKind
+from classer.model.config import EncoderConfig
+from classer.model.pretrained import load_encoder
+from classer.model.quantize import Weights, flatten
+from classer.train import loop
+from classer.train.config import Recipe
+from classer.train.evaluation import TokenizedSplit
+from classer.train.loop import Fitted, fit
+from classer.train.metrics import Metrics
+from classer.train.runlog import RunLog
+
+MULTICLASS = Task("toy", TaskKind.MULTICLASS, tuple(Label(name) for name in "abc"))
+BINARY = Task("toy", TaskKind.BINARY, tuple(Label(name) for name in "ab"))
+MULTILABEL = Task("toy", TaskKind.MULTILABEL, tuple(Label(name) for name in "abc"))
+RECIPE = Recipe(
+    epochs=4, batch_size=8, learning_rate=3e-3, dropout=0.2, patience=0, compute_dtype="float32", label_smoothing=0.0
+)
+FIRST_WORD = 4  # ids below are special tokens
+CLS, SEP = 2, 3
+
+
+def toy_split(task: Task, count: int, seed: int) -> TokenizedSplit:
+    """Texts of three to twenty words, of which one a label is the label's own (its id follows from the label)."""
+    rng = np.random.default_rng(seed)
+    num_labels = len(task.labels)
+    targets_NL = np.zeros((count, num_labels), np.float32)
+    ids = []
+    for row in range(count):
+        labels = [row % num_labels] if task.kind.exclusive else np.flatnonzero(rng.random(num_labels) < 0.4)
+        targets_NL[row, labels] = 1
+        words = rng.integers(FIRST_WORD + num_labels, 20, rng.integers(3, 10)).tolist()
+        words += [FIRST_WORD + int(label) for label in labels]
+        rng.shuffle(words)
+        ids.append(np.array([CLS, *words, SEP], np.int32))
+    return TokenizedSplit(ids, targets_NL, truncated=0)
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_encoder: Path) -> tuple[EncoderConfig, Weights]:
+    return load_encoder(tiny_encoder)
+
+
+def run(encoder, out: Path, recipe: Recipe = RECIPE, task: Task = MULTICLASS, *, count: int = 45) -> Fitted:
+    train, dev = toy_split(task, count, seed=0), toy_split(task, 20, seed=1)
+    return fit(recipe, task, *encoder, train, dev, pad_id=0, out=out)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(encoder, tmp_path_factory: pytest.TempPathFactory) -> Fitted:
+    """With dropout, and without early stopping."""
+    return run(encoder, tmp_path_factory.mktemp("uninterrupted"))
+
+
+def assert_same(one: Fitted, other: Fitted) -> None:
+    """Bit for bit."""
+    assert dataclasses.replace(one, weights={}) == dataclasses.replace(other, weights={})
+    assert one.weights.keys() == other.weights.keys()
+    for name, value in one.weights.items():
+        np.testing.assert_array_equal(value, other.weights[name], err_msg=name, strict=True)
+
+
+def differ(one: Fitted, other: Fitted) -> bool:
+    return any((value != other.weights[name]).any() for name, value in one.weights.items())
+
+
+@pytest.mark.parametrize("task", [MULTICLASS, BINARY, MULTILABEL], ids=["multiclass", "binary", "multilabel"])
+def test_a_tiny_encoder_learns_a_toy_task(encoder, tmp_path: Path, task: Task) -> None:
+    recipe = dataclasses.replace(RECIPE, epochs=8, dropout=0.0, learning_rate=1e-2)
+    fitted = run(encoder, tmp_path, recipe, task, count=150)
+    assert fitted.best_score >= 0.95
+    losses = [record["loss"] for record in log_of(tmp_path) if "loss" in record]
+    assert len(losses) == 8 * 19
+    assert np.mean(losses[-19:]) < 0.5 * np.mean(losses[:5])
+
+
+def log_of(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """Makes the log raise after `steps` steps of this process, as a Ctrl-C between them would."""
+    log_step, seen = RunLog.step, 0
+
+    def step(self: RunLog, *arguments: Any) -> None:
+        nonlocal seen
+        seen += 1
+        if seen > steps:
+            raise Stopped
+        log_step(self, *arguments)
+
+    monkeypatch.setattr(RunLog, "step", step)
+
+
+@pytest.mark.parametrize("stops", [(3,), (6, 9)], ids=["in the first epoch", "in the second and in the fourth"])
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(
+    encoder, tmp_path: Path, monkeypatch, uninterrupted: Fitted, stops: tuple[int, ...]
+) -> None:
+    for steps in stops:
+        with monkeypatch.context() as patched:
+            stop_after(patched, steps)
+            with pytest.raises(Stopped):
+                run(encoder, tmp_path)
+    assert_same(run(encoder, tmp_path), uninterrupted)
+    steps_logged = [record["step"] for record in log_of(tmp_path) if "loss" in record]
+    assert steps_logged == list(range(1, 4 * 6 + 1)), "each step stands once in the log"
+
+
+def test_going_on_with_a_finished_run_gives_it_again(encoder, tmp_path: Path, uninterrupted: Fitted) -> None:
+    assert_same(run(encoder, tmp_path), uninterrupted)
+    assert_same(run(encoder, tmp_path), uninterrupted)
+
+
+def test_the_seed_and_dropout_change_the_outcome(encoder, tmp_path: Path, uninterrupted: Fitted) -> None:
+    for change in ({"seed": 1}, {"dropout": 0.0}):
+        other = run(encoder, tmp_path / str(change), dataclasses.replace(RECIPE, **change))
+        assert differ(other, uninterrupted), change
+
+
+def test_going_on_with_other_examples_is_refused(encoder, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(RECIPE, epochs=1)
+    run(encoder, tmp_path, recipe)
+    with pytest.raises(InputError, match="was taken with other examples, labels, tokens, seed or batch size"):
+        run(encoder, tmp_path, recipe, count=46)
+
+
+def scripted_scores(monkeypatch: pytest.MonkeyPatch, *scores: float) -> list[Weights]:
+    """Makes the dev scores of the epochs to come these; notes the weights of each epoch."""
+    seen: list[Weights] = []
+    evaluate = loop._evaluate
+
+    def scripted(predictor, task, state, dev) -> Metrics:
+        metrics = evaluate(predictor, task, state, dev)
+        seen.append({name: value.copy() for name, value in flatten(state.params).items()})
+        return dataclasses.replace(metrics, accuracy=scores[len(seen) - 1])
+
+    monkeypatch.setattr(loop, "_evaluate", scripted)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("scores", "patience", "best", "epochs"),
+    [
+        ((0.5, 0.7, 0.6, 0.7), 0, 2, 4),  # of equals the first
+        ((0.5, 0.7, 0.6, 0.8), 2, 4, 4),
+        ((0.5, 0.7, 0.6, 0.7), 2, 2, 4),
+        ((0.7, 0.6, 0.5, 0.9), 2, 1, 3),
+        ((0.0, 0.0, 0.0, 0.0), 1, 1, 2),
+    ],
+)
+def test_the_best_epoch_is_kept_and_patience_ends_the_run(
+    encoder, tmp_path: Path, monkeypatch, capsys, scores, patience: int, best: int, epochs: int
+) -> None:
+    seen = scripted_scores(monkeypatch, *scores)
+    fitted = run(encoder, tmp_path, dataclasses.replace(RECIPE, patience=patience))
+    assert (fitted.best_epoch, fitted.epochs, fitted.best_score) == (best, epochs, max(scores[:epochs]))
+    assert len(seen) == epochs
+    for name, value in seen[best - 1].items():
+        np.testing.assert_array_equal(fitted.weights[name], value)
+    assert ("Stopped early" in capsys.readouterr().err) == (epochs < 4)
+
+
+def test_early_stopping_counts_on_after_a_stop(encoder, tmp_path: Path, monkeypatch) -> None:
+    recipe = dataclasses.replace(RECIPE, patience=2)
+    with monkeypatch.context() as patched:
+        scripted_scores(patched, 0.7, 0.6)
+        stop_after(patched, 2 * 6 + 3)
+        with pytest.raises(Stopped):
+            run(encoder, tmp_path, recipe)
+    scripted_scores(monkeypatch, 0.5)
+    fitted = run(encoder, tmp_path, recipe)
+    assert (fitted.best_epoch, fitted.epochs, fitted.best_score) == (1, 3, 0.7)
+
+
+def test_only_the_last_and_the_best_checkpoint_are_kept(encoder, tmp_path: Path, monkeypatch) -> None:
+    scripted_scores(monkeypatch, 0.5, 0.7, 0.6, 0.65)
+    run(encoder, tmp_path)
+    steps = sorted(int(folder.name) for folder in (tmp_path / "checkpoints").iterdir() if folder.name.isdigit())
+    assert steps == [2 * 6, 4 * 6]
+
+
+def test_the_pretrained_weights_stay_as_they_are(encoder, tmp_path: Path) -> None:
+    before = {name: value.copy() for name, value in encoder[1].items()}
+    run(encoder, tmp_path, dataclasses.replace(RECIPE, epochs=1))
+    for name, value in encoder[1].items():
+        np.testing.assert_array_equal(value, before[name])
+
+
+def test_a_run_that_diverges_says_so(encoder, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"The loss of step \d+ is nan: training diverged.* lower learning_rate"):
+        run(encoder, tmp_path, dataclasses.replace(RECIPE, learning_rate=1e30, warmup=0.0))
+
+
+def test_class_weights_are_used_where_asked_for(encoder, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(RECIPE, epochs=1)
+    train, dev = toy_split(MULTICLASS, 45, 0), toy_split(MULTICLASS, 20, 1)
+    rare = TokenizedSplit(train.ids[:31], train.targets_NL[:31], 0)
+    rare.targets_NL[:24] = [1, 0, 0]  # labels of unequal frequency
+    plain, balanced = (
+        fit(dataclasses.replace(recipe, class_weights=w), MULTICLASS, *encoder, rare, dev, pad_id=0, out=tmp_path / w)
+        for w in ("none", "balanced")
+    )
+    assert differ(plain, balanced)

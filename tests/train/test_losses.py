@@ -1,0 +1,107 @@
+"""The losses against NumPy formulas."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from classer.data.taxonomy import TaskKind
+from classer.train.losses import balanced_class_weights, classification_loss
+
+RNG = np.random.default_rng(0)
+LOGITS_BL = RNG.normal(0, 3, (5, 4)).astype(np.float32)
+ONE_HOT_BL = np.eye(4, dtype=np.float32)[[2, 0, 3, 2, 1]]
+MULTI_HOT_BL = np.array([[1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 0, 0], [0, 0, 0, 1]], np.float32)
+CLASS_WEIGHTS_L = np.array([0.5, 1.0, 2.0, 4.0], np.float32)
+ALL_B = np.ones(5, np.float32)
+
+
+def loss(kind: TaskKind, logits_BL, targets_BL, weights_B=ALL_B, **options) -> float:
+    arrays = [jnp.asarray(x) for x in (logits_BL, targets_BL, weights_B)]
+    return float(classification_loss(kind, *arrays, **options))
+
+
+def softmax_losses(smoothing: float = 0.0) -> np.ndarray:
+    """(B,) in float64."""
+    logits_BL = LOGITS_BL.astype(np.float64)
+    log_probs_BL = logits_BL - np.log(np.exp(logits_BL).sum(axis=1, keepdims=True))
+    targets_BL = (1 - smoothing) * ONE_HOT_BL + smoothing / 4
+    return -(targets_BL * log_probs_BL).sum(axis=1)
+
+
+def sigmoid_losses(positive_weights_L=1.0) -> np.ndarray:
+    """(B,) in float64."""
+    probs_BL = 1 / (1 + np.exp(-LOGITS_BL.astype(np.float64)))
+    losses_BL = -np.where(MULTI_HOT_BL == 1, positive_weights_L * np.log(probs_BL), np.log(1 - probs_BL))
+    return losses_BL.mean(axis=1)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_multiclass_is_the_cross_entropy_of_the_smoothed_softmax(smoothing: float) -> None:
+    got = loss(TaskKind.MULTICLASS, LOGITS_BL, ONE_HOT_BL, label_smoothing=smoothing)
+    assert got == pytest.approx(softmax_losses(smoothing).mean(), rel=1e-5)
+
+
+def test_binary_is_the_same_over_two_labels() -> None:
+    logits_BL, targets_BL = LOGITS_BL[:, :2], np.eye(2, dtype=np.float32)[[0, 1, 1, 0, 1]]
+    margin_B = (logits_BL * (2 * targets_BL - 1)).sum(axis=1).astype(np.float64)
+    assert loss(TaskKind.BINARY, logits_BL, targets_BL) == pytest.approx(np.log1p(np.exp(-margin_B)).mean(), rel=1e-5)
+
+
+def test_multilabel_is_the_mean_of_the_sigmoids_cross_entropies_and_not_smoothed() -> None:
+    expected = sigmoid_losses().mean()
+    assert loss(TaskKind.MULTILABEL, LOGITS_BL, MULTI_HOT_BL) == pytest.approx(expected, rel=1e-5)
+    assert loss(TaskKind.MULTILABEL, LOGITS_BL, MULTI_HOT_BL, label_smoothing=0.1) == pytest.approx(expected, rel=1e-5)
+
+
+def test_class_weights_multiply_the_losses_of_examples_of_the_class() -> None:
+    got = loss(TaskKind.MULTICLASS, LOGITS_BL, ONE_HOT_BL, label_smoothing=0.1, class_weights_L=CLASS_WEIGHTS_L)
+    expected = softmax_losses(0.1) * np.array([2.0, 0.5, 4.0, 2.0, 1.0])
+    assert got == pytest.approx(expected.mean(), rel=1e-5)
+
+
+def test_class_weights_multiply_the_positives_of_a_multilabel_task() -> None:
+    got = loss(TaskKind.MULTILABEL, LOGITS_BL, MULTI_HOT_BL, class_weights_L=CLASS_WEIGHTS_L)
+    assert got == pytest.approx(sigmoid_losses(CLASS_WEIGHTS_L).mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets_BL"), [(TaskKind.MULTICLASS, ONE_HOT_BL), (TaskKind.MULTILABEL, MULTI_HOT_BL)]
+)
+def test_filler_rows_count_for_nothing(kind: TaskKind, targets_BL: np.ndarray) -> None:
+    def of_logits(logits_BL, targets_BL, weights_B):
+        return classification_loss(kind, logits_BL, targets_BL, weights_B, class_weights_L=jnp.asarray(CLASS_WEIGHTS_L))
+
+    value_and_gradient = jax.value_and_grad(of_logits)
+    alone, alone_BL = value_and_gradient(LOGITS_BL[:3], targets_BL[:3], ALL_B[:3])
+    padded_targets_BL = np.concatenate([targets_BL[:3], np.zeros((2, 4), np.float32)])
+    padded, padded_BL = value_and_gradient(LOGITS_BL, padded_targets_BL, np.array([1, 1, 1, 0, 0], np.float32))
+    assert float(padded) == pytest.approx(float(alone), rel=1e-6)
+    np.testing.assert_allclose(padded_BL[:3], alone_BL, rtol=1e-5)
+    assert not padded_BL[3:].any()
+
+
+@pytest.mark.parametrize("kind", [TaskKind.MULTICLASS, TaskKind.MULTILABEL])
+def test_a_batch_of_fillers_alone_and_huge_logits_are_finite(kind: TaskKind) -> None:
+    assert loss(kind, LOGITS_BL, np.zeros((5, 4), np.float32), np.zeros(5, np.float32)) == 0.0
+    huge = np.where(ONE_HOT_BL == 1, -1e6, 1e6).astype(np.float32)
+    assert 1e5 < loss(kind, huge, ONE_HOT_BL) < 1e7
+
+
+def test_balanced_weights_give_each_label_the_same_mass_and_the_mean_example_weight_one() -> None:
+    targets_NL = np.eye(4, dtype=np.float32)[[0] * 6 + [1] * 3 + [3]]  # label 2 has no example
+    weights_L = np.asarray(balanced_class_weights(TaskKind.MULTICLASS, targets_NL))
+    assert weights_L.dtype == np.float32
+    np.testing.assert_allclose(weights_L, [10 / 18, 10 / 9, 1.0, 10 / 3], rtol=1e-6)
+    mass_L = (targets_NL * weights_L).sum(axis=0)
+    np.testing.assert_allclose(mass_L, [10 / 3, 10 / 3, 0, 10 / 3], rtol=1e-6)
+    assert (targets_NL @ weights_L).mean() == pytest.approx(1.0)
+
+
+def test_balanced_weights_of_a_multilabel_task_weigh_positives_against_negatives() -> None:
+    targets_NL = np.zeros((500, 3), np.float32)
+    targets_NL[:100, 0] = 1
+    targets_NL[0, 1] = 1  # 499 negatives to one: held at 100
+    np.testing.assert_allclose(balanced_class_weights(TaskKind.MULTILABEL, targets_NL), [4.0, 100.0, 1.0])
