@@ -99,7 +99,10 @@ def read_task_folder(path: Path) -> TaskData:
         if split in files:
             raise InputError(f"{path} has two files for the split '{split}': {files[split].name} and {file.name}.")
         files[split] = file
-    for split in description.get("splits", ()):
+    named = description.get("splits", {})
+    if not isinstance(named, dict):
+        raise InputError(f"{task_file}: 'splits' must be an object from a split's name to its size.")
+    for split in named:
         if split not in files:
             raise InputError(f"{path} has no file {split}.jsonl (or {', '.join(SUFFIXES)}), which task.json names.")
     if not files:

@@ -85,8 +85,14 @@ class Task:
         except ValueError:
             kinds = ", ".join(TaskKind)
             raise InputError(f"{source}: kind '{data['kind']}' is none of those supported ({kinds}).") from None
+        entries = data.get("labels")
+        if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
+            raise InputError(f'{source}: \'labels\' must be a list of objects such as {{"name": "refund"}}.')
+        for name in (data.get("name", ""), *(entry.get("name", "") for entry in entries)):
+            if not isinstance(name, str):
+                raise InputError(f"{source}: a name must be a string, not {name!r}.")
         try:
-            labels = tuple(Label(name=label["name"], description=label.get("description")) for label in data["labels"])
+            labels = tuple(Label(name=label["name"], description=label.get("description")) for label in entries)
             return cls(name=data["name"], kind=kind, labels=labels)
         except KeyError as e:
             raise InputError(f"{source}: the task has no field {e}.") from None

@@ -230,7 +230,7 @@ def failing_tests(item: Break) -> list[str]:
             raise SystemExit(f"{item.file} no longer holds the line of '{item.name}': {item.line}")
         target.write_text(source.replace(item.line, item.broken), encoding="utf-8")
         tests = [name for name in item.tests.split() if (copy / name).exists()]
-        command = [sys.executable, "-m", "pytest", "-q", "--maxfail=3", "-p", "no:cacheprovider", "-rf", *tests]
+        command = [sys.executable, "-m", "pytest", "-q", "--maxfail=3", "-p", "no:cacheprovider", "-rfE", *tests]
         # The copy comes before the installed package.
         beside = ROOT.parent / "shared" / "datasets"
         environment = {**os.environ, "PYTHONPATH": folder, "CLASSER_DATASETS": str(beside)}
