@@ -60,6 +60,8 @@ def load_dataset(job: TrainJob, say: Callable[[str], object]) -> Dataset:
     train = given["train"]
     with _naming(job.data):
         _check_trainable(task, train)
+    for split in ("dev", "test"):
+        _check_learnt(train, given.get(split, []))
     if "dev" in given:
         dev = given["dev"]
     else:
@@ -90,8 +92,19 @@ def _naming(data: Path) -> Iterator[None]:
 def _check_trainable(task: Task, train: Sequence[Example]) -> None:
     """A task folder may name labels that no example has; a file cannot."""
     seen = {label for example in train for label in example.labels}
-    if len(seen) < (2 if task.kind.exclusive else 1):
+    if not seen:
+        raise InputError(f"None of the {len(train)} training examples of '{task.name}' has a label.")
+    if task.kind.exclusive and len(seen) < 2:
         raise InputError(
             f"All {len(train)} training examples of '{task.name}' have the same label; "
             f"a classifier needs at least two to tell apart."
         )
+
+
+def _check_learnt(train: Sequence[Example], held_out: Sequence[Example]) -> None:
+    """A label that the task names but nothing is trained on could never be answered right."""
+    seen = {label for example in train for label in example.labels}
+    for example in held_out:
+        for label in example.labels:
+            if label not in seen:
+                raise InputError(f"{example.source}: no training example has the label '{label}'.")

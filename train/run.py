@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,11 @@ def train(job: TrainJob) -> TrainResult:
             f"max_length is {job.recipe.max_length}, but the encoder has only {encoder.max_positions} positions."
         )
     tokenizer = WordPieceTokenizer.from_folder(encoder_folder)
+    if tokenizer.vocab_size > encoder.vocab_size:
+        raise InputError(
+            f"{encoder_folder}: vocab.txt has {tokenizer.vocab_size:,} tokens, but the encoder only "
+            f"{encoder.vocab_size:,}; they do not belong together."
+        )
     splits = {
         name: tokenize(dataset.task, examples, tokenizer, job.recipe.max_length)
         for name, examples in (("train", dataset.train), ("dev", dataset.dev), ("test", dataset.test))
@@ -94,6 +100,8 @@ def train(job: TrainJob) -> TrainResult:
         card="",
         licences=tuple(file for file in (encoder_folder / "LICENSE", encoder_folder / "NOTICE") if file.is_file()),
     )
+    if job.resume:  # a run that was stopped between its two bundles
+        shutil.rmtree(job.out / "bundle-float32", ignore_errors=True)
     float_bundle, float_metrics = _finish(job, dataset, splits, fitted, trained, "-float32")
     int8_bundle, int8_metrics = _finish(job, dataset, splits, fitted, quantize(trained), "")
     baseline = tfidf_svm(dataset.train, dataset.test or dataset.dev, dataset.task) if job.baseline else None
@@ -133,7 +141,10 @@ def _check_out(job: TrainJob) -> None:
 
 
 def _check_same_job(job: TrainJob) -> None:
-    before = json.loads((job.out / JOB_FILE).read_text(encoding="utf-8"))
+    try:
+        before = json.loads((job.out / JOB_FILE).read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise InputError(f"{job.out / JOB_FILE} is damaged ({e}); begin a new run.") from None
     now = _job_json(job)
     for section, values in (("recipe", now["recipe"]), ("job", now["job"])):
         for name, value in values.items():
@@ -156,7 +167,9 @@ def _job_json(job: TrainJob) -> dict[str, Any]:
 
 def _write_job(job: TrainJob) -> None:
     job.out.mkdir(parents=True, exist_ok=True)
-    (job.out / JOB_FILE).write_text(json.dumps(_job_json(job), indent=1) + "\n", encoding="utf-8")
+    whole = job.out / f"{JOB_FILE}.part"
+    whole.write_text(json.dumps(_job_json(job), indent=1) + "\n", encoding="utf-8")
+    whole.rename(job.out / JOB_FILE)
 
 
 def _model_card(job: TrainJob, dataset: Dataset, fitted: Fitted, bundle: Bundle, metrics: Metrics) -> str:

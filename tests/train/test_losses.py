@@ -31,7 +31,7 @@ def softmax_losses(smoothing: float = 0.0) -> np.ndarray:
     return -(targets_BL * log_probs_BL).sum(axis=1)
 
 
-def sigmoid_losses(positive_weights_L=1.0) -> np.ndarray:
+def sigmoid_losses(positive_weights_L: float | np.ndarray = 1.0) -> np.ndarray:
     """(B,) in float64."""
     probs_BL = 1 / (1 + np.exp(-LOGITS_BL.astype(np.float64)))
     losses_BL = -np.where(MULTI_HOT_BL == 1, positive_weights_L * np.log(probs_BL), np.log(1 - probs_BL))

@@ -128,7 +128,7 @@ def test_the_first_update_is_adams_whatever_the_clip_and_the_clip_holds_the_norm
     optimizer = make_optimizer(recipe, lambda step: recipe.learning_rate)
     params = {"w": jnp.array([[1.0, -2.0]])}
     updates, opt_state = optimizer.update({"w": jnp.array([[30.0, -40.0]])}, optimizer.init(params), params)
-    np.testing.assert_allclose(updates["w"], [[-1e-2, 1e-2]], rtol=1e-4)
+    np.testing.assert_allclose(tree_leaves(updates)[0], [[-1e-2, 1e-2]], rtol=1e-4)
     first_moment = next(leaf for leaf in tree_leaves(opt_state) if leaf.shape == (1, 2))
     np.testing.assert_allclose(first_moment, 0.1 * np.array([[0.3, -0.4]]), rtol=1e-5)  # norm 50 → 0.5
 
@@ -149,7 +149,11 @@ def test_the_loss_is_that_of_the_evaluated_model() -> None:
     step, state = make_step()
     logits_BL = jax.jit(TextClassifier(CONFIG, 3).apply)({"params": fixed_params()}, batch.tokens_BS, batch.lengths_B)
     expected = classification_loss(
-        TaskKind.MULTICLASS, logits_BL, batch.targets_BL, batch.weights_B, label_smoothing=0.05
+        TaskKind.MULTICLASS,
+        logits_BL,
+        jnp.asarray(batch.targets_BL),
+        jnp.asarray(batch.weights_B),
+        label_smoothing=0.05,
     )
     _, metrics = step(state, batch)
     assert float(metrics.loss) == pytest.approx(float(expected), rel=1e-5)
@@ -157,7 +161,7 @@ def test_the_loss_is_that_of_the_evaluated_model() -> None:
 
 def test_the_learning_rate_rises_to_its_peak_and_falls_along_a_cosine() -> None:
     schedule = learning_rate_schedule(Recipe(learning_rate=2.0, warmup=0.1), 100)
-    rates = np.array([float(schedule(step)) for step in range(101)])
+    rates = np.array([jnp.asarray(schedule(step)) for step in range(101)])
     np.testing.assert_allclose(rates[:11], 0.2 * np.arange(11), atol=1e-6)
     cosine = 1 + np.cos(np.pi * np.arange(91) / 90)
     np.testing.assert_allclose(rates[10:], cosine, atol=1e-5)
@@ -166,7 +170,7 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_along_a_cosine() -> None:
 @pytest.mark.parametrize(("warmup", "num_steps"), [(0.0, 10), (1.0, 10), (0.1, 1), (0.5, 1), (0.0, 1)])
 def test_schedules_at_the_edges_are_finite_and_train(warmup: float, num_steps: int) -> None:
     schedule = learning_rate_schedule(Recipe(learning_rate=1.0, warmup=warmup), num_steps)
-    rates = np.array([float(schedule(step)) for step in range(num_steps)])
+    rates = np.array([jnp.asarray(schedule(step)) for step in range(num_steps)])
     assert np.isfinite(rates).all()
     assert (rates >= 0).all()
     assert rates.max() > 0

@@ -1,0 +1,139 @@
+"""What a job's data are read as, what is said about them, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from classer.data.errors import InputError
+from classer.data.taxonomy import TaskKind
+from classer.tests.helpers import write_toy_data
+from classer.train.config import Recipe, TrainJob
+from classer.train.datasets import Dataset, load_dataset
+
+
+def load(data: Path, **fields: object) -> tuple[Dataset, list[str]]:
+    """The data set, and the sentences said."""
+    said: list[str] = []
+    recipe = Recipe(dev_fraction=0.2, seed=3)
+    job = TrainJob(data=data, out=data.parent / "out", recipe=recipe, **fields)  # pyright: ignore[reportArgumentType]
+    return load_dataset(job, said.append), said
+
+
+def write_rows(file: Path, *rows: tuple[str, str]) -> Path:
+    file.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows))
+    return file
+
+
+def write_folder(folder: Path, kind: str = "multiclass", labels: tuple[str, ...] = ("a", "b", "c"), **splits) -> Path:
+    folder.mkdir()
+    task = {"name": "letters", "kind": kind, "labels": [{"name": name} for name in labels]}
+    (folder / "task.json").write_text(json.dumps(task))
+    for split, rows in splits.items():
+        write_rows(folder / f"{split}.jsonl", *rows)
+    return folder
+
+
+@pytest.mark.parametrize("kind", TaskKind)
+def test_the_kind_is_found_and_a_share_set_aside_for_development(tmp_path: Path, kind: TaskKind) -> None:
+    dataset, said = load(write_toy_data(tmp_path / "tickets.jsonl", kind, 100))
+    assert (dataset.task.name, dataset.task.kind) == ("tickets", kind)
+    assert len(dataset.train) + len(dataset.dev) == 100
+    assert len(dataset.dev) == pytest.approx(20, abs=2)
+    assert dataset.measured == "dev"
+    assert any(f"a {kind} task" in sentence for sentence in said)
+    assert any(f"Set {len(dataset.dev)} of 100 training examples aside" in sentence for sentence in said)
+    assert not {example.source for example in dataset.train} & {example.source for example in dataset.dev}
+
+
+def test_the_split_follows_the_seed_alone(tmp_path: Path) -> None:
+    file = write_toy_data(tmp_path / "tickets.jsonl", TaskKind.MULTICLASS, 100)
+    assert load(file)[0] == load(file)[0]
+
+
+def test_files_for_development_and_test_are_taken_as_given(tmp_path: Path) -> None:
+    train, dev, test = (
+        write_toy_data(tmp_path / f"{name}.jsonl", TaskKind.MULTICLASS, count, seed=count)
+        for name, count in (("train", 60), ("dev", 20), ("test", 30))
+    )
+    dataset, said = load(train, dev=dev, test=test)
+    assert [len(split) for split in (dataset.train, dataset.dev, dataset.test)] == [60, 20, 30]
+    assert dataset.measured == "test"
+    assert "Examples: 60 to train on, 20 for development, 30 to test." in said
+    assert not any("aside" in sentence for sentence in said)
+
+
+def test_a_folder_brings_its_task_and_splits(tmp_path: Path) -> None:
+    rows = [(f"text {i}", "abc"[i % 3]) for i in range(12)]
+    folder = write_folder(tmp_path / "letters", train=rows, dev=[("x", "a")], test=[("y", "b"), ("z", "c")])
+    dataset, said = load(folder)
+    assert [len(split) for split in (dataset.train, dataset.dev, dataset.test)] == [12, 1, 2]
+    assert dataset.task.label_names == ("a", "b", "c")
+    assert said[0].endswith("letters: task 'letters', multiclass, 3 labels.")
+
+
+def test_a_file_given_takes_the_place_of_a_folders_split(tmp_path: Path) -> None:
+    rows = [(f"text {i}", "abc"[i % 3]) for i in range(12)]
+    folder = write_folder(tmp_path / "letters", train=rows, test=[("y", "b")])
+    test = write_rows(tmp_path / "mine.jsonl", ("mine", "c"))
+    assert [example.text for example in load(folder, test=test)[0].test] == ["mine"]
+
+
+def test_texts_that_stand_in_two_splits_are_warned_of(tmp_path: Path) -> None:
+    train = write_rows(tmp_path / "train.jsonl", *((f"text {i}", "ab"[i % 2]) for i in range(10)))
+    test = write_rows(tmp_path / "test.jsonl", ("TEXT  4", "a"), ("text 5", "a"), ("new", "b"))
+    dev = write_rows(tmp_path / "dev.jsonl", ("other", "a"))
+    _, said = load(train, dev=dev, test=test)
+    warnings = [sentence for sentence in said if sentence.startswith("Warning: ")]
+    assert len(warnings) == 1
+    assert "2 texts of test also in train" in warnings[0]
+    assert "1 of them with other labels there" in warnings[0]
+
+
+@pytest.mark.parametrize("split", ["dev", "test"])
+def test_a_label_that_train_has_not_is_refused_with_its_row(tmp_path: Path, split: str) -> None:
+    train = write_rows(tmp_path / "train.jsonl", *((f"text {i}", "ab"[i % 2]) for i in range(10)))
+    other = write_rows(tmp_path / "other.jsonl", ("x", "a"), ("y", "c"))
+    with pytest.raises(InputError, match=r"other\.jsonl, line 2: the task 'train' has no label 'c', only 'a', 'b'"):
+        load(train, **{split: other})
+
+
+def test_a_label_that_only_a_folders_test_has_is_refused_with_its_row(tmp_path: Path) -> None:
+    rows = [(f"text {i}", "ab"[i % 2]) for i in range(10)]
+    folder = write_folder(tmp_path / "letters", train=rows, test=[("y", "b"), ("z", "c")])
+    with pytest.raises(InputError, match=r"test\.jsonl, line 2: no training example has the label 'c'"):
+        load(folder)
+
+
+def test_a_label_of_a_folders_task_that_no_example_has_is_no_error(tmp_path: Path) -> None:
+    rows = [(f"text {i}", "ab"[i % 2]) for i in range(10)]
+    dataset, _ = load(write_folder(tmp_path / "letters", train=rows, test=[("y", "b")]))
+    assert dataset.task.label_names == ("a", "b", "c")
+
+
+def test_one_label_only_is_refused(tmp_path: Path) -> None:
+    rows = [(f"text {i}", "a") for i in range(10)]
+    with pytest.raises(InputError, match=r"train\.jsonl: All 10 rows have the label 'a'; .* at least two"):
+        load(write_rows(tmp_path / "train.jsonl", *rows))
+    with pytest.raises(InputError, match=r"letters: All 10 training examples of 'letters' have the same label"):
+        load(write_folder(tmp_path / "letters", train=rows))
+
+
+def test_a_multilabel_task_without_any_label_is_refused(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "letters", kind="multilabel")
+    (folder / "train.jsonl").write_text('{"text": "x", "labels": []}\n{"text": "y", "labels": []}\n')
+    with pytest.raises(InputError, match=r"None of the 2 training examples of 'letters' has a label"):
+        load(folder)
+
+
+def test_a_folder_without_a_split_to_train_on_is_refused(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "letters", test=[("y", "b")])
+    with pytest.raises(InputError, match=r"letters has no split 'train'; it has test"):
+        load(folder)
+
+
+def test_too_few_examples_to_set_any_aside_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"train\.jsonl: 2 examples of 2 labels are too few"):
+        load(write_rows(tmp_path / "train.jsonl", ("x", "a"), ("y", "b")))

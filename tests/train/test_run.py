@@ -1,0 +1,265 @@
+"""A whole run: from a file of texts and a pretrained encoder to bundles and reports; and runs that were cut off."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from classer.data.errors import InputError
+from classer.data.taxonomy import TaskKind
+from classer.model.bundle import load_bundle
+from classer.tests.helpers import write_encoder, write_toy_data
+from classer.train import run as run_module
+from classer.train.config import Recipe, TrainJob
+from classer.train.run import TrainResult, train
+
+TIMEOUT = 120.0
+
+
+def make_job(tiny_encoder: Path, folder: Path, kind: TaskKind = TaskKind.MULTICLASS, **recipe: object) -> TrainJob:
+    """Toy texts, a test file of them, and a recipe of a few epochs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    options = {"max_length": 16, "epochs": 8, "batch_size": 16, "learning_rate": 3e-3, "dropout": 0.1, **recipe}
+    return TrainJob(
+        data=write_toy_data(folder / "toy.jsonl", kind, 200),
+        test=write_toy_data(folder / "held_out.jsonl", kind, 40, seed=1),
+        out=folder / "run",
+        recipe=Recipe(encoder=str(tiny_encoder), **options),  # pyright: ignore[reportArgumentType]
+    )
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainJob, TrainResult]:
+    job = make_job(tiny_encoder, tmp_path_factory.mktemp("finished"))
+    return job, train(dataclasses.replace(job, baseline=True))
+
+
+def check_run(job: TrainJob, result: TrainResult, kind: TaskKind) -> None:
+    """What every finished run has left behind."""
+    for suffix, precision, metrics in (
+        ("", "int8", result.int8_metrics),
+        ("-float32", "float32", result.float_metrics),
+    ):
+        bundle = load_bundle(job.out / f"bundle{suffix}")
+        assert bundle.precision == precision
+        assert bundle.taxonomy.tasks[0].kind is kind
+        assert bundle.max_length == job.recipe.max_length
+        assert len(bundle.golden_texts) == 9
+        assert bundle.golden_texts[-1] == ""
+        assert [file.name for file in bundle.licences] == ["LICENSE"]
+        assert f"A {kind} classifier" in bundle.card
+        assert f"accuracy {metrics.accuracy:.2%}" in bundle.card
+        assert (bundle.calibration["toy"].thresholds is not None) == (kind is TaskKind.MULTILABEL)
+        report = json.loads((job.out / f"results{suffix}" / "metrics.json").read_text())
+        assert report["accuracy"] == pytest.approx(metrics.accuracy)
+        assert report["title"] == f"toy, test, {precision}"
+        assert (job.out / f"results{suffix}" / "report.md").is_file()
+        assert list((job.out / f"results{suffix}").glob("*.png"))
+        assert metrics.n == 40
+        assert metrics.accuracy >= 0.9
+    assert result.split == "test"
+    assert (job.out / "metrics.jsonl").is_file()
+    assert json.loads((job.out / "job.json").read_text())["recipe"] == dataclasses.asdict(job.recipe)
+    assert not list(job.out.glob("*.part"))
+
+
+def test_a_multiclass_run_leaves_bundles_and_reports(finished: tuple[TrainJob, TrainResult]) -> None:
+    job, result = finished
+    check_run(job, result, TaskKind.MULTICLASS)
+    assert result.baseline is not None
+    assert result.baseline.accuracy > 0.9
+
+
+@pytest.mark.parametrize("kind", [TaskKind.BINARY, TaskKind.MULTILABEL])
+def test_the_other_kinds_do_too(tiny_encoder: Path, tmp_path: Path, kind: TaskKind) -> None:
+    epochs = 20 if kind is TaskKind.MULTILABEL else 8
+    job = make_job(tiny_encoder, tmp_path, kind, epochs=epochs, patience=0)
+    check_run(job, train(job), kind)
+
+
+def test_without_a_test_file_the_dev_share_is_measured(tiny_encoder: Path, tmp_path: Path) -> None:
+    job = dataclasses.replace(make_job(tiny_encoder, tmp_path, epochs=1), test=None)
+    result = train(job)
+    assert (result.split, result.float_metrics.n) == ("dev", 20)
+    assert result.baseline is None
+
+
+def test_the_bundle_answers_as_it_was_measured(finished: tuple[TrainJob, TrainResult]) -> None:
+    job, result = finished
+    bundle = load_bundle(job.out / "bundle-float32")
+    assert job.test is not None
+    rows = [json.loads(line) for line in job.test.read_text().splitlines()]
+    ids = bundle.tokenizer.encode([row["text"] for row in rows], bundle.max_length).ids
+    probs_NL = bundle.probabilities("toy", bundle.predictor().logits(ids))
+    names = bundle.taxonomy.tasks[0].label_names
+    right = [names[best] == row["label"] for best, row in zip(probs_NL.argmax(axis=1), rows, strict=True)]
+    assert np.mean(right) == pytest.approx(result.float_metrics.accuracy)
+
+
+# Folders that hold something, and jobs that do not fit
+
+
+def test_a_folder_that_holds_a_run_is_refused_untouched(finished: tuple[TrainJob, TrainResult]) -> None:
+    job, _ = finished
+    before = snapshot(job.out)
+    with pytest.raises(InputError, match=r"run exists and is not empty; nothing in it was touched\. .*--resume"):
+        train(job)
+    assert snapshot(job.out) == before
+
+
+def test_a_finished_run_is_not_resumed(finished: tuple[TrainJob, TrainResult]) -> None:
+    job, _ = finished
+    before = snapshot(job.out)
+    with pytest.raises(InputError, match=r"run is finished; its bundle is .*bundle"):
+        train(dataclasses.replace(job, resume=True))
+    assert snapshot(job.out) == before
+
+
+def test_a_folder_with_anything_in_it_or_a_file_is_refused(tiny_encoder: Path, tmp_path: Path) -> None:
+    job = make_job(tiny_encoder, tmp_path)
+    job.out.mkdir()
+    (job.out / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="is not empty; nothing in it was touched"):
+        train(job)
+    assert snapshot(job.out) == {"thesis.txt": b"mine"}
+    with pytest.raises(InputError, match="is not empty; nothing in it was touched"):
+        train(dataclasses.replace(job, out=job.data))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"learning_rate": 0.5}, r"began with learning_rate = 0\.003, not 0\.5; resume it with that"),
+        ({"epochs": 9}, r"began with epochs = 8, not 9"),
+        ({"seed": 1}, r"began with seed = 0, not 1"),
+    ],
+)
+def test_resuming_with_another_recipe_names_the_field(finished, change: dict, says: str) -> None:
+    job, _ = finished
+    with pytest.raises(InputError, match=says):
+        train(dataclasses.replace(job, recipe=dataclasses.replace(job.recipe, **change), resume=True))
+
+
+def test_resuming_with_other_data_names_the_field(finished, tmp_path: Path) -> None:
+    job, _ = finished
+    other = Path(shutil.copy(job.data, tmp_path / "other.jsonl"))
+    with pytest.raises(InputError, match=r"began with data = '.*toy\.jsonl', not '.*other\.jsonl'"):
+        train(dataclasses.replace(job, data=other, resume=True))
+
+
+def test_there_must_be_a_run_to_resume(tiny_encoder: Path, tmp_path: Path) -> None:
+    job = dataclasses.replace(make_job(tiny_encoder, tmp_path), resume=True)
+    with pytest.raises(InputError, match=r"no run to resume in .*run: it holds no job\.json"):
+        train(job)
+    assert not job.out.exists()
+    job.out.mkdir()
+    (job.out / "job.json").write_text('{"recipe":')
+    with pytest.raises(InputError, match=r"job\.json is damaged"):
+        train(job)
+
+
+def test_what_cannot_be_trained_leaves_no_folder(tiny_encoder: Path, tmp_path: Path) -> None:
+    job = make_job(tiny_encoder, tmp_path)
+    with pytest.raises(InputError, match="max_length is 64, but the encoder has only 48 positions"):
+        train(dataclasses.replace(job, recipe=dataclasses.replace(job.recipe, max_length=64)))
+    with pytest.raises(InputError, match="nowhere"):
+        train(dataclasses.replace(job, data=tmp_path / "nowhere.csv"))
+    assert not job.out.exists()
+
+
+def test_a_vocabulary_that_is_not_the_encoders_is_refused(tmp_path: Path) -> None:
+    encoder = write_encoder(tmp_path / "encoder", vocab_size=20)
+    with pytest.raises(InputError, match=r"vocab\.txt has 28 tokens, but the encoder only 20; they do not belong"):
+        train(make_job(encoder, tmp_path))
+
+
+# Runs that were cut off
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    for name in ("bundle", "bundle-float32"):
+        ours, theirs = load_bundle(one / name).weights, load_bundle(other / name).weights
+        assert ours.keys() == theirs.keys()
+        for tensor, value in ours.items():
+            np.testing.assert_array_equal(value, theirs[tensor], err_msg=tensor, strict=True)
+
+
+def test_a_run_stopped_between_its_bundles_can_be_resumed(
+    tiny_encoder: Path, tmp_path: Path, monkeypatch, finished: tuple[TrainJob, TrainResult]
+) -> None:
+    job = make_job(tiny_encoder, tmp_path)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_module, "quantize", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(job)
+    assert (job.out / "bundle-float32").is_dir()
+    assert not (job.out / "bundle").exists()
+    train(dataclasses.replace(job, resume=True))
+    assert_same_weights(job.out, finished[0].out)
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_resumed_to_the_same_weights(tiny_encoder: Path, tmp_path: Path) -> None:
+    """SIGKILL in the middle of training, then `--resume`, by the command line; against a run in this process."""
+    job = make_job(tiny_encoder, tmp_path, epochs=40, patience=0)
+    uninterrupted = dataclasses.replace(job, out=tmp_path / "uninterrupted")
+    train(uninterrupted)
+
+    command = [sys.executable, "-m", "classer.tools.cli", "train"]
+    command += ["--data", job.data, "--test", job.test, "--out", job.out]
+    for field in ("encoder", "max_length", "epochs", "batch_size", "learning_rate", "dropout", "patience"):
+        command += [f"--{field.replace('_', '-')}", getattr(job.recipe, field)]
+    command = [str(word) for word in command]
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),  # pyright: ignore
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "GLIBC_TUNABLES": "",  # or the command would start itself anew
+    }
+    with (tmp_path / "output").open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+        try:
+            until = time.monotonic() + TIMEOUT
+            while len(epochs_logged(job.out)) < 5:
+                assert process.poll() is None, (tmp_path / "output").read_text()
+                assert time.monotonic() < until
+                time.sleep(0.01)
+            process.send_signal(signal.SIGKILL)
+        finally:
+            process.kill()
+            assert process.wait(TIMEOUT) == -signal.SIGKILL
+    assert len(epochs_logged(job.out)) < 40, "it was killed too late to show anything"
+    assert not (job.out / "bundle-float32").exists()
+
+    resumed = subprocess.run(
+        [*command, "--resume"], capture_output=True, text=True, env=environment, timeout=TIMEOUT, check=False
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert "Going on after epoch" in resumed.stderr
+    assert_same_weights(job.out, uninterrupted.out)
+    assert epochs_logged(job.out) == sorted(set(epochs_logged(job.out)))
+
+
+def epochs_logged(out: Path) -> list[int]:
+    """Steps after which the dev set was measured."""
+    file = out / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [json.loads(line)["step"] for line in lines if "dev/accuracy" in line and line.endswith("}")]
