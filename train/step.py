@@ -87,7 +87,7 @@ def make_train_step(
         loss, gradients = jax.value_and_grad(loss_fn)(state.params, batch, state.step)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(params, opt_state, state.step + 1), StepMetrics(loss, optax.global_norm(gradients))
+        return TrainState(params, opt_state, state.step + 1), StepMetrics(loss, optax.tree.norm(gradients))
 
     def run(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         return step(state, (batch.tokens_BS, batch.lengths_B, batch.targets_BL, batch.weights_B))
