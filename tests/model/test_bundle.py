@@ -217,6 +217,21 @@ def test_a_flipped_bit_is_noticed(copy: Path, name: str) -> None:
         load_bundle(copy)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.update(max_length=40),
+        lambda m: m["files"].pop("LICENSE"),
+        lambda m: m.update(version=m["version"][::-1]),
+        lambda m: m.pop("version"),
+    ],
+)
+def test_a_manifest_that_was_changed_is_refused(copy: Path, change) -> None:
+    change_json(copy / "bundle.json", change)
+    with pytest.raises(InputError, match=r"is damaged or was changed: bundle\.json is not as it was written"):
+        load_bundle(copy)
+
+
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_flipped_bit_in_the_manifest_is_refused(copy: Path, data: st.DataObject) -> None:
