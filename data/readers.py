@@ -100,8 +100,8 @@ def read_task_folder(path: Path) -> TaskData:
             raise InputError(f"{path} has two files for the split '{split}': {files[split].name} and {file.name}.")
         files[split] = file
     named = description.get("splits", {})
-    if not isinstance(named, dict):
-        raise InputError(f"{task_file}: 'splits' must be an object from a split's name to its size.")
+    if not isinstance(named, (dict, list)):
+        raise InputError(f"{task_file}: 'splits' must name splits: a list, or an object with the size of each.")
     for split in named:
         if split not in files:
             raise InputError(f"{path} has no file {split}.jsonl (or {', '.join(SUFFIXES)}), which task.json names.")

@@ -85,7 +85,9 @@ class Task:
         except ValueError:
             kinds = ", ".join(TaskKind)
             raise InputError(f"{source}: kind '{data['kind']}' is none of those supported ({kinds}).") from None
-        entries = data.get("labels")
+        if "labels" not in data:
+            raise InputError(f"{source}: the task has no field 'labels'.")
+        entries = data["labels"]
         if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
             raise InputError(f'{source}: \'labels\' must be a list of objects such as {{"name": "refund"}}.')
         for name in (data.get("name", ""), *(entry.get("name", "") for entry in entries)):
