@@ -175,13 +175,14 @@ def _write_job(job: TrainJob) -> None:
 def _model_card(job: TrainJob, dataset: Dataset, fitted: Fitted, bundle: Bundle, metrics: Metrics) -> str:
     task = dataset.task
     calibration = bundle.calibration[task.name]
+    licence = " (its licence stands beside this file)" if bundle.licences else ""
     return "\n".join(
         [
             f"# {task.name}",
             "",
             f"A {task.kind} classifier over {len(task.labels)} labels, {bundle.precision}, by Classer {__version__}.",
             "",
-            f"- Fine-tuned from {job.recipe.encoder} (its licence stands beside this file) on {len(dataset.train):,} "
+            f"- Fine-tuned from {job.recipe.encoder}{licence} on {len(dataset.train):,} "
             f"examples: {fitted.best_epoch} of {fitted.epochs} epochs, seed {job.recipe.seed}.",
             f"- On {metrics.n:,} {dataset.measured} examples: accuracy {metrics.accuracy:.2%}, "
             f"macro-F1 {metrics.macro_f1:.3f}, expected calibration error {metrics.ece:.3f}.",

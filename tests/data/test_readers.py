@@ -272,6 +272,17 @@ def test_task_folder(task_folder: Path):
         ("task.json", "{", r"task\.json is not valid JSON"),
         ("task.json", "[]", r"task\.json is no JSON object"),
         ("task.json", '{"name": "t", "kind": "odd", "labels": []}', r"task\.json: kind 'odd' is none of those"),
+        ("task.json", '{"name": "t", "kind": "binary", "labels": "ab"}', r"'labels' must be a list of objects"),
+        (
+            "task.json",
+            '{"name": 3, "kind": "multilabel", "labels": [{"name": "a"}]}',
+            r"a name must be a string, not 3",
+        ),
+        (
+            "task.json",
+            '{"name": "t", "kind": "multilabel", "labels": [{"name": "a"}], "splits": 3}',
+            r"'splits' must name splits",
+        ),
         (
             "task.json",
             '{"name": "t", "kind": "binary", "labels": [{"name": "a"}, {"name": "b"}], "splits": {"test": 1}}',
