@@ -1,0 +1,27 @@
+"""The head that fine-tuning begins with. Axes: N examples, D features, L labels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+from classer.train import probe
+
+
+def test_discriminant_head_is_scikit_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "SHRINKAGE", 0.0)
+    rng = np.random.default_rng(0)
+    label_N = rng.choice(4, size=600, p=[0.4, 0.3, 0.2, 0.1])
+    features_ND = (rng.normal(size=(4, 8))[label_N] * 2 + rng.normal(size=(600, 8)) @ rng.normal(size=(8, 8))) + 3.0
+    head = probe.discriminant_head(features_ND.astype(np.float32), np.eye(4, dtype=np.float32)[label_N])
+    logits_NL = features_ND @ head["head.kernel"] + head["head.bias"]
+    theirs = LinearDiscriminantAnalysis(solver="lsqr").fit(features_ND, label_N).decision_function(features_ND)
+    np.testing.assert_allclose(logits_NL, theirs - theirs.mean(axis=1, keepdims=True), rtol=1e-3, atol=1e-3)
+
+
+def test_a_label_without_examples_is_finite() -> None:
+    features_ND = np.random.default_rng(0).normal(size=(20, 5)).astype(np.float32)
+    head = probe.discriminant_head(features_ND, np.eye(3, dtype=np.float32)[np.arange(20) % 2])
+    assert all(np.isfinite(value).all() for value in head.values())
+    assert head["head.kernel"].shape == (5, 3)
