@@ -186,25 +186,3 @@ class TrainIterator(Iterator[Batch]):
     def close(self) -> None:
         """Stops the thread; no batch can be taken any more."""
         self._batches.close()
-
-
-def eval_batches(
-    ids: Sequence[np.ndarray], batch_size: int, buckets: Sequence[int] = BUCKETS, pad_id: int = 0
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Every example once, shortest first, so that little is padded.
-
-    Args:
-      ids: N arrays of token ids, each (S_i,).
-      batch_size: rows of every batch.
-      buckets: sequence lengths to use, ascending; the largest holds the longest example.
-      pad_id: fills rows up to their bucket.
-
-    Yields:
-      (indices, tokens_BS, lengths_B): the positions in `ids` of the batch's first `len(indices)` rows, all of them but
-      in the last batch; the tokens, int32; the number of real tokens of each row, int32.
-    """
-    order = np.argsort([len(row) for row in ids], kind="stable")
-    for first in range(0, len(order), batch_size):
-        indices = order[first : first + batch_size]
-        length = bucket_for(len(ids[indices[-1]]), buckets)
-        yield indices, *pad_batch([ids[i] for i in indices], batch_size, length, pad_id)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from classer.data.buckets import BUCKETS, bucket_for
 from classer.data.errors import InputError
-from classer.data.pipeline import Batch, TrainBatches, eval_batches
+from classer.data.pipeline import Batch, TrainBatches
 
 PAD = 0
 
@@ -155,18 +155,3 @@ def test_needs_examples_and_as_many_targets():
         make([])
     with pytest.raises(ValueError, match="1 examples and 2 targets"):
         TrainBatches([np.array([1])], np.zeros((2, 1)), batch_size=1, seed=0, pad_id=0, num_epochs=1)
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.lists(st.integers(1, BUCKETS[-1]), max_size=60), st.integers(1, 9))
-def test_eval_batches_hold_every_example_once(lengths: list[int], batch_size: int):
-    ids = [np.full(length, n + 1, dtype=np.int32) for n, length in enumerate(lengths)]
-    seen: list[int] = []
-    for indices, tokens_BS, lengths_B in eval_batches(ids, batch_size, BUCKETS, PAD):
-        assert tokens_BS.shape == (batch_size, bucket_for(int(lengths_B.max())))
-        assert (lengths_B[len(indices) :] == 0).all()
-        for row, index in enumerate(indices):
-            np.testing.assert_array_equal(tokens_BS[row, : lengths_B[row]], ids[index])
-        seen += indices.tolist()
-    assert sorted(seen) == list(range(len(ids)))
-    assert [lengths[i] for i in seen] == sorted(lengths)
