@@ -86,6 +86,16 @@ class Embeddings(nn.Module):
         return LayerNorm(c.norm_eps, name="norm")(x_BSD.reshape(-1, c.d_model)).astype(self.dtype)
 
 
+class Dropout(nn.Module):
+    """`ops.dropout` of the RNG stream `dropout`; nothing at rate 0."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return ops.dropout(x, self.make_rng("dropout"), self.rate) if self.rate else x
+
+
 class Attention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, section 3.2)."""
 
@@ -99,12 +109,14 @@ class Attention(nn.Module):
         B, S = mask_BS.shape
         # One product for query, key and value: fewer, larger products are faster on every device.
         qkv_NE = Dense(3 * c.d_model, self.quantization, name="qkv")(x_ND)
-        query, key, value = jnp.moveaxis(qkv_NE.reshape(B, S, 3, c.num_heads, c.head_dim), (2, 3), (0, 2))
+        query, key, value = (
+            x_ND.reshape(B, S, c.num_heads, c.head_dim).transpose(0, 2, 1, 3) for x_ND in jnp.split(qkv_NE, 3, axis=1)
+        )
 
         scores_BHST = jnp.einsum("BHSK,BHTK->BHST", query, key, preferred_element_type=jnp.float32)
         bias_B11T = jnp.where(mask_BS, 0.0, MASKED_SCORE)[:, None, None, :]
         weights_BHST = jax.nn.softmax(scores_BHST * c.head_dim**-0.5 + bias_B11T, axis=-1).astype(x_ND.dtype)
-        weights_BHST = nn.Dropout(self.dropout, deterministic=self.dropout == 0.0)(weights_BHST)
+        weights_BHST = Dropout(self.dropout)(weights_BHST)
         mixed_BHSK = jnp.einsum("BHST,BHTK->BHSK", weights_BHST, value, preferred_element_type=jnp.float32)
 
         mixed_ND = mixed_BHSK.astype(x_ND.dtype).transpose(0, 2, 1, 3).reshape(B * S, c.d_model)
@@ -132,7 +144,7 @@ class EncoderLayer(nn.Module):
     @nn.compact
     def __call__(self, x_ND: jax.Array, mask_BS: jax.Array) -> jax.Array:
         c = self.config
-        dropout = nn.Dropout(self.dropout, deterministic=self.dropout == 0.0)
+        dropout = Dropout(self.dropout)
         x_ND += dropout(Attention(c, self.quantization, self.dropout, name="attention")(x_ND, mask_BS))
         x_ND = LayerNorm(c.norm_eps, name="attention_norm")(x_ND)
         x_ND += dropout(FeedForward(c, self.quantization, name="feed_forward")(x_ND))
@@ -168,7 +180,7 @@ class Encoder(nn.Module):
         B, S = tokens_BS.shape
         mask_BS = jnp.arange(S) < lengths_B[:, None]
         x_ND = Embeddings(self.config, self.dtype, self.quantization, name="embeddings")(tokens_BS)
-        x_ND = nn.Dropout(self.dropout, deterministic=self.dropout == 0.0)(x_ND)
+        x_ND = Dropout(self.dropout)(x_ND)
         for i in range(self.config.num_layers):
             x_ND = EncoderLayer(self.config, self.quantization, self.dropout, name=f"layer_{i}")(x_ND, mask_BS)
         return x_ND.reshape(B, S, -1)

@@ -112,3 +112,21 @@ def gelu(x_NF: jax.Array) -> jax.Array:
     """x · Φ(x), by the error function in float32 (Hendrycks & Gimpel 2016, https://arxiv.org/abs/1606.08415)."""
     x32_NF = x_NF.astype(jnp.float32)
     return (x32_NF * (0.5 + 0.5 * lax.erf(x32_NF * 2**-0.5))).astype(x_NF.dtype)
+
+
+def dropout(x: jax.Array, key: jax.Array, rate: float) -> jax.Array:
+    """Zeroes elements at random and scales the others so that the mean stays (Srivastava et al. 2014, JMLR 15).
+
+    One byte decides an element, a quarter of the bits that `flax.linen.Dropout` draws: on a CPU those took a sixth of a
+    training step.
+
+    Args:
+      x: any shape of at least one axis.
+      key: a JAX key.
+      rate: in [0, 1), rounded to a 256th.
+    """
+    num_dropped = round(rate * 256)
+    *leading, last = x.shape
+    words = jax.random.bits(key, (*leading, -(-last // 4)), jnp.uint32)
+    levels = lax.bitcast_convert_type(words, jnp.uint8).reshape(*leading, -1)[..., :last]
+    return jnp.where(levels < num_dropped, 0, x * (256 / (256 - num_dropped))).astype(x.dtype)

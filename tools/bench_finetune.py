@@ -5,7 +5,7 @@
 Both sides fine-tune the same pretrained encoder with mean pooling and a linear head: bfloat16 activations over float32
 parameters (PyTorch: CPU autocast), AdamW (PyTorch: fused), gradients clipped by their global norm, the same dropout
 on embeddings, attention weights and sublayers. They take turns of a few steps, so that a noisy machine is as noisy for
-both; quote the ratio. Both profit from glibc's huge pages, which `classer train` asks for; `--no-huge-pages` measures
+both; quote the ratio. Both profit from the allocator's settings of `classer train`; `--no-tuned-allocator` measures
 without.
 """
 
@@ -28,7 +28,7 @@ from classer.data.readers import read_task_folder
 from classer.data.taxonomy import Task
 from classer.data.tokenizer import WordPieceTokenizer
 from classer.model.pretrained import MINILM, fetch_encoder, load_encoder
-from classer.tools.cli import run, use_huge_pages
+from classer.tools.cli import run, tune_allocator
 from classer.train.config import Recipe
 from classer.train.evaluation import tokenize
 
@@ -46,7 +46,7 @@ class Arguments:
       turns: turns of each side.
       warm_up: steps of each side, before, that do not count; all batch shapes should occur.
       threads: of PyTorch.
-      huge_pages: ask glibc for huge pages, as `classer train` does.
+      tuned_allocator: set glibc's allocator as `classer train` does.
     """
 
     data: Path
@@ -58,7 +58,7 @@ class Arguments:
     turns: int = 10
     warm_up: int = 30
     threads: int = os.cpu_count() or 1
-    huge_pages: bool = True
+    tuned_allocator: bool = True
 
 
 def main(arguments: Arguments) -> None:
@@ -91,7 +91,7 @@ def main(arguments: Arguments) -> None:
             rates[name].append(len(turn) * arguments.batch_size / (time.perf_counter() - started))
     ratios = [ours / theirs for ours, theirs in zip(rates["Classer"], rates["PyTorch"], strict=True)]
     print(f"\n{task.name}, batches of {arguments.batch_size}, lengths {batches.lengths}, dropout {arguments.dropout}, "
-          f"huge pages {'on' if arguments.huge_pages else 'off'}")  # fmt: skip
+          f"allocator {'tuned' if arguments.tuned_allocator else 'as it comes'}")  # fmt: skip
     for name, values in rates.items():
         print(f"  {name:8} {statistics.median(values):7.1f} examples/s  ({min(values):.1f} to {max(values):.1f})")
     print(f"  ratio    {statistics.median(ratios):7.2f}  ({min(ratios):.2f} to {max(ratios):.2f}, turn by turn)")
@@ -169,6 +169,6 @@ def torch_side(arguments: Arguments, folder: Path, task: Task) -> Callable[[Batc
 
 if __name__ == "__main__":
     given = tyro.cli(Arguments, description=__doc__)
-    if given.huge_pages:
-        use_huge_pages()
+    if given.tuned_allocator:
+        tune_allocator()
     sys.exit(run(lambda _: main(given), ()))

