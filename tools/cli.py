@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from classer import __version__
 from classer.data.errors import InputError
+from classer.data.fetch import cache_folder
 from classer.serve.errors import ClasserError
 from classer.tools import commands
 
@@ -52,6 +53,7 @@ def run(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     """Calls a command and turns its errors into an exit code."""
     # gRPC's core would print its own account of a port in use before our sentence.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    keep_compiled_programs()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Line by line, so that in a file our lines and those on stderr stand in their order; and a terminal that lacks
         # a character gets its code instead of a traceback.
@@ -80,6 +82,22 @@ def run(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
 def _fail(sentence: str) -> int:
     print(f"classer: error: {sentence}", file=sys.stderr)
     return 2
+
+
+def keep_compiled_programs() -> None:
+    """Lets JAX keep what it compiles in the cache folder, unless $JAX_COMPILATION_CACHE_DIR says otherwise.
+
+    What is kept there is code: a folder that others may write to is left alone. Call it before JAX is imported.
+    """
+    folder = cache_folder() / "programs"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+    except OSError:
+        return  # No home that can be written to: everything is compiled anew.
+    if status.st_uid == os.getuid() and not status.st_mode & 0o022:
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 
 def tune_allocator() -> None:
