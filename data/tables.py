@@ -124,7 +124,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
             continue
         source = f"{path}, line {number}"
         try:
-            fields = json.loads(line)
+            fields = json.loads(line.rstrip("\r\n"))
         except json.JSONDecodeError as e:
             raise InputError(f"{source}: not valid JSON, {e.msg} at column {e.colno}.") from None
         except (ValueError, RecursionError):

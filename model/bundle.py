@@ -33,6 +33,7 @@ from ..data.tokenizer import WordPieceTokenizer
 from .classifier import TextClassifier
 from .config import ComputeDtype, EncoderConfig
 from .decode import Calibration, probabilities
+from .focus import Focus
 from .predict import Predictor
 from .quantize import Precision, Quantization, Weights, convert
 
@@ -77,9 +78,19 @@ class Bundle:
     version: str = ""
     path: Path | None = None
 
-    def predictor(self, compute_dtype: ComputeDtype = "float32") -> Predictor:
-        """Puts the weights on the default device, ready to compile programs."""
-        return Predictor(self.encoder, self.taxonomy.num_labels, self.weights, self.precision, compute_dtype)
+    def predictor(self, compute_dtype: ComputeDtype = "float32", focus: float | Focus = 1.0) -> Predictor:
+        """Puts the weights on the default device, ready to compile programs.
+
+        Args:
+          compute_dtype: what activations are, between the products.
+          focus: the share of all tokens to keep on the mean over layers, or what each layer keeps.
+
+        Raises:
+          InputError: the model cannot be focused so.
+        """
+        if isinstance(focus, float):
+            focus = Focus.pyramid(focus, self.encoder.num_layers)
+        return Predictor(self.encoder, self.taxonomy.num_labels, self.weights, self.precision, compute_dtype, focus)
 
     def probabilities(self, task_name: str, logits_NL: np.ndarray) -> np.ndarray:
         """Calibrated probabilities of one task's labels from logits over the whole taxonomy."""

@@ -5,20 +5,39 @@ Axes: B batch, S sequence, D model width, L all labels of the taxonomy.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from .config import EncoderConfig
-from .encoder import Encoder, kernel_init
+from .encoder import Encoder, FocusDraw, kernel_init
+from .focus import Focus
 from .quantize import Quantization
 
 
-def mean_pool(hidden_BSD: jax.Array, lengths_B: jax.Array) -> jax.Array:
-    """The mean of each row's real tokens, float32 (B, D); zeros for a row that has none."""
-    mask_BS1 = (jnp.arange(hidden_BSD.shape[1]) < lengths_B[:, None])[..., None]
-    total_BD = jnp.where(mask_BS1, hidden_BSD.astype(jnp.float32), 0.0).sum(axis=1)
-    return total_BD / jnp.maximum(lengths_B, 1)[:, None]
+def mean_pool(hidden_BSD: jax.Array, weights_BS: jax.Array) -> jax.Array:
+    """The weighted mean of each row's tokens, float32 (B, D); zeros for a row without any weight.
+
+    Weights are 0 for padding, whose activations may be anything finite, and at most 1.
+    """
+    total_BD = (hidden_BSD.astype(jnp.float32) * weights_BS[..., None]).sum(axis=1)
+    return total_BD / jnp.maximum(weights_BS.sum(axis=1), 1.0)[:, None]
+
+
+class Evidence(NamedTuple):
+    """The tokens that the last layer kept, in order; see `encoder.Encoded`.
+
+    Attributes:
+      kept_BK: whether a place holds a token; beyond a row's own it does not.
+      positions_BK: int32 places in the row of token ids.
+      scores_BK: float32, the gates' scores.
+    """
+
+    kept_BK: jax.Array
+    positions_BK: jax.Array
+    scores_BK: jax.Array
 
 
 class LabelHead(nn.Module):
@@ -47,9 +66,18 @@ class TextClassifier(nn.Module):
     dtype: jnp.dtype = jnp.float32
     quantization: Quantization = Quantization.NONE
     dropout: float = 0.0
+    focus: Focus | None = None
 
-    @nn.compact
-    def __call__(self, tokens_BS: jax.Array, lengths_B: jax.Array) -> jax.Array:
-        encoder = Encoder(self.config, self.dtype, self.quantization, self.dropout, name="encoder")
-        pooled_BD = mean_pool(encoder(tokens_BS, lengths_B), lengths_B)
-        return LabelHead(self.num_labels, name="head")(pooled_BD)
+    def setup(self) -> None:
+        self.encoder = Encoder(self.config, self.dtype, self.quantization, self.dropout, self.focus)
+        self.head = LabelHead(self.num_labels)
+
+    def __call__(self, tokens_BS: jax.Array, lengths_B: jax.Array, draw: FocusDraw | None = None) -> jax.Array:
+        encoded = self.encoder(tokens_BS, lengths_B, draw)
+        return self.head(mean_pool(encoded.hidden_BKD, encoded.weights_BK))
+
+    def explain(self, tokens_BS: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, Evidence]:
+        """The logits, and the tokens that they were computed from in the end."""
+        encoded = self.encoder(tokens_BS, lengths_B)
+        logits_BL = self.head(mean_pool(encoded.hidden_BKD, encoded.weights_BK))
+        return logits_BL, Evidence(encoded.weights_BK > 0, encoded.positions_BK, encoded.scores_BK)

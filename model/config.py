@@ -27,6 +27,7 @@ class EncoderConfig:
       max_positions: the longest sequence that has position embeddings, special tokens included.
       num_segments: rows of BERT's token-type table; a classified text is always segment 0.
       norm_eps: added to the variance in LayerNorm.
+      gated: whether each layer has a gate for Focused Attention.
     """
 
     vocab_size: int
@@ -37,6 +38,7 @@ class EncoderConfig:
     max_positions: int = 512
     num_segments: int = 2
     norm_eps: float = 1e-12
+    gated: bool = False
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "num_layers", "d_model", "num_heads", "d_ff", "max_positions", "num_segments"):

@@ -6,12 +6,15 @@ Activations are two-dimensional (N, D) between attentions; `ops` says why.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from . import ops, quantize
 from .config import EncoderConfig
+from .focus import SURE, UNITS, Focus, keep_bias, kept_lengths, select, token_scores
 from .quantize import Quantization
 
 # Added to the score of a padding key. Finite, so that a row of padding alone gives uniform weights and not NaN.
@@ -104,9 +107,9 @@ class Attention(nn.Module):
     dropout: float
 
     @nn.compact
-    def __call__(self, x_ND: jax.Array, mask_BS: jax.Array) -> jax.Array:
+    def __call__(self, x_ND: jax.Array, bias_BS: jax.Array) -> jax.Array:
         c = self.config
-        B, S = mask_BS.shape
+        B, S = bias_BS.shape
         # One product for query, key and value: fewer, larger products are faster on every device.
         qkv_NE = Dense(3 * c.d_model, self.quantization, name="qkv")(x_ND)
         query, key, value = (
@@ -114,8 +117,8 @@ class Attention(nn.Module):
         )
 
         scores_BHST = jnp.einsum("BHSK,BHTK->BHST", query, key, preferred_element_type=jnp.float32)
-        bias_B11T = jnp.where(mask_BS, 0.0, MASKED_SCORE)[:, None, None, :]
-        weights_BHST = jax.nn.softmax(scores_BHST * c.head_dim**-0.5 + bias_B11T, axis=-1).astype(x_ND.dtype)
+        scores_BHST = scores_BHST * c.head_dim**-0.5 + bias_BS[:, None, None, :]
+        weights_BHST = jax.nn.softmax(scores_BHST, axis=-1).astype(x_ND.dtype)
         weights_BHST = Dropout(self.dropout)(weights_BHST)
         mixed_BHSK = jnp.einsum("BHST,BHTK->BHSK", weights_BHST, value, preferred_element_type=jnp.float32)
 
@@ -142,13 +145,58 @@ class EncoderLayer(nn.Module):
     dropout: float
 
     @nn.compact
-    def __call__(self, x_ND: jax.Array, mask_BS: jax.Array) -> jax.Array:
+    def __call__(self, x_ND: jax.Array, bias_BS: jax.Array) -> jax.Array:
         c = self.config
         dropout = Dropout(self.dropout)
-        x_ND += dropout(Attention(c, self.quantization, self.dropout, name="attention")(x_ND, mask_BS))
+        x_ND += dropout(Attention(c, self.quantization, self.dropout, name="attention")(x_ND, bias_BS))
         x_ND = LayerNorm(c.norm_eps, name="attention_norm")(x_ND)
         x_ND += dropout(FeedForward(c, self.quantization, name="feed_forward")(x_ND))
         return LayerNorm(c.norm_eps, name="feed_forward_norm")(x_ND)
+
+
+class Gate(nn.Module):
+    """Scores tokens for Focused Attention: a linear function of the normalised activations, in float32.
+
+    The factor √D makes a score move as fast as a unit of width-independent scale would under Adam.
+    """
+
+    @nn.compact
+    def __call__(self, x_ND: jax.Array) -> jax.Array:
+        direction_D = self.param("direction", nn.initializers.zeros_init(), (x_ND.shape[-1],), jnp.float32)
+        x32_ND = x_ND.astype(jnp.float32)
+        rstd_N1 = jax.lax.rsqrt(jnp.square(x32_ND).mean(axis=-1, keepdims=True) + 1e-6)
+        return (x32_ND * rstd_N1) @ direction_D * x_ND.shape[-1] ** 0.5
+
+
+class FocusDraw(NamedTuple):
+    """A focus for training: drawn anew for each row and step.
+
+    Attributes:
+      units_BI: int32, what each row keeps in each of the I layers, in `focus.UNITS`, non-increasing along I.
+      temperature: of the gates' sigmoid.
+      hard: whether dropped tokens take no part at all.
+    """
+
+    units_BI: jax.Array
+    temperature: jax.Array
+    hard: jax.Array
+
+
+class Encoded(NamedTuple):
+    """What the encoder makes of a batch, for the tokens that the last layer kept (K; without focus K = S).
+
+    Attributes:
+      hidden_BKD: activations.
+      weights_BK: float32, the tokens' weights in a mean: 0 for padding, 1 for a real token (in training with a soft
+        gate, between them).
+      positions_BK: int32, the places of the tokens in the text, ascending within a row's own.
+      scores_BK: float32, the gates' scores of the tokens, summed over the layers that cut.
+    """
+
+    hidden_BKD: jax.Array
+    weights_BK: jax.Array
+    positions_BK: jax.Array
+    scores_BK: jax.Array
 
 
 class Encoder(nn.Module):
@@ -159,28 +207,62 @@ class Encoder(nn.Module):
       dtype: what activations are computed in; parameters are float32 (or int8) whatever it says.
       quantization: see `quantize.Quantization`.
       dropout: rate on embeddings, attention weights and sublayers; 0 when not training. Needs the RNG stream `dropout`.
+      focus: what the layers keep; None, or a full one, is the dense encoder.
     """
 
     config: EncoderConfig
     dtype: jnp.dtype = jnp.float32
     quantization: Quantization = Quantization.NONE
     dropout: float = 0.0
+    focus: Focus | None = None
 
     @nn.compact
-    def __call__(self, tokens_BS: jax.Array, lengths_B: jax.Array) -> jax.Array:
+    def __call__(self, tokens_BS: jax.Array, lengths_B: jax.Array, draw: FocusDraw | None = None) -> Encoded:
         """Encodes a padded batch.
 
         Args:
           tokens_BS: int32 token ids; S at most `config.max_positions`.
           lengths_B: int32 number of real tokens in each row; 0 for a filler row.
+          draw: masks tokens as a focus would drop them, for training; not together with `focus`.
 
         Returns:
-          hidden_BSD in `dtype`. Rows at padding positions are finite and mean nothing.
+          See `Encoded`. `hidden_BKD` at padding positions is finite and means nothing.
         """
+        c = self.config
         B, S = tokens_BS.shape
-        mask_BS = jnp.arange(S) < lengths_B[:, None]
-        x_ND = Embeddings(self.config, self.dtype, self.quantization, name="embeddings")(tokens_BS)
+        x_ND = Embeddings(c, self.dtype, self.quantization, name="embeddings")(tokens_BS)
         x_ND = Dropout(self.dropout)(x_ND)
-        for i in range(self.config.num_layers):
-            x_ND = EncoderLayer(self.config, self.quantization, self.dropout, name=f"layer_{i}")(x_ND, mask_BS)
-        return x_ND.reshape(B, S, -1)
+        positions_BS = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S))
+        totals_BS = jnp.zeros((B, S), jnp.float32)
+        alive_BS = positions_BS < lengths_B[:, None]
+        bias_BS = jnp.where(alive_BS, 0.0, MASKED_SCORE)
+        weights_BS = alive_BS.astype(jnp.float32)
+        budget = self.focus.budget(S) if self.focus else (S,) * c.num_layers
+        units = self.focus.units if self.focus else (UNITS,) * c.num_layers
+        kept_B = lengths_B
+        for i in range(c.num_layers):
+            gate = Gate(name=f"gate_{i}") if c.gated else None
+            if gate is not None and self.is_initializing():
+                gate(x_ND)
+            if units[i] < (units[i - 1] if i else UNITS):
+                scores_BS = token_scores(gate(x_ND).reshape(B, S), kept_B)
+                kept_B, length = kept_lengths(lengths_B, units[i]), budget[i]
+                indices_BK = select(scores_BS, kept_B, length)
+                rows_N = (jnp.arange(B)[:, None] * S + indices_BK).reshape(-1)
+                x_ND, S = x_ND[rows_N], length
+                positions_BS = jnp.take_along_axis(positions_BS, indices_BK, axis=1)
+                totals_BS = jnp.take_along_axis(totals_BS + scores_BS, indices_BK, axis=1)
+                alive_BS = jnp.arange(length) < kept_B[:, None]
+                bias_BS = jnp.where(alive_BS, 0.0, MASKED_SCORE)
+                weights_BS = alive_BS.astype(jnp.float32)
+            elif draw is not None:
+                scores_BS = token_scores(gate(x_ND).reshape(B, S), lengths_B)
+                scores_BS = jnp.where(alive_BS, scores_BS, -SURE)
+                log_keep_BS, kept_BS = keep_bias(
+                    scores_BS, kept_lengths(lengths_B, draw.units_BI[:, i]), draw.temperature, draw.hard
+                )
+                alive_BS &= kept_BS | ~draw.hard
+                bias_BS = jnp.maximum(bias_BS + log_keep_BS, MASKED_SCORE)
+                weights_BS *= jnp.exp(log_keep_BS)
+            x_ND = EncoderLayer(c, self.quantization, self.dropout, name=f"layer_{i}")(x_ND, bias_BS)
+        return Encoded(x_ND.reshape(B, S, -1), weights_BS, positions_BS, totals_BS)

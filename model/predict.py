@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..data.buckets import BUCKETS, bucket_for, pad_batch
+from ..data.errors import InputError
 from .classifier import TextClassifier
 from .config import ComputeDtype, EncoderConfig
+from .focus import Focus
 from .quantize import Precision, Quantization, Weights, variables
 
 
@@ -55,6 +57,7 @@ class Predictor:
         weights: Weights,
         precision: Precision,
         compute_dtype: ComputeDtype = "float32",
+        focus: Focus | None = None,
     ) -> None:
         """Puts the weights on the default device.
 
@@ -64,9 +67,18 @@ class Predictor:
           weights: named arrays (see `quantize`).
           precision: what the weights are.
           compute_dtype: what activations are, between the products.
+          focus: what the layers keep; None is all.
+
+        Raises:
+          InputError: `focus` drops tokens, but the encoder has no gates to choose them.
         """
+        if focus is not None and not focus.full and not config.gated:
+            raise InputError(
+                "This model was not trained for focus: its encoder has no gates. Train it with --focus-epochs, or "
+                "leave the focus at 1."
+            )
         quantization = Quantization.SERVE if precision == "int8" else Quantization.NONE
-        self._model = TextClassifier(config, num_labels, jnp.dtype(compute_dtype), quantization)
+        self._model = TextClassifier(config, num_labels, jnp.dtype(compute_dtype), quantization, focus=focus)
         self._precision: Precision = precision
         self._variables = jax.device_put(variables(weights, precision))
         self._executables: dict[tuple[int, int], jax.stages.Compiled] = {}

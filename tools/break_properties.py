@@ -72,8 +72,8 @@ BREAKS = (
     Break(
         "padding takes no part in attention",
         "model/encoder.py",
-        "jnp.where(mask_BS, 0.0, MASKED_SCORE)",
-        "jnp.where(mask_BS, 0.0, 0.0)",
+        "bias_BS = jnp.where(alive_BS, 0.0, MASKED_SCORE)\n        weights_BS",
+        "bias_BS = jnp.where(alive_BS, 0.0, 0.0)\n        weights_BS",
         "tests/model/test_encoder.py",
     ),
     Break(

@@ -19,6 +19,7 @@ class Recipe:
       encoder: the pretrained encoder: a folder, or a name on the Hugging Face hub.
       max_length: tokens that a text is cut to, special tokens included.
       epochs: passes over the training examples.
+      focus_epochs: passes after those that teach Focused Attention; 0 leaves the classifier dense.
       batch_size: examples a step.
       learning_rate: its peak, after the warm-up; it then falls to 0 along a cosine.
       warmup: the share of all steps in which the learning rate rises.
@@ -36,6 +37,7 @@ class Recipe:
     encoder: str = MINILM
     max_length: int = 256
     epochs: int = 8
+    focus_epochs: int = 0
     batch_size: int = 32
     learning_rate: float = 1e-4
     warmup: float = 0.1
@@ -53,6 +55,7 @@ class Recipe:
         for name, low, high in (
             ("max_length", 8, None),
             ("epochs", 1, None),
+            ("focus_epochs", 0, None),
             ("batch_size", 1, None),
             ("learning_rate", 0, None),
             ("warmup", 0, 1),

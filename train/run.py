@@ -59,6 +59,7 @@ def train(job: TrainJob) -> TrainResult:
     dataset = load_dataset(job, print)
     encoder_folder = fetch_encoder(job.recipe.encoder)
     encoder, weights = load_encoder(encoder_folder)
+    encoder = dataclasses.replace(encoder, gated=job.recipe.focus_epochs > 0)
     if job.recipe.max_length > encoder.max_positions:
         raise InputError(
             f"max_length is {job.recipe.max_length}, but the encoder has only {encoder.max_positions} positions."

@@ -13,6 +13,7 @@ import optax
 from ..data.pipeline import Batch
 from ..data.taxonomy import TaskKind
 from ..model.classifier import TextClassifier
+from ..model.encoder import FocusDraw
 from .config import Recipe
 from .losses import classification_loss
 
@@ -30,7 +31,12 @@ class StepMetrics(NamedTuple):
     grad_norm: jax.Array
 
 
+# (a key, steps done, rows) → what each row keeps
+DrawFocus = Callable[[jax.Array, jax.Array, int], FocusDraw]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+
+
+_FOCUS = 0x0F0C  # sets the key of the focus apart from those that Linen folds for dropout
 
 
 def learning_rate_schedule(recipe: Recipe, num_steps: int) -> optax.Schedule:
@@ -67,6 +73,7 @@ def make_train_step(
     label_smoothing: float,
     class_weights_L: jax.Array | None,
     seed: int,
+    draw_focus: DrawFocus | None = None,
 ) -> TrainStep:
     """Builds the step; it compiles once for each batch shape and takes over the memory of the state it is given.
 
@@ -75,13 +82,16 @@ def make_train_step(
       kind: of the task whose labels the logits are.
       optimizer: from `make_optimizer`.
       label_smoothing, class_weights_L: see `classification_loss`.
-      seed: of dropout, which is a function of the seed and the step alone.
+      seed: of dropout and focus, which are functions of the seed and the step alone.
+      draw_focus: (key, steps done, rows) → what each row keeps; None trains the dense classifier.
     """
 
     def loss_fn(params, batch: tuple, step: jax.Array) -> jax.Array:
         tokens_BS, lengths_B, targets_BL, weights_B = batch
-        rngs = {"dropout": jax.random.fold_in(jax.random.key(seed), step)} if model.dropout else None
-        logits_BL = cast(jax.Array, model.apply({"params": params}, tokens_BS, lengths_B, rngs=rngs))
+        key = jax.random.fold_in(jax.random.key(seed), step)
+        rngs = {"dropout": key} if model.dropout else None
+        draw = draw_focus(jax.random.fold_in(key, _FOCUS), step, len(tokens_BS)) if draw_focus else None
+        logits_BL = cast(jax.Array, model.apply({"params": params}, tokens_BS, lengths_B, draw, rngs=rngs))
         return classification_loss(
             kind, logits_BL, targets_BL, weights_B, label_smoothing=label_smoothing, class_weights_L=class_weights_L
         )

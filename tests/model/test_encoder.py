@@ -42,11 +42,11 @@ def our_layers(
             {"params": params}, tokens_BS, lengths_B, capture_intermediates=True, mutable=["intermediates"]
         )
 
-    final_BSD, captured = apply(params, tokens_BS, lengths_B)
+    encoded, captured = apply(params, tokens_BS, lengths_B)
     names = ["embeddings", *(f"layer_{i}" for i in range(config.num_layers))]
     layers: list[Any] = [captured["intermediates"][name]["__call__"][0] for name in names]
     layers = [np.asarray(x, np.float32).reshape(*tokens_BS.shape, -1) for x in layers]
-    np.testing.assert_array_equal(layers[-1], np.asarray(final_BSD, np.float32))
+    np.testing.assert_array_equal(layers[-1], np.asarray(encoded.hidden_BKD, np.float32))
     return layers
 
 
@@ -122,7 +122,7 @@ def test_a_row_depends_neither_on_its_batch_nor_on_the_bucket(minilm: Path) -> N
     apply = jax.jit(Encoder(config).apply)
 
     def encode(tokens_BS: np.ndarray, lengths_B: np.ndarray) -> np.ndarray:
-        return np.asarray(apply({"params": params}, tokens_BS, lengths_B))
+        return np.asarray(apply({"params": params}, tokens_BS, lengths_B).hidden_BKD)
 
     row = len(ids[0])
     alone_SD = encode(*pad_batch(ids[:1], 1, 24, 0))[0, :row]

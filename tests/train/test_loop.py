@@ -19,7 +19,6 @@ from classer.train import loop
 from classer.train.config import Recipe
 from classer.train.evaluation import TokenizedSplit
 from classer.train.loop import Fitted, fit
-from classer.train.metrics import Metrics
 from classer.train.runlog import RunLog
 
 MULTICLASS = Task("toy", TaskKind.MULTICLASS, tuple(Label(name) for name in "abc"))
@@ -135,6 +134,47 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(
     assert steps_logged == list(range(1, 4 * 6 + 1)), "each step stands once in the log"
 
 
+FOCUSED = dataclasses.replace(RECIPE, epochs=2, focus_epochs=3)
+
+
+@pytest.fixture(scope="module")
+def gated(encoder) -> tuple[EncoderConfig, Weights]:
+    return dataclasses.replace(encoder[0], gated=True), encoder[1]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_focus(gated, tmp_path_factory: pytest.TempPathFactory) -> Fitted:
+    return run(gated, tmp_path_factory.mktemp("focus"), FOCUSED)
+
+
+def test_training_to_focus_moves_the_gates_and_is_measured_at_both_ends(gated, tmp_path: Path, capsys) -> None:
+    dense = run(gated, tmp_path / "dense", dataclasses.replace(FOCUSED, focus_epochs=0))
+    fitted = run(gated, tmp_path / "focused", FOCUSED)
+    gates = [name for name in fitted.weights if ".gate_" in name]
+    assert len(gates) == gated[0].num_layers
+    for name in gates:
+        assert not dense.weights[name].any()
+    assert any(fitted.weights[name].any() for name in gates)
+    assert fitted.epochs == 3
+    last = [
+        record for record in log_of(tmp_path / "focused" / "focus") if "dev/accuracy" in record or "dev" in str(record)
+    ]
+    assert {"dev/accuracy", "dev/focus_0.35/accuracy"} <= {name for record in last for name in record}
+    assert "at focus 0.35" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stops", [(9,), (15,), (3, 14, 8)], ids=["dense", "focus", "both, twice"])
+def test_a_run_that_was_stopped_in_either_stage_ends_as_if_it_had_not_been(
+    gated, tmp_path: Path, monkeypatch, uninterrupted_focus: Fitted, stops: tuple[int, ...]
+) -> None:
+    for steps in stops:
+        with monkeypatch.context() as patched:
+            stop_after(patched, steps)
+            with pytest.raises(Stopped):
+                run(gated, tmp_path, FOCUSED)
+    assert_same(run(gated, tmp_path, FOCUSED), uninterrupted_focus)
+
+
 def test_going_on_with_a_finished_run_gives_it_again(encoder, tmp_path: Path, uninterrupted: Fitted) -> None:
     assert_same(run(encoder, tmp_path), uninterrupted)
     assert_same(run(encoder, tmp_path), uninterrupted)
@@ -155,14 +195,14 @@ def test_going_on_with_other_examples_is_refused(encoder, tmp_path: Path) -> Non
 def scripted_scores(monkeypatch: pytest.MonkeyPatch, *scores: float) -> list[Weights]:
     """Makes the dev scores of the epochs to come these; notes the weights of each epoch."""
     seen: list[Weights] = []
-    evaluate = loop._evaluate
+    look = loop._DevLook.__call__
 
-    def scripted(predictor, task, state, dev) -> Metrics:
-        metrics = evaluate(predictor, task, state, dev)
+    def scripted(self, state, log) -> float:
+        look(self, state, log)
         seen.append({name: value.copy() for name, value in flatten(state.params).items()})
-        return dataclasses.replace(metrics, accuracy=scores[len(seen) - 1])
+        return scores[len(seen) - 1]
 
-    monkeypatch.setattr(loop, "_evaluate", scripted)
+    monkeypatch.setattr(loop._DevLook, "__call__", scripted)
     return seen
 
 

@@ -1,0 +1,90 @@
+"""Teaching a trained classifier to focus: soft gates first, then hard selection, always beside its own dense answers.
+
+The first part of the steps dims tokens by soft gates whose temperature falls; the rest drops them. Each row of each
+step draws its own budget, so that one set of weights serves all of them. What the dense classifier answered before
+this training is mixed into the targets (self-distillation). docs/focused-attention.md has the maths.
+
+Axes: B batch, I layers, N examples, L labels of one task.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..data.taxonomy import Task
+from ..model.config import EncoderConfig
+from ..model.decode import Calibration, probabilities
+from ..model.encoder import FocusDraw
+from ..model.focus import UNITS
+from ..model.predict import Predictor
+from ..model.quantize import Weights
+from .config import Recipe
+from .evaluation import TokenizedSplit
+
+# Share of the steps with soft gates, and their temperature at both ends; it falls geometrically, and stays.
+SOFT_SHARE = 0.4
+TEMPERATURES = (1.0, 0.1)
+# Share of the rows that keep everything, so that the dense classifier stays what it was.
+DENSE_ROWS = 0.2
+# The least that the last layer keeps, and the exponents that its budget falls with over the layers.
+MIN_END = 0.04
+SHAPES = (0.5, 1.5)
+# Share of the rows whose first layer drops tokens too, and the least that it keeps.
+CUT_FIRST, MIN_START = 0.5, 0.4
+# What the dense classifier's answer weighs in a target; the label has the rest.
+TEACHER_SHARE = 0.7
+# The dev score of a set of weights is its mean over these.
+DEV_FOCUSES = (1.0, 0.35)
+
+
+def draw_focus(rng: jax.Array, num_rows: int, num_layers: int, done: jax.Array) -> FocusDraw:
+    """A random budget for each row: what layer i of I keeps falls as start · (end / start)^((i / (I − 1))^shape).
+
+    Args:
+      rng: a key; the draw is a function of it.
+      num_rows: B.
+      num_layers: I.
+      done: the share of the training's steps that are done, in [0, 1].
+    """
+    keys = jax.random.split(rng, 5)
+    log_start_B1 = jax.random.uniform(keys[0], (num_rows, 1), minval=np.log(MIN_START), maxval=0.0)
+    log_start_B1 = jnp.where(jax.random.bernoulli(keys[1], CUT_FIRST, (num_rows, 1)), log_start_B1, 0.0)
+    log_end_B1 = jnp.minimum(jax.random.uniform(keys[2], (num_rows, 1), minval=np.log(MIN_END)), log_start_B1)
+    shape_B1 = jax.random.uniform(keys[3], (num_rows, 1), minval=SHAPES[0], maxval=SHAPES[1])
+    depth_BI = (jnp.arange(num_layers) / max(num_layers - 1, 1)) ** shape_B1
+    shares_BI = jnp.exp(log_start_B1 + (log_end_B1 - log_start_B1) * depth_BI)
+    dense_B1 = jax.random.bernoulli(keys[4], DENSE_ROWS, (num_rows, 1))
+    units_BI = jnp.where(dense_B1, UNITS, jnp.ceil(shares_BI * UNITS)).astype(jnp.int32)
+    first, last = TEMPERATURES
+    temperature = first * (last / first) ** jnp.minimum(done / SOFT_SHARE, 1.0)
+    return FocusDraw(units_BI, temperature, done >= SOFT_SHARE)
+
+
+def distilled(
+    recipe: Recipe, task: Task, encoder: EncoderConfig, weights: Weights, train: TokenizedSplit, out: Path
+) -> TokenizedSplit:
+    """The training examples with the dense classifier's answers mixed into their targets.
+
+    Args:
+      recipe: for the compute dtype and the label smoothing, which hides from the student what it hid from the teacher.
+      task: whose labels they are.
+      encoder, weights: the trained classifier.
+      train: the examples.
+      out: keeps the answers, so that a run that goes on does so with the very same ones.
+    """
+    file = out / "teacher.npy"
+    if file.is_file():
+        answers_NL = np.load(file, allow_pickle=False)
+    else:
+        predictor = Predictor(encoder, len(task.labels), weights, "float32", recipe.compute_dtype)
+        answers_NL = probabilities(task, predictor.logits(train.ids), Calibration()).astype(np.float32)
+        out.mkdir(parents=True, exist_ok=True)
+        whole = out / "teacher.part.npy"
+        np.save(whole, answers_NL)
+        whole.rename(file)
+    targets_NL = TEACHER_SHARE * answers_NL + (1 - TEACHER_SHARE) * train.targets_NL
+    return TokenizedSplit(train.ids, targets_NL.astype(np.float32), train.truncated)
