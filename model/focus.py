@@ -27,6 +27,8 @@ from ..data.errors import InputError
 UNITS = 1024
 # No row is cut below this many tokens: the two special ones, and some to read.
 MIN_KEPT = 8
+# A pyramid's layer keeps at least this share of what the one before it keeps.
+STEEPEST = 0.5
 # The score of a token that is always kept, and minus that of one that never is. Finite: their differences are not NaN.
 SURE = 1e9
 
@@ -58,24 +60,28 @@ class Focus:
 
     @classmethod
     def pyramid(cls, focus: float, num_layers: int) -> Focus:
-        """Keeps `focus` of all tokens on the mean over layers: all in the first, a constant factor less in each next.
+        """Keeps `focus` of all tokens on the mean over layers, each layer a constant factor less than the one before.
+
+        The first layer reads everything, unless the others would then have to be cut by more than half each time.
 
         Raises:
-          InputError: `focus` is not in (1/num_layers, 1].
+          InputError: `focus` is not in (0, 1].
         """
         if focus == 1:
             return cls((UNITS,) * num_layers)
-        if not 1 / num_layers < focus < 1:
-            raise InputError(
-                f"A focus is a share of the tokens, above {1 / num_layers:.3f} (the first of {num_layers} layers reads "
-                f"all of them) and at most 1; it is {focus:g}."
-            )
-        low, high = 0.0, 1.0
-        for _ in range(50):  # bisection: the mean grows with the factor
-            factor = (low + high) / 2
-            mean = sum(factor**layer for layer in range(num_layers)) / num_layers
-            low, high = (factor, high) if mean < focus else (low, factor)
-        return cls.from_shares([max(high**layer, 1 / UNITS) for layer in range(num_layers)])
+        if not 0 < focus < 1:
+            raise InputError(f"A focus is a share of the tokens, above 0 and at most 1; it is {focus:g}.")
+
+        def mean(factor: float) -> float:
+            return sum(factor**layer for layer in range(num_layers)) / num_layers
+
+        low, high = STEEPEST, 1.0
+        start = min(1.0, focus / mean(low))
+        for _ in range(50 if start == 1 else 0):  # bisection: the mean grows with the factor
+            middle = (low + high) / 2
+            low, high = (middle, high) if mean(middle) < focus else (low, middle)
+        factor = high if start == 1 else STEEPEST
+        return cls.from_shares([start * factor**layer for layer in range(num_layers)])
 
     @property
     def full(self) -> bool:

@@ -31,7 +31,7 @@ TEMPERATURES = (1.0, 0.1)
 # Share of the rows that keep everything, so that the dense classifier stays what it was.
 DENSE_ROWS = 0.2
 # The least that the last layer keeps, and the exponents that its budget falls with over the layers.
-MIN_END = 0.04
+MIN_END = 0.03
 SHAPES = (0.5, 1.5)
 # Share of the rows whose first layer drops tokens too, and the least that it keeps.
 CUT_FIRST, MIN_START = 0.5, 0.4

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
+import itertools
 from typing import Any
 
 import jax
@@ -232,22 +232,24 @@ def test_the_best_tokens_are_selected_in_order(data) -> None:
     assert max(indices) < length
 
 
-@pytest.mark.parametrize("focus", [0.2, 0.35, 0.5, 0.75, 0.99])
-@pytest.mark.parametrize("num_layers", [6, 12, 28])
+@pytest.mark.parametrize("focus", [0.05, 0.2, 0.35, 0.5, 0.75, 0.99])
+@pytest.mark.parametrize("num_layers", [1, 2, 6, 12, 28])
 def test_a_pyramid_keeps_what_it_says(focus: float, num_layers: int) -> None:
     pyramid = Focus.pyramid(focus, num_layers)
-    assert pyramid.units[0] == UNITS
     assert focus <= pyramid.mean_share < focus + 0.01
+    assert all(after / before > 0.49 or after < 20 for before, after in itertools.pairwise(pyramid.units))
+    if focus >= 0.75 and num_layers > 1:
+        assert pyramid.units[0] == UNITS
 
 
-@pytest.mark.parametrize("focus", [0.0, -1.0, 1.01, float("nan"), 1 / 6])
+@pytest.mark.parametrize("focus", [0.0, -1.0, 1.01, float("nan")])
 def test_a_focus_out_of_range_is_refused(focus: float) -> None:
-    with pytest.raises(InputError, match=r"above 0\.167 .* and at most 1; it is"):
+    with pytest.raises(InputError, match="above 0 and at most 1; it is"):
         Focus.pyramid(focus, 6)
 
 
 def test_a_budget_that_grows_is_refused() -> None:
-    with pytest.raises(InputError, match="Layer 1 of a focus keeps 1024 of 1024 parts.*before it keeps .512"):
+    with pytest.raises(InputError, match=r"Layer 1 of a focus keeps 1024 .* before it keeps \(512\)"):
         Focus.from_shares([0.5, 1.0])
 
 

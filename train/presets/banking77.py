@@ -2,8 +2,8 @@
 
     classer train --preset banking77 --data FOLDER --out runs/banking77
 
-FOLDER holds the official split (10,003 / 3,080) as task.json, train.jsonl and test.jsonl. Test accuracy, mean of seeds 0
-to 2: 93.95 % in float32, 94.02 % in INT8, in 7 minutes on two CPU cores.
+FOLDER holds the official split (10,003 / 3,080) as task.json, train.jsonl and test.jsonl. Test accuracy, mean of
+seeds 0 to 2: 93.95 % in float32, 94.02 % in INT8, in 7 minutes on two CPU cores.
 """
 
 from ..config import Recipe
