@@ -78,18 +78,16 @@ class Bundle:
     version: str = ""
     path: Path | None = None
 
-    def predictor(self, compute_dtype: ComputeDtype = "float32", focus: float | Focus = 1.0) -> Predictor:
+    def predictor(self, compute_dtype: ComputeDtype = "float32", focus: Focus | None = None) -> Predictor:
         """Puts the weights on the default device, ready to compile programs.
 
         Args:
           compute_dtype: what activations are, between the products.
-          focus: the share of all tokens to keep on the mean over layers, or what each layer keeps.
+          focus: what each layer keeps; None is all.
 
         Raises:
-          InputError: the model cannot be focused so.
+          InputError: the model was not trained for focus.
         """
-        if isinstance(focus, float):
-            focus = Focus.pyramid(focus, self.encoder.num_layers)
         return Predictor(self.encoder, self.taxonomy.num_labels, self.weights, self.precision, compute_dtype, focus)
 
     def probabilities(self, task_name: str, logits_NL: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from . import ops, quantize
 from .config import EncoderConfig
-from .focus import SURE, UNITS, Focus, keep_bias, kept_lengths, select, token_scores
+from .focus import SURE, UNITS, Focus, keep_bias, kept_length, kept_lengths, select, token_scores
 from .quantize import Quantization
 
 # Added to the score of a padding key. Finite, so that a row of padding alone gives uniform weights and not NaN.
@@ -190,7 +190,7 @@ class Encoded(NamedTuple):
       weights_BK: float32, the tokens' weights in a mean: 0 for padding, 1 for a real token (in training with a soft
         gate, between them).
       positions_BK: int32, the places of the tokens in the text, ascending within a row's own.
-      scores_BK: float32, the gates' scores of the tokens, summed over the layers that cut.
+      scores_BK: float32, the tokens' scores by the last gate that cut (±`focus.SURE`: kept or dropped in any case).
     """
 
     hidden_BKD: jax.Array
@@ -232,37 +232,64 @@ class Encoder(nn.Module):
         B, S = tokens_BS.shape
         x_ND = Embeddings(c, self.dtype, self.quantization, name="embeddings")(tokens_BS)
         x_ND = Dropout(self.dropout)(x_ND)
-        positions_BS = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S))
-        totals_BS = jnp.zeros((B, S), jnp.float32)
-        alive_BS = positions_BS < lengths_B[:, None]
-        bias_BS = jnp.where(alive_BS, 0.0, MASKED_SCORE)
-        weights_BS = alive_BS.astype(jnp.float32)
-        budget = self.focus.budget(S) if self.focus else (S,) * c.num_layers
+        tokens = _all_tokens(lengths_B, S)
         units = self.focus.units if self.focus else (UNITS,) * c.num_layers
-        kept_B = lengths_B
         for i in range(c.num_layers):
-            gate = Gate(name=f"gate_{i}") if c.gated else None
-            if gate is not None and self.is_initializing():
-                gate(x_ND)
-            if units[i] < (units[i - 1] if i else UNITS):
-                scores_BS = token_scores(gate(x_ND).reshape(B, S), kept_B)
-                kept_B, length = kept_lengths(lengths_B, units[i]), budget[i]
-                indices_BK = select(scores_BS, kept_B, length)
-                rows_N = (jnp.arange(B)[:, None] * S + indices_BK).reshape(-1)
-                x_ND, S = x_ND[rows_N], length
-                positions_BS = jnp.take_along_axis(positions_BS, indices_BK, axis=1)
-                totals_BS = jnp.take_along_axis(totals_BS + scores_BS, indices_BK, axis=1)
-                alive_BS = jnp.arange(length) < kept_B[:, None]
-                bias_BS = jnp.where(alive_BS, 0.0, MASKED_SCORE)
-                weights_BS = alive_BS.astype(jnp.float32)
-            elif draw is not None:
-                scores_BS = token_scores(gate(x_ND).reshape(B, S), lengths_B)
-                scores_BS = jnp.where(alive_BS, scores_BS, -SURE)
-                log_keep_BS, kept_BS = keep_bias(
-                    scores_BS, kept_lengths(lengths_B, draw.units_BI[:, i]), draw.temperature, draw.hard
-                )
-                alive_BS &= kept_BS | ~draw.hard
-                bias_BS = jnp.maximum(bias_BS + log_keep_BS, MASKED_SCORE)
-                weights_BS *= jnp.exp(log_keep_BS)
-            x_ND = EncoderLayer(c, self.quantization, self.dropout, name=f"layer_{i}")(x_ND, bias_BS)
-        return Encoded(x_ND.reshape(B, S, -1), weights_BS, positions_BS, totals_BS)
+            cuts = units[i] < (units[i - 1] if i else UNITS)
+            if c.gated and (cuts or draw is not None or self.is_initializing()):
+                gate_BS = Gate(name=f"gate_{i}")(x_ND).reshape(B, -1)
+                if cuts:
+                    x_ND, tokens = _gather(x_ND, tokens, gate_BS, lengths_B, units[i], kept_length(S, units[i]))
+                elif draw is not None:
+                    tokens = _mask(tokens, gate_BS, lengths_B, draw, i)
+            x_ND = EncoderLayer(c, self.quantization, self.dropout, name=f"layer_{i}")(x_ND, tokens.bias_BK)
+        return Encoded(x_ND.reshape(B, -1, c.d_model), tokens.weights_BK, tokens.positions_BK, tokens.scores_BK)
+
+
+class _Tokens(NamedTuple):
+    """The tokens that are left before a layer: what `Encoded` says of them, and the bias that their keys get."""
+
+    weights_BK: jax.Array
+    positions_BK: jax.Array
+    scores_BK: jax.Array
+    bias_BK: jax.Array
+
+
+def _all_tokens(lengths_B: jax.Array, length: int) -> _Tokens:
+    shape = (len(lengths_B), length)
+    positions_BS = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), shape)
+    real_BS = positions_BS < lengths_B[:, None]
+    bias_BS = jnp.where(real_BS, 0.0, MASKED_SCORE)
+    return _Tokens(real_BS.astype(jnp.float32), positions_BS, jnp.zeros(shape, jnp.float32), bias_BS)
+
+
+def _gather(
+    x_ND: jax.Array, tokens: _Tokens, gate_BS: jax.Array, lengths_B: jax.Array, units: int, length: int
+) -> tuple[jax.Array, _Tokens]:
+    """Each row's best tokens, in rows of `length`: what is served."""
+    B, S = gate_BS.shape
+    left_B = tokens.weights_BK.sum(axis=1).astype(jnp.int32)
+    scores_BS = token_scores(gate_BS, left_B)
+    kept_B = kept_lengths(lengths_B, units)
+    indices_BK = select(scores_BS, kept_B, length)
+    kept_BK = jnp.arange(length) < kept_B[:, None]
+    gathered = _Tokens(
+        weights_BK=kept_BK.astype(jnp.float32),
+        positions_BK=jnp.take_along_axis(tokens.positions_BK, indices_BK, axis=1),
+        scores_BK=jnp.take_along_axis(scores_BS, indices_BK, axis=1),
+        bias_BK=jnp.where(kept_BK, 0.0, MASKED_SCORE),
+    )
+    return x_ND[(jnp.arange(B)[:, None] * S + indices_BK).reshape(-1)], gathered
+
+
+def _mask(tokens: _Tokens, gate_BS: jax.Array, lengths_B: jax.Array, draw: FocusDraw, layer: int) -> _Tokens:
+    """The same tokens left, with a budget for each row, in rows of the same length: what is trained."""
+    # Once hard, a token that was dropped stays so.
+    scores_BS = jnp.where(tokens.weights_BK > 0, token_scores(gate_BS, lengths_B), -SURE)
+    kept_B = kept_lengths(lengths_B, draw.units_BI[:, layer])
+    log_keep_BS = keep_bias(scores_BS, kept_B, draw.temperature, draw.hard)
+    return tokens._replace(
+        weights_BK=tokens.weights_BK * jnp.exp(log_keep_BS),
+        scores_BK=scores_BS,
+        bias_BK=jnp.maximum(tokens.bias_BK + log_keep_BS, MASKED_SCORE),
+    )

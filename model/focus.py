@@ -83,6 +83,30 @@ class Focus:
         factor = high if start == 1 else STEEPEST
         return cls.from_shares([start * factor**layer for layer in range(num_layers)])
 
+    @classmethod
+    def parse(cls, text: str, num_layers: int) -> Focus:
+        """What a user names: one number, for a `pyramid`, or one share a layer with commas between: "1,0.5,0.3".
+
+        Raises:
+          InputError: it is neither, or out of range.
+        """
+        try:
+            shares = [float(part) for part in text.split(",")]
+        except ValueError:
+            shares = []
+        if len(shares) == 1:
+            return cls.pyramid(shares[0], num_layers)
+        if len(shares) != num_layers or not all(0 < share <= 1 for share in shares):
+            raise InputError(
+                f"A focus is one number above 0 and at most 1, or {num_layers} such numbers with commas between them, "
+                f"one a layer; it is '{text}'."
+            )
+        return cls.from_shares(shares)
+
+    def __str__(self) -> str:
+        """As `parse` takes it."""
+        return ",".join(f"{share / UNITS:.4g}" for share in self.units)
+
     @property
     def full(self) -> bool:
         return all(share == UNITS for share in self.units)
@@ -133,7 +157,7 @@ def select(scores_BS: jax.Array, kept_B: jax.Array, length: int) -> jax.Array:
 
 def keep_bias(
     scores_BS: jax.Array, kept_B: jax.Array, temperature: jax.Array | float, hard: jax.Array | bool
-) -> tuple[jax.Array, jax.Array]:
+) -> jax.Array:
     """Keeps the same tokens as `select` by masking, and lets gradients through to the scores.
 
     A token is kept to the degree m = σ((s − τ) / temperature), where τ lies midway between the last score kept and the
@@ -149,7 +173,7 @@ def keep_bias(
 
     Returns:
       log_keep_BS, float32: to add to the attention scores of these keys, ≤ 0; its exponential weighs the tokens in the
-      pooling. And kept_BS, whether a token is above the cut.
+      pooling.
     """
     S = scores_BS.shape[1]
     order_BS = jnp.argsort(-scores_BS, axis=1, stable=True)
@@ -170,4 +194,4 @@ def keep_bias(
     soft_BS = jnp.where(highest_cut_B1 <= -SURE, 0.0, soft_BS)
     straight_BS = soft_BS - lax.stop_gradient(soft_BS)
     hard_BS = straight_BS + jnp.where(kept_BS, 0.0, -SURE)
-    return jnp.where(hard, hard_BS, soft_BS), kept_BS
+    return jnp.where(hard, hard_BS, soft_BS)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ..data.errors import InputError
 from ..model.bundle import load_bundle
+from ..model.focus import Focus
 from .answers import Answers
 from .engine import Engine, Warmed
 from .limits import MAX_MESSAGE_BYTES
@@ -43,6 +44,8 @@ class ServeConfig:
       host: the address to listen on; the default is reachable from this machine only.
       port: 0 picks a free one, which the last line printed names.
       drain_seconds: how long requests in flight may still take after SIGTERM or SIGINT.
+      focus: the share of all tokens to keep on the mean over layers, or one share a layer with commas between; 1 is
+        all. The bundle must have been trained with --focus-epochs.
       max_waiting_tokens: how many tokens may wait for the device before requests are refused as RESOURCE_EXHAUSTED.
     """
 
@@ -50,6 +53,7 @@ class ServeConfig:
     host: str = "127.0.0.1"
     port: int = 50051
     drain_seconds: float = 30.0
+    focus: str = "1"
     max_waiting_tokens: int = MAX_WAITING_TOKENS
 
 
@@ -99,8 +103,11 @@ class Server:
         self.address = _listen(self._grpc, config.host, config.port)  # first, because it fails fastest
         print(f"Loading {config.bundle} …", flush=True)
         self._bundle = load_bundle(config.bundle)
+        focus = Focus.parse(config.focus, self._bundle.encoder.num_layers)
         self._engine = Engine(
-            self._bundle.predictor(), max_length=self._bundle.max_length, pad_id=self._bundle.tokenizer.pad_id
+            self._bundle.predictor(focus=focus),
+            max_length=self._bundle.max_length,
+            pad_id=self._bundle.tokenizer.pad_id,
         )
         self._tokenizer = TokenizerStage(self._bundle.tokenizer, self._bundle.max_length)
         self._loop = asyncio.get_running_loop()

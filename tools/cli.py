@@ -1,4 +1,4 @@
-"""The command `classer`: train, serve, classify, evaluate, quantize, info."""
+"""The command `classer`: train, serve, classify, evaluate, focus-report, quantize, info."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "serve": commands.serve,
     "classify": commands.classify,
     "evaluate": commands.evaluate,
+    "focus-report": commands.focus_report,
     "quantize": commands.quantize,
     "info": commands.info,
 }

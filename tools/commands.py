@@ -20,9 +20,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from classer.data.errors import InputError
+from classer.model.config import ComputeDtype
 
 if TYPE_CHECKING:
+    from classer.data.taxonomy import Task
+    from classer.model.bundle import Bundle
     from classer.train.config import Recipe, TrainJob
+    from classer.train.evaluation import TokenizedSplit
     from classer.train.metrics import Metrics
     from classer.train.run import TrainResult
 
@@ -164,7 +168,7 @@ def _lines_of_stdin() -> Iterator[str]:
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateArguments:
+class MeasureArguments:
     """
     Attributes:
       bundle: the bundle to measure.
@@ -187,13 +191,86 @@ class EvaluateArguments:
     max_length: int | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class EvaluateArguments(MeasureArguments):
+    __doc__ = f"""{MeasureArguments.__doc__}
+      focus: the share of all tokens to keep on the mean over layers, or one share a layer with commas between; 1 is
+        all. The bundle must have been trained with --focus-epochs.
+    """
+
+    focus: str = "1"
+
+
 def evaluate(argv: Sequence[str]) -> None:
     """Measure a bundle on labelled texts."""
+    a = _parse(EvaluateArguments, argv, "classer evaluate", evaluate.__doc__)
+    bundle, task, split = _load_measured(a)
+    from classer.model.focus import Focus
+    from classer.train.evaluation import measure
+
+    predictor = bundle.predictor(focus=Focus.parse(a.focus, bundle.encoder.num_layers))
+    logits_NL = predictor.logits(split.ids)[:, bundle.taxonomy.slice_of(task.name)]
+    title = f"{task.name}, {a.data.name}, {bundle.precision}"
+    metrics = measure(task, logits_NL, split.targets_NL, bundle.calibration[task.name], title=title, results=a.out)
+    _print_metrics(metrics, split.truncated)
+    if a.out is not None:
+        print(f"Report and pictures: {a.out}")
+
+
+@dataclasses.dataclass(frozen=True)
+class FocusReportArguments(MeasureArguments):
+    __doc__ = f"""{MeasureArguments.__doc__}
+      focuses: the budgets to measure beside the dense classifier, each as `classer evaluate --focus` takes it.
+      texts: at most so many texts of the split, drawn at random, are measured; 0 is all.
+      timed_texts: how many of them the time is measured on.
+      rounds: how often.
+      compute_dtype: of activations, between the products.
+    """
+
+    focuses: tuple[str, ...] = ("0.75", "0.6", "0.5", "0.4", "0.33", "0.27", "0.22", "0.18")
+    texts: int = 0
+    timed_texts: int = 512
+    rounds: int = 5
+    compute_dtype: ComputeDtype = "bfloat16"
+
+    def __post_init__(self) -> None:
+        for name, low in (("texts", 0), ("timed_texts", 1), ("rounds", 1)):
+            if getattr(self, name) < low:
+                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {low}.")
+
+
+def focus_report(argv: Sequence[str]) -> None:
+    """Measure a bundle at several budgets: accuracy, speed and latency, as a table and a picture."""
+    a = _parse(FocusReportArguments, argv, "classer focus-report", focus_report.__doc__)
+    bundle, task, split = _load_measured(a)
+    from classer.model.focus import Focus
+    from classer.train.focus_report import focus_report as measure_focuses
+    from classer.train.focus_report import focus_table, write_focus_report
+
+    split = split.sample(a.texts) if a.texts else split
+    rows = measure_focuses(
+        bundle,
+        task,
+        split,
+        [Focus.parse(focus, bundle.encoder.num_layers) for focus in a.focuses],
+        compute_dtype=a.compute_dtype,
+        timed_texts=a.timed_texts,
+        rounds=a.rounds,
+        say=lambda sentence: print(sentence, file=sys.stderr, flush=True),
+    )
+    title = f"{task.name}, {len(split.ids):,} texts, {bundle.precision} weights, {a.compute_dtype}"
+    print(f"\n{title}\n\n{focus_table(rows)}")
+    if a.out is not None:
+        write_focus_report(a.out, title, rows)
+        print(f"\nTable and picture: {a.out}")
+
+
+def _load_measured(a: MeasureArguments) -> tuple[Bundle, Task, TokenizedSplit]:
+    """The bundle, its task, and the texts that are to be measured."""
     from classer.data.readers import check_labels, read_examples, read_task_folder
     from classer.model.bundle import load_bundle
-    from classer.train.evaluation import measure, tokenize
+    from classer.train.evaluation import tokenize
 
-    a = _parse(EvaluateArguments, argv, "classer evaluate", evaluate.__doc__)
     if a.out is not None:
         _check_can_make(a.out, new=True)
     bundle = load_bundle(a.bundle)
@@ -212,13 +289,7 @@ def evaluate(argv: Sequence[str]) -> None:
     else:
         examples = read_examples(a.data, text_column=a.text_column, label_column=a.label_column, task=task.name)
     check_labels(task, examples)
-    split = tokenize(task, examples, bundle.tokenizer, max_length)
-    logits_NL = bundle.predictor().logits(split.ids)[:, bundle.taxonomy.slice_of(task.name)]
-    title = f"{task.name}, {a.data.name}, {bundle.precision}"
-    metrics = measure(task, logits_NL, split.targets_NL, bundle.calibration[task.name], title=title, results=a.out)
-    _print_metrics(metrics, split.truncated)
-    if a.out is not None:
-        print(f"Report and pictures: {a.out}")
+    return bundle, task, tokenize(task, examples, bundle.tokenizer, max_length)
 
 
 @dataclasses.dataclass(frozen=True)

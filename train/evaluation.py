@@ -33,6 +33,11 @@ class TokenizedSplit:
     targets_NL: np.ndarray
     truncated: int
 
+    def sample(self, count: int, seed: int = 0) -> TokenizedSplit:
+        """At most `count` of the examples, drawn at random; `truncated` stays that of all."""
+        rows = np.random.default_rng(seed).permutation(len(self.ids))[:count]
+        return TokenizedSplit([self.ids[row] for row in rows], self.targets_NL[rows], self.truncated)
+
 
 def tokenize(task: Task, examples: Sequence[Example], tokenizer: WordPieceTokenizer, max_length: int) -> TokenizedSplit:
     """Token ids and targets, in the order of the examples."""

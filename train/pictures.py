@@ -6,6 +6,7 @@ Axes: N texts, L labels of one task.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +151,24 @@ def draw_reliability(path: Path, task: Task, probs_NL: np.ndarray, targets_NL: n
     upper.yaxis.set_major_formatter(PercentFormatter(1))
     over = "one decision a text" if task.kind.exclusive else "one decision for each text and label"
     _title(figure, title, f"ECE = {bins.ece:.2%}, {over}")
+    _save(figure, path)
+
+
+def draw_focus_curve(path: Path, speedups: Sequence[float], accuracies: Sequence[float], title: str) -> None:
+    """Accuracy against speed, both relative to the first point, the dense classifier; with lines at 0.5 and 1 point."""
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    axes = figure.subplots()
+    order = np.argsort(speedups)
+    axes.plot(np.array(speedups)[order], 100 * np.array(accuracies)[order], color=BLUE, marker="o", markersize=5)
+    for points, style in ((0.5, "--"), (1.0, ":")):
+        level = 100 * accuracies[0] - points
+        axes.axhline(level, color=GREY, linestyle=style, linewidth=1, label=f"{points:g} points below dense")
+    axes.set_xlabel("speed against the dense classifier, in batches bucketed by length")
+    axes.set_ylabel("accuracy, %")
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}×")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    _title(figure, title, "Focused Attention: accuracy and speed of one checkpoint")
     _save(figure, path)
 
 

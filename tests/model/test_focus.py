@@ -53,8 +53,8 @@ def texts(gated) -> list[np.ndarray]:
     return [rng.integers(4, gated[0].vocab_size, n, dtype=np.int32) for n in (40, 64, 7, 2, 9, 33, 21, 1)]
 
 
-def logits(gated, focus: Focus | None, rows: list[np.ndarray], batch_size: int, length: int, **kwargs) -> np.ndarray:
-    predictor = Predictor(*gated[:1], LABELS, gated[1], "float32", focus=focus, **kwargs)
+def logits(gated, focus: Focus | None, rows: list[np.ndarray], batch_size: int, length: int) -> np.ndarray:
+    predictor = Predictor(gated[0], LABELS, gated[1], "float32", focus=focus)
     return predictor.logits(rows, batch_size=batch_size, buckets=(length,))
 
 
@@ -178,7 +178,8 @@ def test_the_gate_learns_which_token_matters() -> None:
 
     tokens_BS, lengths_B, labels_B, places_B = batch(200)
     focused = TextClassifier(config, 2, focus=Focus.from_shares([1.0, 0.25]))
-    out, evidence = focused.apply({"params": params}, tokens_BS, lengths_B, method="explain")
+    answer: Any = focused.apply({"params": params}, tokens_BS, lengths_B, method="explain")
+    out, evidence = answer
     kept = (np.asarray(evidence.positions_BK) == places_B[:, None]).any(axis=1)
     assert kept.mean() > 0.9, "a random choice keeps it in a quarter of the texts"
     assert (np.asarray(out).argmax(axis=1) == labels_B).mean() > 0.9
@@ -188,7 +189,8 @@ def test_evidence_is_in_order_and_holds_the_special_tokens_but_no_padding(gated,
     config, weights = gated
     tokens_BS, lengths_B = pad_batch(texts, len(texts) + 1, 64, 0)
     model = TextClassifier(config, LABELS, focus=HALF)
-    _, evidence = model.apply({"params": nested(weights)}, tokens_BS, lengths_B, method="explain")
+    answer: Any = model.apply({"params": nested(weights)}, tokens_BS, lengths_B, method="explain")
+    _, evidence = answer
     kept_BK, positions_BK = np.asarray(evidence.kept_BK), np.asarray(evidence.positions_BK)
     for i, length in enumerate(lengths_B):
         positions = positions_BK[i][kept_BK[i]].tolist()
