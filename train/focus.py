@@ -26,7 +26,7 @@ from .config import Recipe
 from .evaluation import TokenizedSplit
 
 # Share of the steps with soft gates, and their temperature at both ends; it falls geometrically, and stays.
-SOFT_SHARE = 0.4
+SOFT_SHARE = 0.25
 TEMPERATURES = (1.0, 0.1)
 # Share of the rows that keep everything, so that the dense classifier stays what it was.
 DENSE_ROWS = 0.2
@@ -34,7 +34,7 @@ DENSE_ROWS = 0.2
 MIN_END = 0.03
 SHAPES = (0.5, 1.5)
 # Share of the rows whose first layer drops tokens too, and the least that it keeps.
-CUT_FIRST, MIN_START = 0.5, 0.4
+CUT_FIRST, MIN_START = 0.1, 0.4
 # What the dense classifier's answer weighs in a target; the label has the rest.
 TEACHER_SHARE = 0.7
 # The dev score of a set of weights is its mean over these.
