@@ -14,7 +14,6 @@ Axes: B batch, S sequence, K kept sequence.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import jax
@@ -55,8 +54,8 @@ class Focus:
 
     @classmethod
     def from_shares(cls, shares: Sequence[float]) -> Focus:
-        """One share in (0, 1] a layer, rounded up to a unit."""
-        return cls(tuple(math.ceil(share * UNITS) for share in shares))
+        """One share in (0, 1] a layer, rounded to a unit."""
+        return cls(tuple(max(1, round(share * UNITS)) for share in shares))
 
     @classmethod
     def pyramid(cls, focus: float, num_layers: int) -> Focus:

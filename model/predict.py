@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +15,15 @@ import numpy as np
 
 from ..data.buckets import BUCKETS, bucket_for, pad_batch
 from ..data.errors import InputError
-from .classifier import TextClassifier
+from .classifier import Evidence, TextClassifier
 from .config import ComputeDtype, EncoderConfig
+from .evidence import Kept
 from .focus import Focus
 from .quantize import Precision, Quantization, Weights, variables
 
 
 class Program:
-    """One compiled XLA executable: (batch size, length) → logits."""
+    """One compiled XLA executable: (batch size, length) → logits, and what was kept."""
 
     def __init__(self, executable: jax.stages.Compiled, variables: dict, batch_size: int, length: int) -> None:
         self._executable = executable
@@ -40,7 +41,17 @@ class Program:
         Returns:
           logits_BL, float32, over all labels of the taxonomy. Waits for the device.
         """
-        return np.asarray(self._executable(self._variables, tokens_BS, lengths_B))
+        logits_BL, _ = self._executable(self._variables, tokens_BS, lengths_B)
+        return np.asarray(logits_BL)
+
+    def explain(self, tokens_BS: np.ndarray, lengths_B: np.ndarray) -> tuple[np.ndarray, list[Kept]]:
+        """Runs one full batch as `__call__` does; also what each row's last layer kept, all of it without a focus."""
+        logits_BL, evidence = self._executable(self._variables, tokens_BS, lengths_B)
+        kept_BK, positions_BK, scores_BK = map(np.asarray, evidence)
+        rows = zip(kept_BK, positions_BK, scores_BK, strict=True)
+        return np.asarray(logits_BL), [
+            Kept(positions_K[kept_K], scores_K[kept_K]) for kept_K, positions_K, scores_K in rows
+        ]
 
     def as_text(self) -> str:
         """The optimised HLO, to check what became of it (int8 products, say)."""
@@ -82,6 +93,11 @@ class Predictor:
         self._precision: Precision = precision
         self._variables = jax.device_put(variables(weights, precision))
         self._executables: dict[tuple[int, int], jax.stages.Compiled] = {}
+
+    @property
+    def focused(self) -> bool:
+        """Whether layers leave tokens out."""
+        return self._model.focus is not None and not self._model.focus.full
 
     def with_weights(self, weights: Weights) -> Predictor:
         """The same classifier with other weights of the same shapes; shares what is compiled."""
@@ -130,7 +146,7 @@ class Predictor:
                 progress(len(batch))
         return logits_NL
 
-    def _forward(self, variables: dict, tokens_BS: jax.Array, lengths_B: jax.Array) -> jax.Array:
+    def _forward(self, variables: dict, tokens_BS: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, Evidence]:
         # AQT asks for an RNG even where it rounds to nearest.
         rngs = {"params": jax.random.key(0)} if self._precision == "int8" else None
-        return cast(jax.Array, self._model.apply(variables, tokens_BS, lengths_B, rngs=rngs))
+        return cast(Any, self._model.apply(variables, tokens_BS, lengths_B, rngs=rngs, method="explain"))

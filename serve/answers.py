@@ -11,6 +11,7 @@ import numpy as np
 
 from ..data.taxonomy import Task, Taxonomy
 from ..model.decode import Calibration, choose_all, probabilities
+from ..model.evidence import evidence_spans
 from .errors import InternalError, InvalidRequest, UnknownTask
 from .limits import DEFAULT_TOP_K
 from .proto import classifier_pb2 as pb
@@ -50,7 +51,7 @@ class Answers:
         return next(iter(self._tasks.values()))
 
     def answer(
-        self, task: Task, tokens: Sequence[Tokens], scored: Sequence[Scored], top_k: int
+        self, task: Task, tokens: Sequence[Tokens], scored: Sequence[Scored], top_k: int, evidence: bool = False
     ) -> list[pb.ClassifyResponse | InternalError]:
         """Responses to N texts.
 
@@ -59,6 +60,7 @@ class Answers:
           tokens: what the model read of each text.
           scored: what the device said of each.
           top_k: how many labels to give, best first (0: `DEFAULT_TOP_K`); the chosen ones are given in any case.
+          evidence: whether to say what was kept of each; the tokens must have their spans.
 
         Returns:
           One for each text; an InternalError for one whose logits are not finite.
@@ -66,7 +68,7 @@ class Answers:
         if not scored:
             return []
         calibration = self._calibration[task.name]
-        logits_NL = np.stack([one.logits_L for one in scored])[:, self._slices[task.name]]
+        logits_NL = np.stack([one.output.logits_L for one in scored])[:, self._slices[task.name]]
         finite_N = np.asarray(np.isfinite(logits_NL).all(axis=1))
         probs_NL = probabilities(task, np.where(finite_N[:, None], logits_NL, 0.0), calibration)
         chosen_NL = choose_all(task, probs_NL, calibration)
@@ -93,5 +95,8 @@ class Answers:
                 compute_micros=round(one.compute_seconds * 1e6),
                 model_version=self._version,
             )
+            if evidence and one.output.kept is not None and read.spans is not None:
+                for start, end, score in evidence_spans(one.output.kept, read.spans):
+                    response.evidence.add(start=start, end=end, score=score)
             responses.append(response)
         return responses

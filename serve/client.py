@@ -39,6 +39,7 @@ __all__ = [
     "Classification",
     "Client",
     "DeadlineExceeded",
+    "EvidenceSpan",
     "InternalError",
     "InvalidRequest",
     "Overloaded",
@@ -70,6 +71,15 @@ class ScoredLabel:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class EvidenceSpan:
+    """Characters `start` to `end` (exclusive) of the text that the model read to its last layer, and their share."""
+
+    start: int
+    end: int
+    score: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Classification:
     """The answer to one text.
 
@@ -81,6 +91,7 @@ class Classification:
       queue_micros: how long the text waited for the device, in microseconds.
       compute_micros: how long the device took over the batch that the text was in, in microseconds.
       model_version: a hash of the bundle that answered.
+      evidence: what the model read to its last layer, in the order of the text, if it was asked for.
     """
 
     task: str
@@ -90,6 +101,7 @@ class Classification:
     queue_micros: int
     compute_micros: int
     model_version: str
+    evidence: tuple[EvidenceSpan, ...] = ()
 
     @property
     def best(self) -> ScoredLabel:
@@ -127,24 +139,33 @@ class Client:
     def close(self) -> None:
         self._channel.close()
 
-    def classify(self, text: str, task: str | None = None, *, top_k: int = 0, timeout: float = 10.0) -> Classification:
+    def classify(
+        self, text: str, task: str | None = None, *, top_k: int = 0, evidence: bool = False, timeout: float = 10.0
+    ) -> Classification:
         """Classifies one text.
 
         Args:
           text: at most 1,000,000 characters; may be empty.
           task: may be left out if the model has one only.
           top_k: how many labels to return, best first; 0 leaves it to the server (5). Chosen ones come in any case.
+          evidence: whether to say what the model read to its last layer; only a focused server can.
           timeout: seconds.
 
         Raises:
           ClasserError: one of its kinds, by cause.
         """
-        request = _request(text, task, top_k)
+        request = _request(text, task, top_k, evidence)
         with _typed_errors(self.server, timeout):
             return _classification(self._classifier.Classify(request, timeout=timeout))
 
     def classify_batch(
-        self, texts: Sequence[str], task: str | None = None, *, top_k: int = 0, timeout: float = 60.0
+        self,
+        texts: Sequence[str],
+        task: str | None = None,
+        *,
+        top_k: int = 0,
+        evidence: bool = False,
+        timeout: float = 60.0,
     ) -> list[Classification | ClasserError]:
         """Classifies any number of texts, in as few calls as the server's limits allow, one after the other.
 
@@ -152,6 +173,7 @@ class Client:
           texts: as for `classify`.
           task: as for `classify`, for all texts.
           top_k: as for `classify`, for all texts.
+          evidence: as for `classify`, for all texts.
           timeout: seconds, for each call.
 
         Returns:
@@ -161,7 +183,7 @@ class Client:
           ClasserError: a whole call failed; texts of earlier calls were classified in vain.
         """
         outcomes: list[Classification | ClasserError] = []
-        for request in _batch_requests(texts, task, top_k):
+        for request in _batch_requests(texts, task, top_k, evidence):
             with _typed_errors(self.server, timeout):
                 outcomes += _outcomes(self._classifier.ClassifyBatch(request, timeout=timeout))
         return outcomes
@@ -206,19 +228,25 @@ class AsyncClient:
         await self._channel.close()
 
     async def classify(
-        self, text: str, task: str | None = None, *, top_k: int = 0, timeout: float = 10.0
+        self, text: str, task: str | None = None, *, top_k: int = 0, evidence: bool = False, timeout: float = 10.0
     ) -> Classification:
         """`Client.classify`. Cancelling the awaiting task cancels the request in the server too."""
-        request = _request(text, task, top_k)
+        request = _request(text, task, top_k, evidence)
         with _typed_errors(self.server, timeout):
             return _classification(await self._classifier.Classify(request, timeout=timeout))
 
     async def classify_batch(
-        self, texts: Sequence[str], task: str | None = None, *, top_k: int = 0, timeout: float = 60.0
+        self,
+        texts: Sequence[str],
+        task: str | None = None,
+        *,
+        top_k: int = 0,
+        evidence: bool = False,
+        timeout: float = 60.0,
     ) -> list[Classification | ClasserError]:
         """`Client.classify_batch`."""
         outcomes: list[Classification | ClasserError] = []
-        for request in _batch_requests(texts, task, top_k):
+        for request in _batch_requests(texts, task, top_k, evidence):
             with _typed_errors(self.server, timeout):
                 outcomes += _outcomes(await self._classifier.ClassifyBatch(request, timeout=timeout))
         return outcomes
@@ -240,14 +268,16 @@ class AsyncClient:
             await asyncio.sleep(_POLL_SECONDS)
 
 
-def _request(text: str, task: str | None, top_k: int) -> pb.ClassifyRequest:
+def _request(text: str, task: str | None, top_k: int, evidence: bool) -> pb.ClassifyRequest:
     with _unsendable():
-        request = pb.ClassifyRequest(text=text, task=task or "", top_k=top_k)
+        request = pb.ClassifyRequest(text=text, task=task or "", top_k=top_k, evidence=evidence)
     _check_bytes(request.ByteSize())
     return request
 
 
-def _batch_requests(texts: Sequence[str], task: str | None, top_k: int) -> Iterator[pb.ClassifyBatchRequest]:
+def _batch_requests(
+    texts: Sequence[str], task: str | None, top_k: int, evidence: bool
+) -> Iterator[pb.ClassifyBatchRequest]:
     """Cuts the texts into calls that the server takes."""
     if isinstance(texts, str):
         raise InvalidRequest("classify_batch takes a list of texts; for one text use classify.")
@@ -255,14 +285,14 @@ def _batch_requests(texts: Sequence[str], task: str | None, top_k: int) -> Itera
         raise InvalidRequest("classify_batch was given no texts; give it at least one.")
     with _unsendable():
         sizes = [len(text.encode()) for text in texts]
-        pb.ClassifyBatchRequest(task=task or "", top_k=top_k)
+        pb.ClassifyBatchRequest(task=task or "", top_k=top_k, evidence=evidence)
     start = 0
     while start < len(texts):
         end, total = start + 1, sizes[start]
         while end < len(texts) and end - start < MAX_TEXTS and total + sizes[end] <= _BATCH_BYTES:
             total += sizes[end]
             end += 1
-        request = pb.ClassifyBatchRequest(texts=texts[start:end], task=task or "", top_k=top_k)
+        request = pb.ClassifyBatchRequest(texts=texts[start:end], task=task or "", top_k=top_k, evidence=evidence)
         _check_bytes(request.ByteSize())
         yield request
         start = end
@@ -294,6 +324,7 @@ def _classification(response: pb.ClassifyResponse) -> Classification:
         queue_micros=response.queue_micros,
         compute_micros=response.compute_micros,
         model_version=response.model_version,
+        evidence=tuple(EvidenceSpan(span.start, span.end, span.score) for span in response.evidence),
     )
 
 

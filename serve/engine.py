@@ -14,6 +14,8 @@ from typing import Protocol
 import numpy as np
 
 from ..data.buckets import pad_batch
+from ..model.evidence import Kept
+from .scheduler import Output
 
 # Few programs, so that a server starts in well under a minute on two cores: each takes one to three seconds to compile.
 BUCKETS = (32, 64, 128, 256, 512)
@@ -27,13 +29,16 @@ WARM_UP_RUNS = 2
 
 
 class Program(Protocol):
-    """One executable: tokens_BS and lengths_B (int32) in, logits (B, L) float32 out, for one static shape."""
+    """One executable for a static shape: tokens_BS and lengths_B (int32) → logits_BL (float32), what each row kept."""
 
-    def __call__(self, tokens_BS: np.ndarray, lengths_B: np.ndarray, /) -> np.ndarray: ...
+    def explain(self, tokens_BS: np.ndarray, lengths_B: np.ndarray, /) -> tuple[np.ndarray, Sequence[Kept]]: ...
 
 
 class Predictor(Protocol):
     """What the engine needs of `model.predict.Predictor`."""
+
+    @property
+    def focused(self) -> bool: ...
 
     def compile(self, batch_size: int, length: int) -> Program: ...
 
@@ -84,6 +89,11 @@ class Engine:
         self._warmed: dict[tuple[int, int], Warmed] = {}
 
     @property
+    def focused(self) -> bool:
+        """Whether the programs leave tokens out."""
+        return self._predictor.focused
+
+    @property
     def buckets(self) -> tuple[int, ...]:
         return self._buckets
 
@@ -113,7 +123,7 @@ class Engine:
             times = []
             for _ in range(WARM_UP_RUNS):
                 begin = self._clock()
-                np.asarray(program(tokens_BS, lengths_B))
+                program.explain(tokens_BS, lengths_B)
                 times.append(self._clock() - begin)
             warmed = Warmed(program, size, bucket, compiled, min(times))
             self._warmed[bucket, size] = warmed
@@ -132,8 +142,8 @@ class Engine:
         good = max(rates.values()) * ABOUT_AS_GOOD
         return min(waiting, max(size for size, rate in rates.items() if rate >= good))
 
-    def run(self, ids: Sequence[np.ndarray], bucket: int) -> np.ndarray:
-        """Logits of N texts: (N, L) float32. They may be NaN, each row on its own.
+    def run(self, ids: Sequence[np.ndarray], bucket: int) -> list[Output]:
+        """What N texts give. Logits may be NaN, each text's on its own.
 
         Args:
           ids: the token ids of each text, (S_i,) with S_i ≤ `bucket`; N at most the bucket's largest batch size.
@@ -150,7 +160,8 @@ class Engine:
                 f"The program for {size} × {bucket} tokens is not compiled yet; warm the engine up first."
             )
         tokens_BS, lengths_B = pad_batch(ids, size, bucket, self._pad_id)
-        return np.asarray(warmed.program(tokens_BS, lengths_B))[: len(ids)]
+        logits_BL, kept_B = warmed.program.explain(tokens_BS, lengths_B)
+        return [Output(logits_BL[i], kept_B[i] if self.focused else None) for i in range(len(ids))]
 
     def check(self) -> None:
         """Runs the smallest program on padding; it raises only if the device is lost."""

@@ -17,11 +17,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from ..data.buckets import bucket_for
+from ..model.evidence import Kept
 from .errors import ClasserError, DeadlineExceeded, InternalError, InvalidRequest, Overloaded, Unavailable
 from .log import log_failure
 
@@ -42,8 +43,8 @@ class Device(Protocol):
         """How many of `waiting` texts of a bucket to run next: 1 … `waiting`."""
         ...
 
-    def run(self, ids: Sequence[np.ndarray], bucket: int) -> np.ndarray:
-        """Logits (N, L) of N texts, at most as many as `batch_for` said. Whatever it raises is these texts' failure."""
+    def run(self, ids: Sequence[np.ndarray], bucket: int) -> Sequence[Output]:
+        """What N texts give, at most as many as `batch_for` said. Whatever it raises is these texts' failure."""
         ...
 
     def check(self) -> None:
@@ -51,17 +52,29 @@ class Device(Protocol):
         ...
 
 
+class Output(NamedTuple):
+    """What the device says of one text.
+
+    Attributes:
+      logits_L: (L,) float32, over all labels of the model.
+      kept: the tokens that it read to the end; None where nothing is left out.
+    """
+
+    logits_L: np.ndarray
+    kept: Kept | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class Scored:
     """What became of one text.
 
     Attributes:
-      logits_L: (L,) float32, over all labels of the model.
+      output: what the device said.
       queue_seconds: from `submit` until its batch began.
       compute_seconds: what the device took over its batch.
     """
 
-    logits_L: np.ndarray
+    output: Output
     queue_seconds: float
     compute_seconds: float
 
@@ -235,14 +248,14 @@ class Scheduler:
     def _run(self, batch: list[_Entry]) -> None:
         started = self._clock()
         try:
-            logits_NL = self._device.run([entry.ids for entry in batch], batch[0].bucket)
+            outputs = self._device.run([entry.ids for entry in batch], batch[0].bucket)
         except Exception as error:
             log_failure(f"A batch of {len(batch)} texts failed", error)
             self._run_apart(batch)
             return
         seconds = self._clock() - started
-        for entry, logits_L in zip(batch, logits_NL, strict=True):
-            _deliver(entry, Scored(logits_L, started - entry.enqueued, seconds))
+        for entry, output in zip(batch, outputs, strict=True):
+            _deliver(entry, Scored(output, started - entry.enqueued, seconds))
 
     def _run_apart(self, batch: list[_Entry]) -> None:
         """After a failed batch: one text's failure is not its batch-mates', and a lost device is not one text's."""

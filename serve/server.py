@@ -117,7 +117,7 @@ class Server:
             on_death=self._device_lost,
         )
         answers = Answers(self._bundle.taxonomy, self._bundle.calibration, self._bundle.version)
-        self._service = ClassifierService(self._tokenizer, self.scheduler, answers)
+        self._service = ClassifierService(self._tokenizer, self.scheduler, answers, focused=self._engine.focused)
         self._health = health_aio.HealthServicer()
         add_ClassifierServicer_to_server(self._service, self._grpc)
         add_HealthServicer_to_server(self._health, self._grpc)

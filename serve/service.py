@@ -29,7 +29,9 @@ class ClassifierService(ClassifierServicer):
       idle: set while no call is in flight.
     """
 
-    def __init__(self, tokenizer: TokenizerStage, scheduler: Scheduler, answers: Answers) -> None:
+    def __init__(self, tokenizer: TokenizerStage, scheduler: Scheduler, answers: Answers, *, focused: bool) -> None:
+        """`focused` says whether the model leaves tokens out, so that there is evidence to show."""
+        self._focused = focused
         self._tokenizer = tokenizer
         self._scheduler = scheduler
         self._answers = answers
@@ -40,7 +42,7 @@ class ClassifierService(ClassifierServicer):
 
     async def Classify(self, request: pb.ClassifyRequest, context: grpc.aio.ServicerContext) -> pb.ClassifyResponse:
         async with self._call(context):
-            (outcome,) = await self._classify([request.text], request.task, request.top_k, context.time_remaining())
+            (outcome,) = await self._classify([request.text], request, context.time_remaining())
             if isinstance(outcome, ClasserError):
                 raise outcome
         return outcome
@@ -52,7 +54,7 @@ class ClassifierService(ClassifierServicer):
             count = len(request.texts)
             if not 1 <= count <= MAX_TEXTS:
                 raise InvalidRequest(f"The field `texts` holds {count} texts; one call takes 1 to {MAX_TEXTS}.")
-            outcomes = await self._classify(request.texts, request.task, request.top_k, context.time_remaining())
+            outcomes = await self._classify(request.texts, request, context.time_remaining())
         return pb.ClassifyBatchResponse(items=[_item(outcome) for outcome in outcomes])
 
     @contextlib.asynccontextmanager
@@ -74,12 +76,20 @@ class ClassifierService(ClassifierServicer):
                 self.idle.set()
 
     async def _classify(
-        self, texts: Sequence[str], task_name: str, top_k: int, seconds: float | None
+        self,
+        texts: Sequence[str],
+        request: pb.ClassifyRequest | pb.ClassifyBatchRequest,
+        seconds: float | None,
     ) -> list[pb.ClassifyResponse | ClasserError]:
         """One outcome a text; raises what is wrong with all of them. `seconds` is how long the caller will wait."""
         if not self.ready:
             raise Unavailable("The server is still compiling its programs; wait until its health says SERVING.")
-        task = self._answers.task(task_name)
+        task = self._answers.task(request.task)
+        if request.evidence and not self._focused:
+            raise InvalidRequest(
+                "The field `evidence` is set, but this server reads every token, so that none stands out; start it "
+                "with a focus below 1."
+            )
         deadline = None if seconds is None else self._scheduler.clock() + seconds
         outcomes: dict[int, pb.ClassifyResponse | ClasserError] = {}
 
@@ -91,7 +101,8 @@ class ClassifierService(ClassifierServicer):
         rest = [i for i in range(len(texts)) if i not in outcomes]
 
         tokens: dict[int, Tokens] = {}
-        for i, encoded in zip(rest, await self._tokenizer.tokenize([texts[i] for i in rest]), strict=True):
+        encoded_texts = await self._tokenizer.tokenize([texts[i] for i in rest], spans=request.evidence)
+        for i, encoded in zip(rest, encoded_texts, strict=True):
             if isinstance(encoded, Tokens):
                 tokens[i] = encoded
             else:
@@ -109,7 +120,8 @@ class ClassifierService(ClassifierServicer):
             else:
                 scored[i] = result
 
-        answers = self._answers.answer(task, [tokens[i] for i in scored], list(scored.values()), top_k)
+        read = [tokens[i] for i in scored]
+        answers = self._answers.answer(task, read, list(scored.values()), request.top_k, request.evidence)
         outcomes.update(zip(scored, answers, strict=True))
         return [outcomes[i] for i in range(len(texts))]
 

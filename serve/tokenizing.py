@@ -37,19 +37,33 @@ class Encoded(Protocol):
         """bool (N,): whether a text had more tokens than were kept."""
         ...
 
+    @property
+    def spans(self) -> Sequence[np.ndarray] | None:
+        """N arrays, int32 (S_i, 2), the characters that each token covers; None unless asked for."""
+        ...
+
 
 class Tokenizer(Protocol):
     """What this stage needs of `data.tokenizer.WordPieceTokenizer`."""
 
     def encode(self, texts: Sequence[str], max_length: int) -> Encoded: ...
 
+    def encode_with_offsets(self, texts: Sequence[str], max_length: int) -> Encoded: ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """One text for the device: int32 (S,) ids, and whether the text had more than the model reads."""
+    """One text for the device.
+
+    Attributes:
+      ids: int32 (S,).
+      truncated: whether the text had more than the model reads.
+      spans: int32 (S, 2), the characters that each token covers; None unless asked for.
+    """
 
     ids: np.ndarray
     truncated: bool
+    spans: np.ndarray | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -58,6 +72,7 @@ class _Group:
 
     texts: Sequence[str]
     chars: int
+    spans: bool
     future: asyncio.Future[list[Tokens | ClasserError]]
 
 
@@ -73,8 +88,8 @@ class TokenizerStage:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="classer-tokenizer")
         self._worker: asyncio.Task[None] | None = None
 
-    async def tokenize(self, texts: Sequence[str]) -> list[Tokens | ClasserError]:
-        """The tokens of each text, or the InternalError of one that the tokeniser failed on.
+    async def tokenize(self, texts: Sequence[str], *, spans: bool = False) -> list[Tokens | ClasserError]:
+        """The tokens of each text, with their `spans` if asked; or the InternalError of one that it failed on.
 
         Raises:
           Overloaded: too much waits already.
@@ -85,7 +100,7 @@ class TokenizerStage:
                 f"The server has {self._waiting_chars} characters waiting for the tokenizer and takes on "
                 f"{self._max_waiting_chars} at most; try again in a moment."
             )
-        group = _Group(texts, chars, asyncio.get_running_loop().create_future())
+        group = _Group(texts, chars, spans, asyncio.get_running_loop().create_future())
         self._waiting.append(group)
         self._waiting_chars += chars
         if self._worker is None:
@@ -102,7 +117,8 @@ class TokenizerStage:
         try:
             while groups := self._take():
                 texts = [text for group in groups for text in group.texts]
-                outcomes = iter(await loop.run_in_executor(self._thread, self._encode, texts))
+                spans = any(group.spans for group in groups)
+                outcomes = iter(await loop.run_in_executor(self._thread, self._encode, texts, spans))
                 for group in groups:
                     own = list(itertools.islice(outcomes, len(group.texts)))
                     if not group.future.done():  # else its caller has gone
@@ -121,13 +137,16 @@ class TokenizerStage:
                 chars += group.chars
         return groups
 
-    def _encode(self, texts: list[str]) -> list[Tokens | ClasserError]:
+    def _encode(self, texts: list[str], spans: bool) -> list[Tokens | ClasserError]:
         """Runs in the worker thread. One text's failure is not its batch-mates'."""
         try:
-            encoded = self._tokenizer.encode(texts, self._max_length)
-            return [Tokens(ids, bool(cut)) for ids, cut in zip(encoded.ids, encoded.truncated, strict=True)]
+            encode = self._tokenizer.encode_with_offsets if spans else self._tokenizer.encode
+            encoded = encode(texts, self._max_length)
+            spans_N = encoded.spans or [None] * len(texts)
+            rows = zip(encoded.ids, encoded.truncated, spans_N, strict=True)
+            return [Tokens(ids, bool(cut), spans_S2) for ids, cut, spans_S2 in rows]
         except Exception as error:
             if len(texts) > 1:
-                return [outcome for text in texts for outcome in self._encode([text])]
+                return [outcome for text in texts for outcome in self._encode([text], spans)]
             log_failure("The tokenizer failed on a text", error)
             return [InternalError("The server could not tokenize this text; its log says why.")]

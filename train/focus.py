@@ -58,7 +58,7 @@ def draw_focus(rng: jax.Array, num_rows: int, num_layers: int, done: jax.Array) 
     depth_BI = (jnp.arange(num_layers) / max(num_layers - 1, 1)) ** shape_B1
     shares_BI = jnp.exp(log_start_B1 + (log_end_B1 - log_start_B1) * depth_BI)
     dense_B1 = jax.random.bernoulli(keys[4], DENSE_ROWS, (num_rows, 1))
-    units_BI = jnp.where(dense_B1, UNITS, jnp.ceil(shares_BI * UNITS)).astype(jnp.int32)
+    units_BI = jnp.where(dense_B1, UNITS, jnp.maximum(1, jnp.round(shares_BI * UNITS))).astype(jnp.int32)
     first, last = TEMPERATURES
     temperature = first * (last / first) ** jnp.minimum(done / SOFT_SHARE, 1.0)
     return FocusDraw(units_BI, temperature, done >= SOFT_SHARE)

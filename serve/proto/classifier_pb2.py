@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$classer/serve/proto/classifier.proto\x12\nclasser.v1\x1a\x17google/rpc/status.proto\"<\n\x0f\x43lassifyRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\r\n\x05top_k\x18\x03 \x01(\r\":\n\x0bScoredLabel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x02\x12\x0e\n\x06\x63hosen\x18\x03 \x01(\x08\"\xb1\x01\n\x10\x43lassifyResponse\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\'\n\x06labels\x18\x02 \x03(\x0b\x32\x17.classer.v1.ScoredLabel\x12\x11\n\ttruncated\x18\x03 \x01(\x08\x12\x0e\n\x06tokens\x18\x04 \x01(\r\x12\x14\n\x0cqueue_micros\x18\x05 \x01(\x04\x12\x16\n\x0e\x63ompute_micros\x18\x06 \x01(\x04\x12\x15\n\rmodel_version\x18\x07 \x01(\t\"B\n\x14\x43lassifyBatchRequest\x12\r\n\x05texts\x18\x01 \x03(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\r\n\x05top_k\x18\x03 \x01(\r\"t\n\x11\x43lassifyBatchItem\x12\x30\n\x08response\x18\x01 \x01(\x0b\x32\x1c.classer.v1.ClassifyResponseH\x00\x12#\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\x08\n\x06result\"E\n\x15\x43lassifyBatchResponse\x12,\n\x05items\x18\x01 \x03(\x0b\x32\x1d.classer.v1.ClassifyBatchItem2\xa9\x01\n\nClassifier\x12\x45\n\x08\x43lassify\x12\x1b.classer.v1.ClassifyRequest\x1a\x1c.classer.v1.ClassifyResponse\x12T\n\rClassifyBatch\x12 .classer.v1.ClassifyBatchRequest\x1a!.classer.v1.ClassifyBatchResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$classer/serve/proto/classifier.proto\x12\nclasser.v1\x1a\x17google/rpc/status.proto\"N\n\x0f\x43lassifyRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x10\n\x08\x65vidence\x18\x04 \x01(\x08\":\n\x0bScoredLabel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x02\x12\x0e\n\x06\x63hosen\x18\x03 \x01(\x08\"9\n\x0c\x45videnceSpan\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0b\n\x03\x65nd\x18\x02 \x01(\r\x12\r\n\x05score\x18\x03 \x01(\x02\"\xdd\x01\n\x10\x43lassifyResponse\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\'\n\x06labels\x18\x02 \x03(\x0b\x32\x17.classer.v1.ScoredLabel\x12\x11\n\ttruncated\x18\x03 \x01(\x08\x12\x0e\n\x06tokens\x18\x04 \x01(\r\x12\x14\n\x0cqueue_micros\x18\x05 \x01(\x04\x12\x16\n\x0e\x63ompute_micros\x18\x06 \x01(\x04\x12\x15\n\rmodel_version\x18\x07 \x01(\t\x12*\n\x08\x65vidence\x18\x08 \x03(\x0b\x32\x18.classer.v1.EvidenceSpan\"T\n\x14\x43lassifyBatchRequest\x12\r\n\x05texts\x18\x01 \x03(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x10\n\x08\x65vidence\x18\x04 \x01(\x08\"t\n\x11\x43lassifyBatchItem\x12\x30\n\x08response\x18\x01 \x01(\x0b\x32\x1c.classer.v1.ClassifyResponseH\x00\x12#\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\x08\n\x06result\"E\n\x15\x43lassifyBatchResponse\x12,\n\x05items\x18\x01 \x03(\x0b\x32\x1d.classer.v1.ClassifyBatchItem2\xa9\x01\n\nClassifier\x12\x45\n\x08\x43lassify\x12\x1b.classer.v1.ClassifyRequest\x1a\x1c.classer.v1.ClassifyResponse\x12T\n\rClassifyBatch\x12 .classer.v1.ClassifyBatchRequest\x1a!.classer.v1.ClassifyBatchResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,17 +33,19 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'classer.serve.proto.classif
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CLASSIFYREQUEST']._serialized_start=77
-  _globals['_CLASSIFYREQUEST']._serialized_end=137
-  _globals['_SCOREDLABEL']._serialized_start=139
-  _globals['_SCOREDLABEL']._serialized_end=197
-  _globals['_CLASSIFYRESPONSE']._serialized_start=200
-  _globals['_CLASSIFYRESPONSE']._serialized_end=377
-  _globals['_CLASSIFYBATCHREQUEST']._serialized_start=379
-  _globals['_CLASSIFYBATCHREQUEST']._serialized_end=445
-  _globals['_CLASSIFYBATCHITEM']._serialized_start=447
-  _globals['_CLASSIFYBATCHITEM']._serialized_end=563
-  _globals['_CLASSIFYBATCHRESPONSE']._serialized_start=565
-  _globals['_CLASSIFYBATCHRESPONSE']._serialized_end=634
-  _globals['_CLASSIFIER']._serialized_start=637
-  _globals['_CLASSIFIER']._serialized_end=806
+  _globals['_CLASSIFYREQUEST']._serialized_end=155
+  _globals['_SCOREDLABEL']._serialized_start=157
+  _globals['_SCOREDLABEL']._serialized_end=215
+  _globals['_EVIDENCESPAN']._serialized_start=217
+  _globals['_EVIDENCESPAN']._serialized_end=274
+  _globals['_CLASSIFYRESPONSE']._serialized_start=277
+  _globals['_CLASSIFYRESPONSE']._serialized_end=498
+  _globals['_CLASSIFYBATCHREQUEST']._serialized_start=500
+  _globals['_CLASSIFYBATCHREQUEST']._serialized_end=584
+  _globals['_CLASSIFYBATCHITEM']._serialized_start=586
+  _globals['_CLASSIFYBATCHITEM']._serialized_end=702
+  _globals['_CLASSIFYBATCHRESPONSE']._serialized_start=704
+  _globals['_CLASSIFYBATCHRESPONSE']._serialized_end=773
+  _globals['_CLASSIFIER']._serialized_start=776
+  _globals['_CLASSIFIER']._serialized_end=945
 # @@protoc_insertion_point(module_scope)

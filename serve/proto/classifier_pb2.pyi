@@ -8,14 +8,16 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class ClassifyRequest(_message.Message):
-    __slots__ = ("text", "task", "top_k")
+    __slots__ = ("text", "task", "top_k", "evidence")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
+    EVIDENCE_FIELD_NUMBER: _ClassVar[int]
     text: str
     task: str
     top_k: int
-    def __init__(self, text: _Optional[str] = ..., task: _Optional[str] = ..., top_k: _Optional[int] = ...) -> None: ...
+    evidence: bool
+    def __init__(self, text: _Optional[str] = ..., task: _Optional[str] = ..., top_k: _Optional[int] = ..., evidence: _Optional[bool] = ...) -> None: ...
 
 class ScoredLabel(_message.Message):
     __slots__ = ("name", "score", "chosen")
@@ -27,8 +29,18 @@ class ScoredLabel(_message.Message):
     chosen: bool
     def __init__(self, name: _Optional[str] = ..., score: _Optional[float] = ..., chosen: _Optional[bool] = ...) -> None: ...
 
+class EvidenceSpan(_message.Message):
+    __slots__ = ("start", "end", "score")
+    START_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    start: int
+    end: int
+    score: float
+    def __init__(self, start: _Optional[int] = ..., end: _Optional[int] = ..., score: _Optional[float] = ...) -> None: ...
+
 class ClassifyResponse(_message.Message):
-    __slots__ = ("task", "labels", "truncated", "tokens", "queue_micros", "compute_micros", "model_version")
+    __slots__ = ("task", "labels", "truncated", "tokens", "queue_micros", "compute_micros", "model_version", "evidence")
     TASK_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
     TRUNCATED_FIELD_NUMBER: _ClassVar[int]
@@ -36,6 +48,7 @@ class ClassifyResponse(_message.Message):
     QUEUE_MICROS_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_MICROS_FIELD_NUMBER: _ClassVar[int]
     MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    EVIDENCE_FIELD_NUMBER: _ClassVar[int]
     task: str
     labels: _containers.RepeatedCompositeFieldContainer[ScoredLabel]
     truncated: bool
@@ -43,17 +56,20 @@ class ClassifyResponse(_message.Message):
     queue_micros: int
     compute_micros: int
     model_version: str
-    def __init__(self, task: _Optional[str] = ..., labels: _Optional[_Iterable[_Union[ScoredLabel, _Mapping]]] = ..., truncated: _Optional[bool] = ..., tokens: _Optional[int] = ..., queue_micros: _Optional[int] = ..., compute_micros: _Optional[int] = ..., model_version: _Optional[str] = ...) -> None: ...
+    evidence: _containers.RepeatedCompositeFieldContainer[EvidenceSpan]
+    def __init__(self, task: _Optional[str] = ..., labels: _Optional[_Iterable[_Union[ScoredLabel, _Mapping]]] = ..., truncated: _Optional[bool] = ..., tokens: _Optional[int] = ..., queue_micros: _Optional[int] = ..., compute_micros: _Optional[int] = ..., model_version: _Optional[str] = ..., evidence: _Optional[_Iterable[_Union[EvidenceSpan, _Mapping]]] = ...) -> None: ...
 
 class ClassifyBatchRequest(_message.Message):
-    __slots__ = ("texts", "task", "top_k")
+    __slots__ = ("texts", "task", "top_k", "evidence")
     TEXTS_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
+    EVIDENCE_FIELD_NUMBER: _ClassVar[int]
     texts: _containers.RepeatedScalarFieldContainer[str]
     task: str
     top_k: int
-    def __init__(self, texts: _Optional[_Iterable[str]] = ..., task: _Optional[str] = ..., top_k: _Optional[int] = ...) -> None: ...
+    evidence: bool
+    def __init__(self, texts: _Optional[_Iterable[str]] = ..., task: _Optional[str] = ..., top_k: _Optional[int] = ..., evidence: _Optional[bool] = ...) -> None: ...
 
 class ClassifyBatchItem(_message.Message):
     __slots__ = ("response", "error")

@@ -10,7 +10,7 @@ from classer.model.decode import Calibration
 from classer.serve.answers import Answers
 from classer.serve.errors import InternalError, InvalidRequest, UnknownTask
 from classer.serve.proto import classifier_pb2 as pb
-from classer.serve.scheduler import Scored
+from classer.serve.scheduler import Output, Scored
 from classer.serve.tokenizing import Tokens
 
 TOPIC = Task("topic", TaskKind.MULTICLASS, tuple(Label(name) for name in "abcdefg"))
@@ -20,7 +20,7 @@ TOKENS = Tokens(np.arange(5, dtype=np.int32), truncated=True)
 
 
 def answer(task: Task, logits: list[float], top_k: int = 0) -> pb.ClassifyResponse:
-    (response,) = ANSWERS.answer(task, [TOKENS], [Scored(np.array(logits, np.float32), 0.25, 0.5)], top_k)
+    (response,) = ANSWERS.answer(task, [TOKENS], [Scored(Output(np.array(logits, np.float32)), 0.25, 0.5)], top_k)
     assert isinstance(response, pb.ClassifyResponse)
     return response
 
@@ -46,9 +46,9 @@ def test_multilabel_always_holds_what_was_chosen() -> None:
 
 
 def test_scores_that_are_not_finite_fail_their_text_only() -> None:
-    good = Scored(np.arange(10, dtype=np.float32), 0.0, 0.0)
+    good = Scored(Output(np.arange(10, dtype=np.float32)), 0.0, 0.0)
     for broken in (np.nan, np.inf, -np.inf):
-        bad = Scored(np.where(np.arange(10) == 3, broken, 0).astype(np.float32), 0.0, 0.0)
+        bad = Scored(Output(np.where(np.arange(10) == 3, broken, 0).astype(np.float32)), 0.0, 0.0)
         first, second, third = ANSWERS.answer(TOPIC, [TOKENS] * 3, [good, bad, good], 0)
         assert isinstance(second, InternalError)
         assert isinstance(first, pb.ClassifyResponse)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import types
+from typing import Any
+
 import numpy as np
 import pytest
 
+from classer.model.evidence import Kept
 from classer.serve.engine import Engine
 
 PAD = 9
@@ -13,8 +17,9 @@ PAD = 9
 class Programs:
     """Compiles functions that give each row's sum of real tokens; a run costs `cost(batch size, length)` seconds."""
 
-    def __init__(self, cost=lambda size, length: size * length * 1e-3) -> None:
+    def __init__(self, cost=lambda size, length: size * length * 1e-3, focused: bool = False) -> None:
         self.cost = cost
+        self.focused = focused
         self.now = 0.0
         self.compiled: list[tuple[int, int]] = []
         self.ran: list[tuple[int, int]] = []
@@ -22,20 +27,21 @@ class Programs:
     def clock(self) -> float:
         return self.now
 
-    def compile(self, batch_size: int, length: int):
+    def compile(self, batch_size: int, length: int) -> Any:
         self.compiled.append((batch_size, length))
         self.now += 2.0
 
-        def program(tokens_BS: np.ndarray, lengths_B: np.ndarray) -> np.ndarray:
+        def explain(tokens_BS: np.ndarray, lengths_B: np.ndarray) -> tuple[np.ndarray, list[Kept]]:
             assert tokens_BS.shape == (batch_size, length)
             assert tokens_BS.dtype == lengths_B.dtype == np.int32
             self.ran.append((batch_size, length))
             self.now += self.cost(batch_size, length)
             real_BS = np.arange(length) < lengths_B[:, None]
             assert (tokens_BS[~real_BS] == PAD).all()
-            return np.where(real_BS, tokens_BS, 0).sum(axis=1, keepdims=True).astype(np.float32)
+            sums_B1 = np.where(real_BS, tokens_BS, 0).sum(axis=1, keepdims=True).astype(np.float32)
+            return sums_B1, [Kept(np.flatnonzero(row), np.zeros(row.sum())) for row in real_BS]
 
-        return program
+        return types.SimpleNamespace(explain=explain)
 
 
 def engine_of(programs: Programs, max_length: int = 100, **options) -> Engine:
@@ -71,9 +77,10 @@ def test_run_takes_the_smallest_program_that_holds_the_texts() -> None:
     list(engine.warm_up())
     for count, size in ((1, 1), (2, 8), (8, 8), (9, 32), (32, 32)):
         ids = [np.arange(n % 7 + 1, dtype=np.int32) for n in range(count)]
-        logits_NL = engine.run(ids, 64)
+        outputs = engine.run(ids, 64)
         assert programs.ran[-1] == (size, 64)
-        assert logits_NL[:, 0].tolist() == [one.sum() for one in ids]
+        assert [output.logits_L[0] for output in outputs] == [one.sum() for one in ids]
+        assert all(output.kept is None for output in outputs)
     with pytest.raises(ValueError, match="33 rows"):
         engine.run([np.ones(1, np.int32)] * 33, 64)
 
@@ -107,3 +114,10 @@ def test_check_fails_only_with_the_device() -> None:
     programs.cost = lost
     with pytest.raises(RuntimeError, match="device lost"):
         engine.check()
+
+
+def test_a_focused_model_says_what_it_kept_of_each_text() -> None:
+    engine = engine_of(Programs(focused=True))
+    list(engine.warm_up())
+    outputs = engine.run([np.ones(5, np.int32), np.ones(2, np.int32)], 32)
+    assert [len(output.kept.positions_K) for output in outputs if output.kept] == [5, 2]

@@ -21,7 +21,7 @@ from classer.serve.errors import (
     Overloaded,
     Unavailable,
 )
-from classer.serve.scheduler import Scheduler, Scored
+from classer.serve.scheduler import Output, Scheduler, Scored
 
 BUCKETS = (4, 8, 16)
 MAX_BATCH = 3
@@ -50,12 +50,12 @@ class FakeDevice:
     def batch_for(self, bucket: int, waiting: int) -> int:
         return min(waiting, MAX_BATCH)
 
-    def run(self, ids: Sequence[np.ndarray], bucket: int) -> np.ndarray:
+    def run(self, ids: Sequence[np.ndarray], bucket: int) -> Sequence[Output]:
         self.batches.append((bucket, [int(one[0]) for one in ids], self.clock()))
         self.clock.now += RUN_SECONDS
         if self.lost or any(len(one) > 1 and one[1] == POISON for one in ids):
             raise RuntimeError("the device cannot run this")
-        return np.stack([np.full(2, one[0], np.float32) for one in ids])
+        return [Output(np.full(2, one[0], np.float32)) for one in ids]
 
     def check(self) -> None:
         if self.lost:
@@ -86,7 +86,7 @@ def scheduler(device: FakeDevice, clock: FakeClock) -> Scheduler:
 
 
 def names(futures: Sequence[Future[Scored]]) -> list[float]:
-    return [future.result(0).logits_L[0] for future in futures]
+    return [future.result(0).output.logits_L[0] for future in futures]
 
 
 def test_what_waits_runs_together_and_each_gets_its_own_answer(scheduler: Scheduler, device: FakeDevice) -> None:
@@ -141,9 +141,9 @@ def test_cancelling_while_it_runs_changes_nothing(scheduler: Scheduler, device: 
     futures = scheduler.submit_all([text(1), text(2)])
     cancelled = []
 
-    def run(ids: Sequence[np.ndarray], bucket: int) -> np.ndarray:
+    def run(ids: Sequence[np.ndarray], bucket: int) -> Sequence[Output]:
         cancelled.extend(future.cancel() for future in futures)
-        return np.stack([np.full(2, one[0], np.float32) for one in ids])
+        return [Output(np.full(2, one[0], np.float32)) for one in ids]
 
     monkeypatch.setattr(device, "run", run)
     scheduler.step()
@@ -193,7 +193,7 @@ def test_closing_finishes_what_waits_and_refuses_the_rest(device: FakeDevice, mo
     running, go_on = threading.Event(), threading.Event()
     real = device.run
 
-    def run(ids: Sequence[np.ndarray], bucket: int) -> np.ndarray:
+    def run(ids: Sequence[np.ndarray], bucket: int) -> Sequence[Output]:
         running.set()
         assert go_on.wait(30)
         return real(ids, bucket)
@@ -238,7 +238,7 @@ def test_the_loop_survives_cancellations_from_other_threads(device: FakeDevice) 
         drop.cancel()
         kept.append(keep)
         cancelled.append(drop)
-    assert [future.result(30).logits_L[0] for future in kept] == list(range(300))
+    assert [future.result(30).output.logits_L[0] for future in kept] == list(range(300))
     assert all(future.done() for future in cancelled)
     assert scheduler.alive
     scheduler.close(timeout=30)
@@ -329,7 +329,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 continue
             error = sent.future.exception(0)
             if error is None:
-                assert sent.future.result(0).logits_L.tolist() == [name, name]
+                assert sent.future.result(0).output.logits_L.tolist() == [name, name]
                 assert not sent.poison
             else:
                 assert isinstance(error, ClasserError)

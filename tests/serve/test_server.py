@@ -32,6 +32,7 @@ from classer.serve.client import (
 from classer.serve.engine import Engine
 from classer.serve.proto import classifier_pb2 as pb
 from classer.serve.proto.classifier_pb2_grpc import ClassifierStub
+from classer.serve.scheduler import Output
 
 TIMEOUT = 60.0
 TEXTS = ["my card has not arrived", "where is my money ?", "card", "", "the money is here. " * 8]
@@ -227,7 +228,7 @@ class Valve:
         self.ran: list[int] = []
         real = Engine.run
 
-        def run(engine: Engine, ids: Sequence[np.ndarray], bucket: int) -> np.ndarray:
+        def run(engine: Engine, ids: Sequence[np.ndarray], bucket: int) -> list[Output]:
             self.closed.set()
             assert self.open.wait(TIMEOUT)
             self.ran.append(len(ids))
@@ -297,10 +298,9 @@ def test_too_much_waiting_is_refused(start_server, bundle_path, monkeypatch) -> 
 def test_scores_that_are_no_numbers_fail_their_text_only(client: Client, monkeypatch) -> None:
     real = Engine.run
 
-    def run(engine: Engine, ids: Sequence[np.ndarray], bucket: int) -> np.ndarray:
-        logits_NL = np.array(real(engine, ids, bucket))
-        logits_NL[[len(one) == 2 for one in ids]] = np.nan
-        return logits_NL
+    def run(engine: Engine, ids: Sequence[np.ndarray], bucket: int) -> list[Output]:
+        outputs = real(engine, ids, bucket)
+        return [Output(x.logits_L * np.nan) if len(one) == 2 else x for one, x in zip(ids, outputs, strict=True)]
 
     monkeypatch.setattr(Engine, "run", run)
     first, empty, last = client.classify_batch(["card", "", "money"], "topic")

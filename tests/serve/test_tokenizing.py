@@ -18,6 +18,7 @@ from classer.serve.tokenizing import TokenizerStage, Tokens
 class Encoded:
     ids: list[np.ndarray]
     truncated: np.ndarray
+    spans: list[np.ndarray] | None = None
 
 
 class Lengths:
@@ -38,6 +39,10 @@ class Lengths:
         return Encoded(
             [np.array([len(text)], np.int32) for text in texts], np.array([len(text) > max_length for text in texts])
         )
+
+    def encode_with_offsets(self, texts: Sequence[str], max_length: int) -> Encoded:
+        encoded = self.encode(texts, max_length)
+        return dataclasses.replace(encoded, spans=[np.array([[0, len(text)]], np.int32) for text in texts])
 
 
 def read(outcomes: Sequence[object]) -> list[int]:
@@ -98,6 +103,21 @@ def test_more_than_the_bound_is_refused_and_a_gone_caller_makes_room() -> None:
         await first
         assert read(await stage.tokenize(["ccc"])) == [3]
         assert tokenizer.calls == [["a"], ["ccc"]]
+        stage.close()
+
+    asyncio.run(main())
+
+
+def test_spans_come_where_they_are_asked_for() -> None:
+    async def main() -> None:
+        stage = TokenizerStage(Lengths(), 3)
+        (with_spans,) = await stage.tokenize(["abc"], spans=True)
+        (without,) = await stage.tokenize(["abc"])
+        assert isinstance(with_spans, Tokens)
+        assert isinstance(without, Tokens)
+        assert with_spans.spans is not None
+        assert with_spans.spans.tolist() == [[0, 3]]
+        assert without.spans is None
         stage.close()
 
     asyncio.run(main())
