@@ -112,6 +112,7 @@ class ClassifyArguments:
       task: name of the task; needed only if the model has several.
       top_k: how many labels to show of each text; chosen ones are shown in any case.
       timeout: seconds to wait for each answer.
+      evidence: also show what the model read to its last layer; the server must run with --focus below 1.
       json: print one JSON object a text.
     """
 
@@ -120,6 +121,7 @@ class ClassifyArguments:
     task: str | None = None
     top_k: int = 3
     timeout: float = 10.0
+    evidence: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
     def __post_init__(self) -> None:
@@ -142,7 +144,13 @@ def classify(argv: Sequence[str]) -> None:
         for number, text in enumerate(texts, start=1):
             started = time.perf_counter()
             try:
-                answer = client.classify(text, arguments.task, top_k=arguments.top_k, timeout=arguments.timeout)
+                answer = client.classify(
+                    text,
+                    arguments.task,
+                    top_k=arguments.top_k,
+                    evidence=arguments.evidence,
+                    timeout=arguments.timeout,
+                )
             except InvalidRequest as e:
                 raise InvalidRequest(f"Text {number}: {e}") from None
             milliseconds = (time.perf_counter() - started) * 1e3
@@ -151,6 +159,9 @@ def classify(argv: Sequence[str]) -> None:
                 continue
             for label in answer.labels:
                 print(f"{'→' if label.chosen else ' '} {label.score:7.2%}  {label.name}")
+            if answer.evidence:
+                spans = " · ".join(f"{text[span.start : span.end]} {span.score:.0%}" for span in answer.evidence)
+                print(f"  read to the end: {spans}")
             cut = ", cut to them" if answer.truncated else ""
             print(f"  {answer.tokens} tokens{cut}, {milliseconds:.1f} ms, model {answer.model_version}")
 
