@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from .config import EncoderConfig
-from .encoder import Encoder, FocusDraw, kernel_init
+from .encoder import Encoder, FocusDraw
 from .focus import Focus
+from .layers import kernel_init
 from .quantize import Quantization
 
 

@@ -1,6 +1,6 @@
-"""The encoder: token ids in, one vector a token out.
+"""The encoder: token ids in, one vector a token out; with a focus, for the tokens that are kept.
 
-Axes: B batch, S sequence, N = B × S, D model width, H heads, K head width, F feed-forward width, V vocabulary.
+Axes: B batch, S sequence, K kept sequence, N = B × S, D model width, I layers.
 Activations are two-dimensional (N, D) between attentions; `ops` says why.
 """
 
@@ -12,160 +12,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from . import ops, quantize
 from .config import EncoderConfig
 from .focus import SURE, UNITS, Focus, keep_bias, kept_length, kept_lengths, select, token_scores
+from .layers import MASKED_SCORE, Dropout, Embeddings, EncoderLayer, Gate, Norm
 from .quantize import Quantization
-
-# Added to the score of a padding key. Finite, so that a row of padding alone gives uniform weights and not NaN.
-MASKED_SCORE = -1e9
-
-kernel_init = nn.initializers.truncated_normal(stddev=0.02)
-
-
-class Dense(nn.Module):
-    """A linear layer, float or INT8 as `quantization` says."""
-
-    features: int
-    quantization: Quantization
-
-    @nn.compact
-    def __call__(self, x_ND: jax.Array) -> jax.Array:
-        shape = (x_ND.shape[-1], self.features)
-        bias_F = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
-        if self.quantization is Quantization.SERVE:
-            # The int8 weights come from AQT's own collection; the float kernel is neither stored nor read.
-            kernel_DF = jnp.zeros(shape, x_ND.dtype)
-        else:
-            kernel_DF = self.param("kernel", kernel_init, shape, jnp.float32)
-        if self.quantization is Quantization.NONE:
-            return ops.linear(x_ND, kernel_DF, bias_F)
-        product_NF = quantize.dot_general(self.quantization)(x_ND, kernel_DF, (((1,), (0,)), ((), ())), precision=None)
-        return (product_NF + bias_F).astype(x_ND.dtype)
-
-
-class Embedding(nn.Module):
-    """A table of vectors, float32 or int8 with one scale a row."""
-
-    num_rows: int
-    features: int
-    quantization: Quantization
-
-    @nn.compact
-    def __call__(self, ids: jax.Array) -> jax.Array:
-        """Looks up `ids` (any shape) → ids.shape + (D,), float32."""
-        shape = (self.num_rows, self.features)
-        if self.quantization is Quantization.SERVE:
-            table_VD = self.param("table", nn.initializers.zeros_init(), shape, jnp.int8)
-            scale_V = self.param("table_scale", nn.initializers.zeros_init(), shape[:1], jnp.float32)
-            return table_VD[ids].astype(jnp.float32) * scale_V[ids][..., None]
-        return self.param("table", kernel_init, shape, jnp.float32)[ids]
-
-
-class LayerNorm(nn.Module):
-    eps: float
-
-    @nn.compact
-    def __call__(self, x_ND: jax.Array) -> jax.Array:
-        scale_D = self.param("scale", nn.initializers.ones_init(), (x_ND.shape[-1],), jnp.float32)
-        bias_D = self.param("bias", nn.initializers.zeros_init(), (x_ND.shape[-1],), jnp.float32)
-        return ops.layer_norm(x_ND, scale_D, bias_D, self.eps)
-
-
-class Embeddings(nn.Module):
-    """Token + position + segment embeddings, normalised."""
-
-    config: EncoderConfig
-    dtype: jnp.dtype
-    quantization: Quantization
-
-    @nn.compact
-    def __call__(self, tokens_BS: jax.Array) -> jax.Array:
-        c = self.config
-        length = tokens_BS.shape[1]
-        x_BSD = Embedding(c.vocab_size, c.d_model, self.quantization, name="token")(tokens_BS)
-        x_BSD += Embedding(c.max_positions, c.d_model, self.quantization, name="position")(jnp.arange(length))
-        x_BSD += Embedding(c.num_segments, c.d_model, self.quantization, name="segment")(jnp.zeros((), jnp.int32))
-        return LayerNorm(c.norm_eps, name="norm")(x_BSD.reshape(-1, c.d_model)).astype(self.dtype)
-
-
-class Dropout(nn.Module):
-    """`ops.dropout` of the RNG stream `dropout`; nothing at rate 0."""
-
-    rate: float
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return ops.dropout(x, self.make_rng("dropout"), self.rate) if self.rate else x
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, section 3.2)."""
-
-    config: EncoderConfig
-    quantization: Quantization
-    dropout: float
-
-    @nn.compact
-    def __call__(self, x_ND: jax.Array, bias_BS: jax.Array) -> jax.Array:
-        c = self.config
-        B, S = bias_BS.shape
-        # One product for query, key and value: fewer, larger products are faster on every device.
-        qkv_NE = Dense(3 * c.d_model, self.quantization, name="qkv")(x_ND)
-        query, key, value = (
-            x_ND.reshape(B, S, c.num_heads, c.head_dim).transpose(0, 2, 1, 3) for x_ND in jnp.split(qkv_NE, 3, axis=1)
-        )
-
-        scores_BHST = jnp.einsum("BHSK,BHTK->BHST", query, key, preferred_element_type=jnp.float32)
-        scores_BHST = scores_BHST * c.head_dim**-0.5 + bias_BS[:, None, None, :]
-        weights_BHST = jax.nn.softmax(scores_BHST, axis=-1).astype(x_ND.dtype)
-        weights_BHST = Dropout(self.dropout)(weights_BHST)
-        mixed_BHSK = jnp.einsum("BHST,BHTK->BHSK", weights_BHST, value, preferred_element_type=jnp.float32)
-
-        mixed_ND = mixed_BHSK.astype(x_ND.dtype).transpose(0, 2, 1, 3).reshape(B * S, c.d_model)
-        return Dense(c.d_model, self.quantization, name="out")(mixed_ND)
-
-
-class FeedForward(nn.Module):
-    config: EncoderConfig
-    quantization: Quantization
-
-    @nn.compact
-    def __call__(self, x_ND: jax.Array) -> jax.Array:
-        hidden_NF = Dense(self.config.d_ff, self.quantization, name="up")(x_ND)
-        hidden_NF = ops.gelu(hidden_NF)
-        return Dense(self.config.d_model, self.quantization, name="down")(hidden_NF)
-
-
-class EncoderLayer(nn.Module):
-    """Attention and feed-forward, each followed by dropout, the residual sum and LayerNorm (post-norm)."""
-
-    config: EncoderConfig
-    quantization: Quantization
-    dropout: float
-
-    @nn.compact
-    def __call__(self, x_ND: jax.Array, bias_BS: jax.Array) -> jax.Array:
-        c = self.config
-        dropout = Dropout(self.dropout)
-        x_ND += dropout(Attention(c, self.quantization, self.dropout, name="attention")(x_ND, bias_BS))
-        x_ND = LayerNorm(c.norm_eps, name="attention_norm")(x_ND)
-        x_ND += dropout(FeedForward(c, self.quantization, name="feed_forward")(x_ND))
-        return LayerNorm(c.norm_eps, name="feed_forward_norm")(x_ND)
-
-
-class Gate(nn.Module):
-    """Scores tokens for Focused Attention: a linear function of the normalised activations, in float32.
-
-    The factor √D makes a score move as fast as a unit of width-independent scale would under Adam.
-    """
-
-    @nn.compact
-    def __call__(self, x_ND: jax.Array) -> jax.Array:
-        direction_D = self.param("direction", nn.initializers.zeros_init(), (x_ND.shape[-1],), jnp.float32)
-        x32_ND = x_ND.astype(jnp.float32)
-        rstd_N1 = jax.lax.rsqrt(jnp.square(x32_ND).mean(axis=-1, keepdims=True) + 1e-6)
-        return (x32_ND * rstd_N1) @ direction_D * x_ND.shape[-1] ** 0.5
 
 
 class FocusDraw(NamedTuple):
@@ -242,7 +92,10 @@ class Encoder(nn.Module):
                     x_ND, tokens = _gather(x_ND, tokens, gate_BS, lengths_B, units[i], kept_length(S, units[i]))
                 elif draw is not None:
                     tokens = _mask(tokens, gate_BS, lengths_B, draw, i)
-            x_ND = EncoderLayer(c, self.quantization, self.dropout, name=f"layer_{i}")(x_ND, tokens.bias_BK)
+            layer = EncoderLayer(c, self.quantization, self.dropout, first=i == 0, name=f"layer_{i}")
+            x_ND = layer(x_ND, tokens.bias_BK, tokens.positions_BK, c.is_local(i))
+        if c.pre_norm:
+            x_ND = Norm(c, name="final_norm")(x_ND)
         return Encoded(x_ND.reshape(B, -1, c.d_model), tokens.weights_BK, tokens.positions_BK, tokens.scores_BK)
 
 

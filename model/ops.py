@@ -41,17 +41,7 @@ def _sum_tokens(x_NF: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def linear(x_ND: jax.Array, kernel_DF: jax.Array, bias_F: jax.Array) -> jax.Array:
-    """x · kernel + bias, computed in the dtype of x, accumulated in float32.
-
-    Args:
-      x_ND: activations, float32 or bfloat16.
-      kernel_DF: float32 weights, cast to the dtype of x.
-      bias_F: float32 bias, added to the float32 accumulator.
-
-    Returns:
-      (N, F) in the dtype of x.
-    """
+def _linear(x_ND: jax.Array, kernel_DF: jax.Array, bias_F: jax.Array) -> jax.Array:
     return _linear_forward(x_ND, kernel_DF, bias_F)[0]
 
 
@@ -68,7 +58,38 @@ def _linear_backward(residuals, g_NF):
     return dx_ND, _weight_gradient(x_ND, g_NF), _sum_tokens(g_NF)
 
 
-linear.defvjp(_linear_forward, _linear_backward)
+_linear.defvjp(_linear_forward, _linear_backward)
+
+
+@jax.custom_vjp
+def _product(x_ND: jax.Array, kernel_DF: jax.Array) -> jax.Array:
+    return _product_forward(x_ND, kernel_DF)[0]
+
+
+def _product_forward(x_ND, kernel_DF):
+    kernel_DF = lax.optimization_barrier(kernel_DF.astype(x_ND.dtype))
+    return _dot(x_ND, kernel_DF, 1, 0).astype(x_ND.dtype), (x_ND, kernel_DF)
+
+
+def _product_backward(residuals, g_NF):
+    return _linear_backward(residuals, g_NF)[:2]
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def linear(x_ND: jax.Array, kernel_DF: jax.Array, bias_F: jax.Array | None) -> jax.Array:
+    """x · kernel + bias, computed in the dtype of x, accumulated in float32.
+
+    Args:
+      x_ND: activations, float32 or bfloat16.
+      kernel_DF: float32 weights, cast to the dtype of x.
+      bias_F: float32 bias, added to the float32 accumulator; None for none.
+
+    Returns:
+      (N, F) in the dtype of x.
+    """
+    return _product(x_ND, kernel_DF) if bias_F is None else _linear(x_ND, kernel_DF, bias_F)
 
 
 @jax.custom_vjp
@@ -112,6 +133,25 @@ def gelu(x_NF: jax.Array) -> jax.Array:
     """x · Φ(x), by the error function in float32 (Hendrycks & Gimpel 2016, https://arxiv.org/abs/1606.08415)."""
     x32_NF = x_NF.astype(jnp.float32)
     return (x32_NF * (0.5 + 0.5 * lax.erf(x32_NF * 2**-0.5))).astype(x_NF.dtype)
+
+
+def silu(x_NF: jax.Array) -> jax.Array:
+    """x · σ(x) in float32 (Elfwing et al. 2017, https://arxiv.org/abs/1702.03118)."""
+    x32_NF = x_NF.astype(jnp.float32)
+    return (x32_NF * jax.nn.sigmoid(x32_NF)).astype(x_NF.dtype)
+
+
+def rms_norm(x_ND: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
+    """RMSNorm over the last axis (Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467), statistics in float32.
+
+    Args:
+      x_ND: activations, float32 or bfloat16.
+      scale_D: float32.
+      eps: added to the mean square.
+    """
+    x32_ND = x_ND.astype(jnp.float32)
+    rstd_N1 = lax.rsqrt(jnp.square(x32_ND).mean(axis=-1, keepdims=True) + eps)
+    return (x32_ND * rstd_N1 * scale_D).astype(x_ND.dtype)
 
 
 def dropout(x: jax.Array, key: jax.Array, rate: float) -> jax.Array:

