@@ -68,9 +68,13 @@ class TextClassifier(nn.Module):
     quantization: Quantization = Quantization.NONE
     dropout: float = 0.0
     focus: Focus | None = None
+    scan: bool = False
+    remat: bool = False
 
     def setup(self) -> None:
-        self.encoder = Encoder(self.config, self.dtype, self.quantization, self.dropout, self.focus)
+        self.encoder = Encoder(
+            self.config, self.dtype, self.quantization, self.dropout, self.focus, self.scan, self.remat
+        )
         self.head = LabelHead(self.num_labels)
 
     def __call__(self, tokens_BS: jax.Array, lengths_B: jax.Array, draw: FocusDraw | None = None) -> jax.Array:

@@ -6,10 +6,11 @@ Activations are two-dimensional (N, D) between attentions; `ops` says why.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from .config import EncoderConfig
@@ -58,6 +59,9 @@ class Encoder(nn.Module):
       quantization: see `quantize.Quantization`.
       dropout: rate on embeddings, attention weights and sublayers; 0 when not training. Needs the RNG stream `dropout`.
       focus: what the layers keep; None, or a full one, is the dense encoder.
+      scan: runs all layers but the first in one loop over stacked weights (see `stacking`), so that compiling takes no
+        longer for a deeper model. Such layers have one shape: not together with a focus that cuts.
+      remat: computes a layer's activations again in the backward pass instead of keeping them.
     """
 
     config: EncoderConfig
@@ -65,6 +69,8 @@ class Encoder(nn.Module):
     quantization: Quantization = Quantization.NONE
     dropout: float = 0.0
     focus: Focus | None = None
+    scan: bool = False
+    remat: bool = False
 
     @nn.compact
     def __call__(self, tokens_BS: jax.Array, lengths_B: jax.Array, draw: FocusDraw | None = None) -> Encoded:
@@ -84,7 +90,10 @@ class Encoder(nn.Module):
         x_ND = Dropout(self.dropout)(x_ND)
         tokens = _all_tokens(lengths_B, S)
         units = self.focus.units if self.focus else (UNITS,) * c.num_layers
-        for i in range(c.num_layers):
+        if self.scan and units[-1] < UNITS:
+            raise ValueError("A scan runs layers of one shape; a focus that cuts needs scan=False.")
+        make_layer = nn.remat(EncoderLayer) if self.remat else EncoderLayer
+        for i in range(1 if self.scan else c.num_layers):
             cuts = units[i] < (units[i - 1] if i else UNITS)
             if c.gated and (cuts or draw is not None or self.is_initializing()):
                 gate_BS = Gate(name=f"gate_{i}")(x_ND).reshape(B, -1)
@@ -92,11 +101,56 @@ class Encoder(nn.Module):
                     x_ND, tokens = _gather(x_ND, tokens, gate_BS, lengths_B, units[i], kept_length(S, units[i]))
                 elif draw is not None:
                     tokens = _mask(tokens, gate_BS, lengths_B, draw, i)
-            layer = EncoderLayer(c, self.quantization, self.dropout, first=i == 0, name=f"layer_{i}")
+            layer = make_layer(c, self.quantization, self.dropout, first=i == 0, name=f"layer_{i}")
             x_ND = layer(x_ND, tokens.bias_BK, tokens.positions_BK, c.is_local(i))
+        if self.scan and c.num_layers > 1:
+            x_ND, tokens = self._scan_layers(x_ND, tokens, lengths_B, draw)
         if c.pre_norm:
             x_ND = Norm(c, name="final_norm")(x_ND)
         return Encoded(x_ND.reshape(B, -1, c.d_model), tokens.weights_BK, tokens.positions_BK, tokens.scores_BK)
+
+    def _scan_layers(
+        self, x_ND: jax.Array, tokens: _Tokens, lengths_B: jax.Array, draw: FocusDraw | None
+    ) -> tuple[jax.Array, _Tokens]:
+        """All layers but the first, as one loop."""
+        c = self.config
+        layers = np.arange(1, c.num_layers)
+        scanned = nn.scan(
+            nn.remat(_ScannedLayer, prevent_cse=False) if self.remat else _ScannedLayer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=cast(Any, (0, nn.broadcast, nn.broadcast)),
+            length=len(layers),
+        )
+        each = (jnp.asarray(layers), jnp.asarray([c.is_local(int(i)) for i in layers]))
+        step = scanned(c, self.quantization, self.dropout, name="layers")
+        carried, _ = step((x_ND, tokens), each, lengths_B, draw)
+        return carried
+
+
+class _ScannedLayer(nn.Module):
+    """A gate and a layer: the body of the loop over layers."""
+
+    config: EncoderConfig
+    quantization: Quantization
+    dropout: float
+
+    @nn.compact
+    def __call__(
+        self,
+        carried: tuple[jax.Array, _Tokens],
+        each: tuple[jax.Array, jax.Array],
+        lengths_B: jax.Array,
+        draw: FocusDraw | None,
+    ) -> tuple[tuple[jax.Array, _Tokens], None]:
+        (x_ND, tokens), (index, is_local) = carried, each
+        if self.config.gated and (draw is not None or self.is_initializing()):
+            gate_BS = Gate(name="gate")(x_ND).reshape(len(lengths_B), -1)
+            if draw is not None:
+                tokens = _mask(tokens, gate_BS, lengths_B, draw, index)
+        layer = EncoderLayer(self.config, self.quantization, self.dropout, name="layer")
+        x_ND = layer(x_ND, tokens.bias_BK, tokens.positions_BK, is_local)
+        return (x_ND, tokens), None
 
 
 class _Tokens(NamedTuple):
@@ -135,7 +189,9 @@ def _gather(
     return x_ND[(jnp.arange(B)[:, None] * S + indices_BK).reshape(-1)], gathered
 
 
-def _mask(tokens: _Tokens, gate_BS: jax.Array, lengths_B: jax.Array, draw: FocusDraw, layer: int) -> _Tokens:
+def _mask(
+    tokens: _Tokens, gate_BS: jax.Array, lengths_B: jax.Array, draw: FocusDraw, layer: jax.Array | int
+) -> _Tokens:
     """The same tokens left, with a budget for each row, in rows of the same length: what is trained."""
     # Once hard, a token that was dropped stays so.
     scores_BS = jnp.where(tokens.weights_BK > 0, token_scores(gate_BS, lengths_B), -SURE)

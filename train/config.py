@@ -28,6 +28,8 @@ class Recipe:
       label_smoothing: probability mass that single-label targets spread over all labels.
       class_weights: `balanced` weighs each label by the inverse of its frequency; of a multilabel task, where it holds.
       dropout: rate on embeddings, attention weights and sublayers.
+      scan: run the layers in one loop, so that compiling takes no longer for a deeper encoder (see `Encoder`).
+      remat: compute activations again in the backward pass, which saves memory.
       compute_dtype: of activations and products; parameters, sums and the optimiser are float32.
       dev_fraction: share of the training examples set aside for development where no dev examples are given.
       patience: epochs without a better dev score after which training stops early; 0 never stops early.
@@ -46,6 +48,8 @@ class Recipe:
     label_smoothing: float = 0.05
     class_weights: Literal["none", "balanced"] = "none"
     dropout: float = 0.0
+    scan: bool = False
+    remat: bool = False
     compute_dtype: ComputeDtype = "bfloat16"
     dev_fraction: float = 0.1
     patience: int = 3

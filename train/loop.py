@@ -23,6 +23,7 @@ from ..model.encoder import FocusDraw
 from ..model.focus import Focus
 from ..model.predict import Predictor
 from ..model.quantize import Weights, flatten, variables
+from ..model.stacking import stack_layers, unstack_layers
 from .checkpoints import Checkpoints, Progress
 from .config import Recipe
 from .evaluation import TokenizedSplit, measure
@@ -124,7 +125,14 @@ def _fit_stage(
     )
     schedule = learning_rate_schedule(recipe, batches.num_steps)
     optimizer = make_optimizer(recipe, schedule)
-    model = TextClassifier(encoder, len(task.labels), jnp.dtype(recipe.compute_dtype), dropout=recipe.dropout)
+    model = TextClassifier(
+        encoder,
+        len(task.labels),
+        jnp.dtype(recipe.compute_dtype),
+        dropout=recipe.dropout,
+        scan=recipe.scan,
+        remat=recipe.remat,
+    )
     train_step = _make_step(stage, recipe, task, model, optimizer, train, batches.num_steps)
     iterator = iter(batches)
     progress = Progress(0, iterator.get_state(), -1.0, -1.0, 0, 0)
@@ -155,7 +163,8 @@ def _fit_stage(
         if progress.best_step != int(state.step):
             best_state, _ = checkpoints.restore(state, progress.best_step)
     best_epoch = progress.best_step // batches.steps_per_epoch
-    return Fitted(flatten(jax.device_get(best_state.params)), progress.best_score, best_epoch, progress.epoch)
+    best = unstack_layers(flatten(jax.device_get(best_state.params)))
+    return Fitted(best, progress.best_score, best_epoch, progress.epoch)
 
 
 def _make_step(
@@ -195,7 +204,7 @@ class _DevLook:
         dev: TokenizedSplit,
     ) -> None:
         self._task, self._dev = task, dev
-        params = flatten(state.params)
+        params = unstack_layers(flatten(state.params))
         self._predictors = {
             focus: Predictor(
                 encoder,
@@ -210,7 +219,7 @@ class _DevLook:
         self.sentence = ""
 
     def __call__(self, state: TrainState, log: RunLog) -> float:
-        params = flatten(state.params)
+        params = unstack_layers(flatten(state.params))
         said, scores = [], []
         for focus, predictor in self._predictors.items():
             logits_NL = predictor.with_weights(params).logits(self._dev.ids)
@@ -235,7 +244,7 @@ def initial_params(model: TextClassifier, weights: Weights, seed: int) -> Any:
     tokens_BS, lengths_B = jnp.zeros((1, 8), jnp.int32), jnp.ones((1,), jnp.int32)
     rngs = {"params": jax.random.key(seed), "dropout": jax.random.key(seed)}
     params = flatten(jax.jit(model.init)(rngs, tokens_BS, lengths_B)["params"])
-    return variables(params | weights, "float32")["params"]
+    return variables(params | (stack_layers(weights) if model.scan else weights), "float32")["params"]
 
 
 def _train_epoch(train_step, state: TrainState, iterator, num_steps: int, schedule, log: RunLog) -> TrainState:

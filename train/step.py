@@ -51,8 +51,8 @@ def make_optimizer(recipe: Recipe, schedule: optax.Schedule) -> optax.GradientTr
     Matrices decay; biases and norms do not.
     """
 
-    def is_matrix(params):
-        return jax.tree.map(lambda p: p.ndim > 1, params)
+    def is_matrix(params):  # by name: the biases of a scan's layers are stacked to matrices too
+        return jax.tree.map_with_path(lambda path, _: path[-1].key in ("kernel", "table"), params)
 
     def clip(gradients, _):
         # A factor, where `optax.clip_by_global_norm` divides: XLA fuses it into both moments' updates.

@@ -18,12 +18,13 @@ from classer.data.errors import InputError
 from classer.model import ops
 from classer.model.classifier import TextClassifier
 from classer.model.config import NATIVE_SIZES, EncoderConfig, native
-from classer.model.encoder import Encoder
+from classer.model.encoder import Encoder, FocusDraw
 from classer.model.focus import Focus
 from classer.model.layers import rotate
 from classer.model.predict import Predictor
 from classer.model.pretrained import load_encoder, save_encoder
 from classer.model.quantize import Quantization, convert, count_products, flatten, variables
+from classer.model.stacking import stack_layers, unstack_layers
 
 SMALL = dataclasses.replace(
     native("classer-5m", vocab_size=100, max_positions=64), num_layers=3, d_model=32, num_heads=4, d_ff=48
@@ -41,7 +42,7 @@ def modernbert(folder: Path, seed: int, **fields: Any) -> transformers.ModernBer
         "max_position_embeddings": 64,
         "local_attention": 8,
     }
-    special = {f"{name}_token_id": i for i, name in enumerate(("pad", "bos", "eos", "cls", "sep"))}
+    special: dict[str, Any] = {f"{name}_token_id": i for i, name in enumerate(("pad", "bos", "eos", "cls", "sep"))}
     torch.manual_seed(seed)
     config: Any = transformers.ModernBertConfig(**(defaults | special | fields))
     config._attn_implementation = "eager"
@@ -215,3 +216,66 @@ def test_norms_and_products_without_biases_have_the_gradients_of_their_formulas(
     x, g = (np.asarray(a, np.float32) for a in (x, g))
     for got, expected in ((out, x @ kernel), (dx, g @ kernel.T), (dkernel, x.T @ g)):
         np.testing.assert_allclose(np.asarray(got, np.float32), expected, atol=tolerance)
+
+
+BERT = EncoderConfig(100, 4, 32, 4, 48, max_positions=64, gated=True)
+LOCAL = dataclasses.replace(SMALL, num_layers=5, local_window=6, global_every=3)
+
+
+@pytest.mark.parametrize(
+    ("config", "remat", "focused"),
+    [(SMALL, True, False), (LOCAL, False, True), (BERT, True, True)],
+    ids=["native, remat", "local, focused", "bert, both"],
+)
+def test_a_scan_computes_what_single_layers_do(config: EncoderConfig, remat: bool, focused: bool) -> None:
+    """Values and every gradient; stacking and unstacking the weights loses nothing."""
+    plain, scanned = TextClassifier(config, 3), TextClassifier(config, 3, scan=True, remat=remat)
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(0, 100, n, dtype=np.int32) for n in (40, 12, 1)]
+    tokens_BS, lengths_B = pad_batch(rows, 4, 40, 0)
+    init = jax.jit(plain.init)(jax.random.key(0), tokens_BS, lengths_B)
+    weights = {
+        name: (v + rng.normal(0, 0.2, v.shape)).astype(np.float32) for name, v in flatten(init["params"]).items()
+    }
+    stacked = stack_layers(weights)
+    for name, value in unstack_layers(stacked).items():
+        np.testing.assert_array_equal(value, weights[name])
+    shapes = jax.eval_shape(scanned.init, jax.random.key(0), tokens_BS, lengths_B)
+    assert {n: v.shape for n, v in stacked.items()} == {
+        ".".join(key.key for key in path): v.shape for path, v in jax.tree.leaves_with_path(shapes["params"])
+    }
+    units_I = jnp.asarray(Focus.from_shares([1, 0.6, 0.5, 0.4, 0.3][: config.num_layers]).units, jnp.int32)
+    draw = FocusDraw(jnp.tile(units_I, (4, 1)), jnp.float32(0.5), jnp.asarray(True)) if focused else None
+
+    def run(model: TextClassifier, named: dict[str, np.ndarray]):
+        def loss(params):
+            out: Any = model.apply({"params": params}, tokens_BS, lengths_B, draw)
+            return jnp.square(out).sum(), out
+
+        (_, out), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables(named, "float32")["params"])
+        return np.asarray(out), unstack_layers(flatten(gradients))
+
+    expected, expected_gradients = run(plain, weights)
+    out, gradients = run(scanned, stacked)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, value in gradients.items():
+        scale = max(1.0, np.abs(expected_gradients[name]).max())
+        np.testing.assert_allclose(value, expected_gradients[name], atol=2e-5 * scale, err_msg=name)
+
+
+def test_a_scanned_program_does_not_grow_with_depth() -> None:
+    def size(num_layers: int, scan: bool) -> int:
+        model = TextClassifier(dataclasses.replace(SMALL, num_layers=num_layers), 3, scan=scan)
+        arguments = jnp.zeros((2, 16), jnp.int32), jnp.ones((2,), jnp.int32)
+        params = jax.eval_shape(model.init, jax.random.key(0), *arguments)
+        return len(jax.jit(model.apply).lower(params, *arguments).as_text())
+
+    assert size(24, scan=True) < 1.02 * size(4, scan=True)
+    assert size(24, scan=False) > 3 * size(4, scan=False)
+
+
+def test_a_scan_cannot_cut() -> None:
+    model = TextClassifier(SMALL, 3, scan=True, focus=Focus.from_shares([1, 0.5, 0.5]))
+    with pytest.raises(ValueError, match="one shape"):
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32), jnp.ones((1,), jnp.int32))

@@ -263,3 +263,13 @@ def test_class_weights_are_used_where_asked_for(encoder, tmp_path: Path, monkeyp
     fitted = run(encoder, tmp_path, dataclasses.replace(RECIPE, class_weights="balanced"))
     assert asked == [TaskKind.MULTICLASS]
     assert differ(fitted, uninterrupted)
+
+
+def test_scanned_layers_train_the_same_weights(gated, tmp_path: Path) -> None:
+    """To rounding; and with one name a layer, as bundles have them."""
+    recipe = dataclasses.replace(FOCUSED, dropout=0.0)
+    plain = run(gated, tmp_path / "plain", recipe)
+    scanned = run(gated, tmp_path / "scanned", dataclasses.replace(recipe, scan=True, remat=True))
+    assert scanned.weights.keys() == plain.weights.keys()
+    for name, value in plain.weights.items():
+        np.testing.assert_allclose(scanned.weights[name], value, atol=5e-3, err_msg=name)
