@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,6 +55,17 @@ def make_bundle(folder: Path) -> Bundle:
         card="A test's bundle.",
         max_length=48,
     )
+
+
+def with_gates(bundle: Bundle) -> Bundle:
+    """The bundle with gates of random directions, as if it had been trained for focus."""
+    rng = np.random.default_rng(0)
+    encoder = dataclasses.replace(bundle.encoder, gated=True)
+    gates = {
+        f"encoder.gate_{i}.direction": rng.normal(size=encoder.d_model).astype(np.float32)
+        for i in range(encoder.num_layers)
+    }
+    return dataclasses.replace(bundle, encoder=encoder, weights={**bundle.weights, **gates})
 
 
 def write_encoder(folder: Path, *, seed: int = 0, **sizes: Any) -> Path:

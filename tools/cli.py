@@ -1,4 +1,4 @@
-"""The command `classer`: train, serve, classify, evaluate, focus-report, quantize, info."""
+"""The command `classer`: train, serve, classify, evaluate, focus-report, focus-plan, quantize, info."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "classify": commands.classify,
     "evaluate": commands.evaluate,
     "focus-report": commands.focus_report,
+    "focus-plan": commands.focus_plan,
     "quantize": commands.quantize,
     "info": commands.info,
 }

@@ -276,6 +276,44 @@ def focus_report(argv: Sequence[str]) -> None:
         print(f"\nTable and picture: {a.out}")
 
 
+@dataclasses.dataclass(frozen=True)
+class FocusPlanArguments(MeasureArguments):
+    __doc__ = f"""{MeasureArguments.__doc__}
+      max_loss: points of accuracy that may be lost; the plan is the fastest within them.
+      speedup: how many times as fast as the dense classifier the plan is to be, instead of `max_loss`.
+      texts: at most so many texts of the split, drawn at random; 0 is all.
+      compute_dtype: of activations, between the products.
+    """
+
+    split: str = "dev"
+    max_loss: float | None = None
+    speedup: float | None = None
+    texts: int = 2000
+    compute_dtype: ComputeDtype = "bfloat16"
+
+
+def focus_plan(argv: Sequence[str]) -> None:
+    """Find what each layer should keep, for a loss of accuracy or a speed; prints it as --focus takes it."""
+    a = _parse(FocusPlanArguments, argv, "classer focus-plan", focus_plan.__doc__)
+    bundle, task, split = _load_measured(a)
+    from classer.train.focus_plan import plan_focus
+
+    plan = plan_focus(
+        bundle,
+        task,
+        split.sample(a.texts) if a.texts else split,
+        max_loss=a.max_loss,
+        speedup=a.speedup,
+        compute_dtype=a.compute_dtype,
+        say=lambda sentence: print(sentence, file=sys.stderr, flush=True),
+    )
+    print(f"--focus {plan.focus}")
+    print(
+        f"about {plan.speedup:.1f} times as fast as the dense classifier, accuracy {plan.accuracy:.2%} instead of "
+        f"{plan.dense_accuracy:.2%}; `classer focus-report` measures both"
+    )
+
+
 def _load_measured(a: MeasureArguments) -> tuple[Bundle, Task, TokenizedSplit]:
     """The bundle, its task, and the texts that are to be measured."""
     from classer.data.readers import check_labels, read_examples, read_task_folder

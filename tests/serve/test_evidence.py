@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -14,20 +13,15 @@ from classer.model.bundle import Bundle, save_bundle
 from classer.model.evidence import Kept, Span, evidence_spans
 from classer.model.focus import Focus
 from classer.serve.client import AsyncClient, Classification, Client, InvalidRequest
+from classer.tests.helpers import with_gates
 
 TEXT = "My  CARD has not\narrived — naïve 😀, and the money's gone! " * 2
 
 
 @pytest.fixture(scope="module")
 def gated_path(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Bundle) -> Path:
-    rng = np.random.default_rng(0)
-    encoder = dataclasses.replace(tiny_bundle.encoder, gated=True)
-    gates = {
-        f"encoder.gate_{i}.direction": rng.normal(size=encoder.d_model).astype(np.float32)
-        for i in range(encoder.num_layers)
-    }
     path = tmp_path_factory.mktemp("gated") / "bundle"
-    save_bundle(dataclasses.replace(tiny_bundle, encoder=encoder, weights={**tiny_bundle.weights, **gates}), path)
+    save_bundle(with_gates(tiny_bundle), path)
     return path
 
 

@@ -1,0 +1,91 @@
+"""The planner's search on costs and divergences that are known, and the whole on a tiny model."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from classer.data.errors import InputError
+from classer.model.bundle import Bundle
+from classer.model.focus import UNITS, Focus
+from classer.tests.helpers import with_gates
+from classer.train.evaluation import TokenizedSplit
+from classer.train.focus_plan import MAX_SPEEDUP, greedy_path, plan_focus
+
+DENSE = Focus.pyramid(1, 4)
+
+
+def cost(focus: Focus) -> float:
+    return sum(focus.units) / UNITS
+
+
+def test_it_cuts_where_it_costs_least() -> None:
+    """Only layer 2 may lose anything for free."""
+
+    def divergence(focus: Focus) -> float:
+        dropped = [1 - units / UNITS for units in focus.units]
+        return 5 * dropped[0] + 5 * dropped[1] + 0.01 * (dropped[2] + dropped[3])
+
+    path = list(itertools.islice(greedy_path(divergence, cost, DENSE), 6))
+    assert all(focus.units[:2] == (UNITS, UNITS) for focus in path)
+    assert all(after.units != before.units for before, after in itertools.pairwise(path))
+    assert all(cost(after) < cost(before) for before, after in itertools.pairwise([DENSE, *path]))
+    assert path[-1].units[3] <= path[-1].units[2] < UNITS
+
+
+def test_the_path_ends_where_nothing_is_left_to_cut() -> None:
+    path = list(greedy_path(lambda focus: 1.0, cost, DENSE))
+    assert len(path) < 200
+    assert path[-1].mean_share < 0.05
+
+
+@pytest.fixture(scope="module")
+def gated(tiny_bundle: Bundle) -> Bundle:
+    return with_gates(tiny_bundle)
+
+
+@pytest.fixture(scope="module")
+def dev(gated: Bundle) -> TokenizedSplit:
+    """Labelled with what the dense model answers, so that it is right everywhere."""
+    rng = np.random.default_rng(1)
+    ids = [rng.integers(5, 20, rng.integers(20, 40), dtype=np.int32) for _ in range(40)]
+    task = gated.taxonomy.tasks[0]
+    logits_NL = gated.predictor().logits(ids)[:, gated.taxonomy.slice_of(task.name)]
+    targets_NL = np.eye(logits_NL.shape[1], dtype=np.float32)[logits_NL.argmax(axis=1)]
+    return TokenizedSplit(ids, targets_NL, 0)
+
+
+def test_a_loss_is_kept_and_a_speed_is_reached(gated: Bundle, dev: TokenizedSplit) -> None:
+    task, said = gated.taxonomy.tasks[0], []
+    none = plan_focus(gated, task, dev, max_loss=0, compute_dtype="float32", say=said.append)
+    assert none.accuracy == none.dense_accuracy == 1
+    some = plan_focus(gated, task, dev, max_loss=20, compute_dtype="float32", say=said.append)
+    assert some.accuracy >= 0.8
+    assert some.speedup >= none.speedup >= 1
+    fast = plan_focus(gated, task, dev, speedup=1.5, compute_dtype="float32", say=said.append)
+    assert fast.speedup >= 1.5
+    # The masked search and the program that is served agree.
+    served_NL = gated.predictor(focus=fast.focus).logits(dev.ids)[:, gated.taxonomy.slice_of(task.name)]
+    assert (served_NL.argmax(axis=1) == dev.targets_NL.argmax(axis=1)).mean() == pytest.approx(fast.accuracy)
+    assert said
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ({}, "one of them"),
+        ({"max_loss": 1.0, "speedup": 2.0}, "one of them"),
+        ({"speedup": 0.5}, f"between 1 and {MAX_SPEEDUP:g}"),
+        ({"max_loss": -1.0}, "points of accuracy, from 0"),
+    ],
+)
+def test_targets_that_are_none_are_refused(gated: Bundle, dev: TokenizedSplit, targets: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        plan_focus(gated, gated.taxonomy.tasks[0], dev, **targets)
+
+
+def test_a_model_without_gates_is_refused(tiny_bundle: Bundle, dev: TokenizedSplit) -> None:
+    with pytest.raises(InputError, match="not trained for focus"):
+        plan_focus(tiny_bundle, tiny_bundle.taxonomy.tasks[0], dev, max_loss=1)
