@@ -72,15 +72,15 @@ def nested(weights: Weights) -> dict:
     return variables(weights, "float32")["params"]
 
 
-@pytest.mark.parametrize("focus", [HALF, FROM_THE_START, Focus.pyramid(0.6, 3)])
+@pytest.mark.parametrize("focus", [HALF, FROM_THE_START])
 def test_a_text_gets_the_same_logits_in_any_bucket_and_company(gated, texts, focus: Focus) -> None:
-    alone = np.concatenate([logits(gated, focus, [row], 1, max(16, len(row))) for row in texts])
-    for batch_size, length in ((8, 64), (8, 96), (3, 128)):
+    alone = np.concatenate([logits(gated, focus, [row], 1, 16 if len(row) <= 16 else 64) for row in texts])
+    for batch_size, length in ((8, 64), (3, 96)):
         np.testing.assert_allclose(logits(gated, focus, texts, batch_size, length), alone, atol=1e-5)
     assert np.abs(alone - logits(gated, None, texts, 8, 64)).max() > 1e-3, "this focus changes nothing"
 
 
-@pytest.mark.parametrize("focus", [HALF, FROM_THE_START, Focus.pyramid(0.6, 3)])
+@pytest.mark.parametrize("focus", [HALF, FROM_THE_START])
 def test_masking_computes_what_gathering_does(gated, texts, focus: Focus) -> None:
     """So what is trained (masks, a budget for each row) is what is served (shorter rows)."""
     masked = apply_with_draw(gated, texts, 64, np.tile(focus.units, (len(texts), 1)))

@@ -80,7 +80,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, classer: Classer, tiny_opt
     folder = tmp_path_factory.mktemp("trained")
     data = to_csv(write_toy_data(folder / "topics.jsonl", TaskKind.MULTICLASS, 300))
     test = to_csv(write_toy_data(folder / "held_out.jsonl", TaskKind.MULTICLASS, 60, seed=1))
-    options = ("--data", str(data), "--test", str(test), *tiny_options, "--epochs", "4", "--learning-rate", "0.005")
+    options = ("--data", str(data), "--test", str(test), *tiny_options, "--epochs", "4", "--learning-rate", "0.003")
     done = classer("train", *options, "--out", folder / "run")
     assert done.returncode == 0, done.stderr
     return Trained(folder / "run", data, test, options, done.stdout, done.stderr)

@@ -267,7 +267,10 @@ def test_values_out_of_range(
         (("classify", "hi", "--timeout", "-1"), "--timeout is -1; give seconds, above 0 and at most 86,400."),
         (("classify", "hi", "--timeout", "nan"), "--timeout is nan; give seconds,"),
         (("serve", "nowhere", "--port", "70000"), "--port is 70000; a port is a number from 0 (pick a free one)"),
-        (("trian",), "There is no command 'trian'. There are: train, serve, classify, evaluate, quantize, info."),
+        (
+            ("trian",),
+            "There is no command 'trian'. There are: train, serve, classify, evaluate, focus-report, focus-plan, quantize, info.",
+        ),
     ],
 )
 def test_arguments_of_the_other_commands(

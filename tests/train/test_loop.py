@@ -163,7 +163,7 @@ def test_training_to_focus_moves_the_gates_and_is_measured_at_both_ends(gated, t
     assert "at focus 0.35" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("stops", [(9,), (15,), (3, 14, 8)], ids=["dense", "focus", "both, twice"])
+@pytest.mark.parametrize("stops", [(3, 14, 8)], ids=["both, twice"])
 def test_a_run_that_was_stopped_in_either_stage_ends_as_if_it_had_not_been(
     gated, tmp_path: Path, monkeypatch, uninterrupted_focus: Fitted, stops: tuple[int, ...]
 ) -> None:
@@ -265,6 +265,7 @@ def test_class_weights_are_used_where_asked_for(encoder, tmp_path: Path, monkeyp
     assert differ(fitted, uninterrupted)
 
 
+@pytest.mark.slow
 def test_scanned_layers_train_the_same_weights(gated, tmp_path: Path) -> None:
     """To rounding; and with one name a layer, as bundles have them."""
     recipe = dataclasses.replace(FOCUSED, dropout=0.0)

@@ -30,7 +30,7 @@ TIMEOUT = 120.0
 def make_job(tiny_encoder: Path, folder: Path, kind: TaskKind = TaskKind.MULTICLASS, **recipe: object) -> TrainJob:
     """Toy texts, a test file of them, and a recipe of a few epochs."""
     folder.mkdir(parents=True, exist_ok=True)
-    options = {"max_length": 16, "epochs": 8, "batch_size": 16, "learning_rate": 3e-3, "dropout": 0.1, **recipe}
+    options = {"max_length": 16, "epochs": 8, "batch_size": 16, "learning_rate": 3e-3, "dropout": 0.05, **recipe}
     return TrainJob(
         data=write_toy_data(folder / "toy.jsonl", kind, 200),
         test=write_toy_data(folder / "held_out.jsonl", kind, 40, seed=1),
