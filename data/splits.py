@@ -55,8 +55,8 @@ def stratified_split(examples: Sequence[Example], fraction: float, seed: int) ->
             in_train.update(examples[i].labels)
     if not chosen:
         raise InputError(
-            f"{len(examples)} examples of {len(counts)} labels are too few to set {100 * fraction:.3g}% of them aside for "
-            f"development, as each label needs one to train on; add examples or give a development file."
+            f"{len(examples)} examples of {len(counts)} labels are too few to set {100 * fraction:.3g}% of them aside "
+            f"for development, as each label needs one to train on; add examples or give a development file."
         )
     train = [example for i, example in enumerate(examples) if i not in chosen]
     return train, [examples[i] for i in sorted(chosen)]
