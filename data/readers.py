@@ -61,6 +61,21 @@ def read_examples(
     return examples
 
 
+def read_texts(path: Path, *, text_column: str = "text") -> list[str]:
+    """Reads the texts of a file as `read_examples` does, whatever else it holds.
+
+    Raises:
+      InputError: as `read_examples`, but for labels and ids.
+    """
+    texts = []
+    for row in read_rows(Path(path)):
+        _check_column(row, text_column, "--text-column")
+        texts.append(_text(row, text_column))
+    if not texts:
+        raise InputError(f"{path} is empty; at least one row of text was expected.")
+    return texts
+
+
 @dataclasses.dataclass(frozen=True)
 class TaskData:
     """A task and its examples, by the name of the split ("train", "dev", "test", …)."""

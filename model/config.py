@@ -105,6 +105,16 @@ NATIVE_SIZES = {
     "classer-1b": (22, 2048, 16, 5632),
 }
 
+_NATIVE: dict[str, Any] = {
+    "num_segments": 0,
+    "norm_eps": 1e-6,
+    "norm": "rms",
+    "pre_norm": True,
+    "biases": False,
+    "activation": "swiglu",
+    "rope_base": 10_000.0,
+}
+
 
 def native(size: str, *, vocab_size: int, max_positions: int = 1024) -> EncoderConfig:
     """The native architecture in one of `NATIVE_SIZES`: RMSNorm before, SwiGLU, rotary positions, no biases, gates.
@@ -120,19 +130,16 @@ def native(size: str, *, vocab_size: int, max_positions: int = 1024) -> EncoderC
     if size not in NATIVE_SIZES:
         raise InputError(f"There is no size '{size}'; there are {', '.join(NATIVE_SIZES)}.")
     num_layers, d_model, num_heads, d_ff = NATIVE_SIZES[size]
-    return EncoderConfig(
-        vocab_size=vocab_size,
-        num_layers=num_layers,
-        d_model=d_model,
-        num_heads=num_heads,
-        d_ff=d_ff,
-        max_positions=max_positions,
-        num_segments=0,
-        norm_eps=1e-6,
-        norm="rms",
-        pre_norm=True,
-        biases=False,
-        activation="swiglu",
-        rope_base=10_000.0,
-        gated=True,
-    )
+    return EncoderConfig(vocab_size, num_layers, d_model, num_heads, d_ff, max_positions, **_NATIVE, gated=True)
+
+
+def native_like(other: EncoderConfig, d_ff: int | None = None) -> EncoderConfig:
+    """The native architecture in the depth and width of another encoder, without gates.
+
+    Args:
+      other: for instance a BERT.
+      d_ff: by default two thirds of the other's, to whole 32s: its three kernels then have as many parameters as two.
+    """
+    d_ff = max(32, round(other.d_ff * 2 / 3 / 32) * 32) if d_ff is None else d_ff
+    shape = (other.vocab_size, other.num_layers, other.d_model, other.num_heads, d_ff, other.max_positions)
+    return EncoderConfig(*shape, **_NATIVE)

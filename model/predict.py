@@ -21,6 +21,11 @@ from .evidence import Kept
 from .focus import Focus
 from .quantize import Precision, Quantization, Weights, variables
 
+# A batch holds at most so many texts and tokens, padding included: larger ones are no faster, and attention over long
+# texts takes gigabytes.
+MAX_BATCH = 64
+MAX_BATCH_TOKENS = 8192
+
 
 class Program:
     """One compiled XLA executable: (batch size, length) → logits, and what was kept."""
@@ -118,7 +123,7 @@ class Predictor:
         self,
         ids: Sequence[np.ndarray],
         *,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         buckets: Sequence[int] = BUCKETS,
         progress: Callable[[int], object] = lambda texts: None,
     ) -> np.ndarray:
@@ -126,7 +131,7 @@ class Predictor:
 
         Args:
           ids: int32 token ids of each text.
-          batch_size: texts a batch.
+          batch_size: texts a batch; by default up to `MAX_BATCH`, fewer of long texts (`MAX_BATCH_TOKENS`).
           buckets: lengths to compile for, ascending.
           progress: called with the number of texts done since the last call.
 
@@ -138,10 +143,11 @@ class Predictor:
         for i, row in enumerate(ids):
             by_bucket.setdefault(bucket_for(len(row), buckets), []).append(i)
         for bucket, indices in sorted(by_bucket.items()):
-            program = self.compile(batch_size, bucket)
-            for start in range(0, len(indices), batch_size):
-                batch = indices[start : start + batch_size]
-                tokens_BS, lengths_B = pad_batch([ids[i] for i in batch], batch_size, bucket, pad_id=0)
+            rows = batch_size or max(1, min(MAX_BATCH, MAX_BATCH_TOKENS // bucket))
+            program = self.compile(rows, bucket)
+            for start in range(0, len(indices), rows):
+                batch = indices[start : start + rows]
+                tokens_BS, lengths_B = pad_batch([ids[i] for i in batch], rows, bucket, pad_id=0)
                 logits_NL[batch] = program(tokens_BS, lengths_B)[: len(batch)]
                 progress(len(batch))
         return logits_NL

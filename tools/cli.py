@@ -1,4 +1,4 @@
-"""The command `classer`: train, serve, classify, evaluate, focus-report, focus-plan, quantize, info."""
+"""The command `classer`: train, serve, classify, evaluate, focus-report, focus-plan, upcycle, quantize, info."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "evaluate": commands.evaluate,
     "focus-report": commands.focus_report,
     "focus-plan": commands.focus_plan,
+    "upcycle": commands.upcycle,
     "quantize": commands.quantize,
     "info": commands.info,
 }
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. What the user can mend is one sentence on stderr and exit code 2."""
     if argv is None:
         argv = sys.argv[1:]
-        if argv[:1] == ["train"]:
+        if argv[:1] in (["train"], ["upcycle"]):
             tune_allocator()
     return run(dispatch, argv)
 

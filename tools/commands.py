@@ -341,6 +341,16 @@ def _load_measured(a: MeasureArguments) -> tuple[Bundle, Task, TokenizedSplit]:
     return bundle, task, tokenize(task, examples, bundle.tokenizer, max_length)
 
 
+def upcycle(argv: Sequence[str]) -> None:
+    """Turn a pretrained encoder of the BERT family into the native architecture."""
+    from classer.train.upcycle import UpcycleJob, run_upcycle
+
+    job = _parse(UpcycleJob, argv, "classer upcycle", upcycle.__doc__)
+    _check_can_make(job.out)
+    run_upcycle(job)
+    print(f"Train from it:  classer train --encoder {shlex.quote(str(job.out))} --data FILE --out FOLDER")
+
+
 @dataclasses.dataclass(frozen=True)
 class QuantizeArguments:
     """

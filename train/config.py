@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from ..data.buckets import BUCKETS
 from ..data.errors import InputError
 from ..model.config import ComputeDtype
 from ..model.pretrained import MINILM
@@ -16,7 +17,8 @@ class Recipe:
     """How to train. Presets are recipes under a name.
 
     Attributes:
-      encoder: the pretrained encoder: a folder, or a name on the Hugging Face hub.
+      encoder: the pretrained encoder: a folder, or a name on the Hugging Face hub; or a native size to train from
+        nothing: classer-5m, -22m, -110m, -400m, -1b.
       max_length: tokens that a text is cut to, special tokens included.
       epochs: passes over the training examples.
       focus_epochs: passes after those that teach Focused Attention; 0 leaves the classifier dense.
@@ -57,7 +59,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name, low, high in (
-            ("max_length", 8, None),
+            ("max_length", 8, BUCKETS[-1]),
             ("epochs", 1, None),
             ("focus_epochs", 0, None),
             ("batch_size", 1, None),
@@ -89,6 +91,7 @@ class TrainJob:
       test: a file of examples to measure the finished model on.
       text_column: the column or field that holds the text.
       label_column: the column or field that holds the label or labels; by default `label` or `labels`.
+      texts: learn from at most so many of the training examples, drawn at random; 0 is all.
       resume: go on with the run in `out` from its last checkpoint.
       baseline: also train TF-IDF + linear SVM on the same examples, and print both scores.
     """
@@ -100,5 +103,10 @@ class TrainJob:
     test: Path | None = None
     text_column: str = "text"
     label_column: str | None = None
+    texts: int = 0
     resume: bool = False
     baseline: bool = False
+
+    def __post_init__(self) -> None:
+        if self.texts < 0:
+            raise InputError(f"texts is {self.texts}; give a number of examples, or 0 for all.")

@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from ..data.errors import InputError
 from ..data.examples import Example
 from ..data.readers import check_labels, infer_task, read_examples, read_task_folder
@@ -58,6 +60,10 @@ def load_dataset(job: TrainJob, say: Callable[[str], object]) -> Dataset:
             check_labels(task, given[split])
 
     train = given["train"]
+    if job.texts and job.texts < len(train):
+        say(f"Drew {job.texts:,} of {len(train):,} training examples.")
+        rows = np.random.default_rng(job.recipe.seed).permutation(len(train))[: job.texts]
+        train = [train[row] for row in sorted(rows)]
     with _naming(job.data):
         _check_trainable(task, train)
     for split in ("dev", "test"):
@@ -67,7 +73,7 @@ def load_dataset(job: TrainJob, say: Callable[[str], object]) -> Dataset:
     else:
         with _naming(job.data):
             train, dev = stratified_split(train, job.recipe.dev_fraction, job.recipe.seed)
-        say(f"Set {len(dev):,} of {len(given['train']):,} training examples aside for development.")
+        say(f"Set {len(dev):,} of {len(train) + len(dev):,} training examples aside for development.")
     test = given.get("test", [])
     say(f"Examples: {len(train):,} to train on, {len(dev):,} for development, {len(test):,} to test.")
     for name, split in (("dev", dev), ("test", test)):

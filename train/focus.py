@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from ..data.taxonomy import Task
 from ..model.config import EncoderConfig
@@ -81,7 +82,9 @@ def distilled(
         answers_NL = np.load(file, allow_pickle=False)
     else:
         predictor = Predictor(encoder, len(task.labels), weights, "float32", recipe.compute_dtype)
-        answers_NL = probabilities(task, predictor.logits(train.ids), Calibration()).astype(np.float32)
+        with tqdm(total=len(train.ids), desc="Dense answers", unit="text", mininterval=1) as bar:
+            logits_NL = predictor.logits(train.ids, progress=bar.update)
+        answers_NL = probabilities(task, logits_NL, Calibration()).astype(np.float32)
         out.mkdir(parents=True, exist_ok=True)
         whole = out / "teacher.part.npy"
         np.save(whole, answers_NL)

@@ -82,7 +82,7 @@ def fit(
       recipe: how.
       task: the question.
       encoder: the encoder's config; `gated` if the recipe has epochs of focus.
-      weights: its pretrained weights, by name.
+      weights: its pretrained weights, by name; none to begin with random ones.
       train, dev: the examples.
       pad_id: fills token rows.
       out: the run's folder, for `checkpoints` and the logs; those of the second stage are in its folder `focus`.
@@ -139,7 +139,7 @@ def _fit_stage(
 
     with Checkpoints(stage.folder / "checkpoints") as checkpoints, contextlib.closing(iterator):
         last = checkpoints.latest_step
-        if last is None and task.kind.exclusive and "head.kernel" not in weights:
+        if last is None and task.kind.exclusive and weights and "head.kernel" not in weights:
             weights = weights | probe_head(recipe, task, encoder, weights, train, dev)
         state = init_state(initial_params(model, weights, recipe.seed), optimizer)
         look = _DevLook(stage, recipe, task, encoder, state, dev)

@@ -21,8 +21,9 @@ from .evaluation import TokenizedSplit
 
 # Share of the identity in the covariance (Friedman 1989): keeps it invertible with few examples.
 SHRINKAGE = 0.02
-# More examples than this change a covariance of some hundred features little.
+# More examples than this change a covariance of some hundred features little; of long texts, so many tokens have to do.
 MAX_EXAMPLES = 10_000
+MAX_TOKENS = 500_000
 
 
 def probe_head(
@@ -34,7 +35,7 @@ def probe_head(
       recipe: for the seed and the compute dtype.
       task: a binary or multiclass one.
       encoder, weights: the pretrained encoder.
-      train: examples to fit on; of many, a random `MAX_EXAMPLES`.
+      train: examples to fit on; of many or long ones, a random part of `MAX_EXAMPLES` or `MAX_TOKENS`.
       dev: examples to fit the temperature on, by which the head is divided.
 
     Returns:
@@ -45,6 +46,8 @@ def probe_head(
     as_float32 = {name: value.astype(np.float32) for name, value in identity.items()}
     predictor = Predictor(encoder, encoder.d_model, weights | as_float32, "float32", recipe.compute_dtype)
     rows = np.random.default_rng(recipe.seed).permutation(len(train.ids))[:MAX_EXAMPLES]
+    tokens_N = np.cumsum([len(train.ids[row]) for row in rows])
+    rows = rows[: max(1, np.searchsorted(tokens_N, MAX_TOKENS, side="right"))]
     head = discriminant_head(predictor.logits([train.ids[row] for row in rows]), train.targets_NL[rows])
     dev_logits_NL = predictor.logits(dev.ids) @ head["head.kernel"] + head["head.bias"]
     temperature = fit_calibration(task, dev_logits_NL, dev.targets_NL).temperature

@@ -13,7 +13,7 @@ from ..data.errors import InputError
 from ..data.taxonomy import Taxonomy
 from ..data.tokenizer import WordPieceTokenizer
 from ..model.bundle import Bundle, quantize, save_bundle
-from ..model.pretrained import fetch_encoder, load_encoder
+from ..model.pretrained import choose_encoder
 from .baseline import BaselineScore, tfidf_svm
 from .calibration import fit_calibration
 from .config import TrainJob
@@ -57,12 +57,15 @@ def train(job: TrainJob) -> TrainResult:
     """
     _check_out(job)
     dataset = load_dataset(job, print)
-    encoder_folder = fetch_encoder(job.recipe.encoder)
-    encoder, weights = load_encoder(encoder_folder)
+    encoder_folder, encoder, weights = choose_encoder(job.recipe.encoder)
     encoder = dataclasses.replace(encoder, gated=job.recipe.focus_epochs > 0)
     if job.recipe.max_length > encoder.max_positions:
         raise InputError(
             f"max_length is {job.recipe.max_length}, but the encoder has only {encoder.max_positions} positions."
+        )
+    if not weights:
+        print(
+            f"{job.recipe.encoder} begins with random weights; a pretrained or upcycled encoder learns from far fewer."
         )
     tokenizer = WordPieceTokenizer.from_folder(encoder_folder)
     if tokenizer.vocab_size > encoder.vocab_size:
@@ -157,7 +160,7 @@ def _check_same_job(job: TrainJob) -> None:
 
 
 def _job_json(job: TrainJob) -> dict[str, Any]:
-    fields = ("data", "dev", "test", "text_column", "label_column")
+    fields = ("data", "dev", "test", "text_column", "label_column", "texts")
     values = {name: getattr(job, name) for name in fields}
     return {
         "classer_version": __version__,
@@ -183,7 +186,7 @@ def _model_card(job: TrainJob, dataset: Dataset, fitted: Fitted, bundle: Bundle,
             "",
             f"A {task.kind} classifier over {len(task.labels)} labels, {bundle.precision}, by Classer {__version__}.",
             "",
-            f"- Fine-tuned from {job.recipe.encoder}{licence} on {len(dataset.train):,} "
+            f"- Trained from {job.recipe.encoder}{licence} on {len(dataset.train):,} "
             f"examples: {fitted.best_epoch} of {fitted.epochs} epochs, seed {job.recipe.seed}.",
             f"- On {metrics.n:,} {dataset.measured} examples: accuracy {metrics.accuracy:.2%}, "
             f"macro-F1 {metrics.macro_f1:.3f}, expected calibration error {metrics.ece:.3f}.",

@@ -235,8 +235,8 @@ def test_an_encoder_that_cannot_be_used(tmp_path: Path, tiny_encoder: Path, refu
     train = ("train", "--data", data, "--out", tmp_path / "run", "--encoder")
     assert refused(*train, tmp_path / "none").startswith("none is no encoder folder: it has no config.json")
     assert "model_type is 'gpt2'" in refused(*train, tmp_path / "gpt")
-    assert refused(*train, tiny_encoder, "--max-length", "600") == (
-        "max_length is 600, but the encoder has only 48 positions."
+    assert refused(*train, tiny_encoder, "--max-length", "256") == (
+        "max_length is 256, but the encoder has only 48 positions."
     )
 
 
@@ -245,10 +245,10 @@ def test_an_encoder_that_cannot_be_used(tmp_path: Path, tiny_encoder: Path, refu
     [
         (("--epochs", "0"), "epochs must be at least 1; it is 0."),
         (("--dropout", "1.5"), "dropout must be between 0 and 0.9; it is 1.5."),
-        (("--max-length", "4"), "max_length must be at least 8; it is 4."),
+        (("--max-length", "4"), "max_length must be between 8 and 512; it is 4."),
         (("--seed", "-1"), "seed must be at least 0; it is -1."),
-        (("--preset", "nope"), "There is no preset 'nope'; there are: banking77."),
-        (("--preset=nope",), "There is no preset 'nope'; there are: banking77."),
+        (("--preset", "nope"), "There is no preset 'nope'; there are: banking77, imdb."),
+        (("--preset=nope",), "There is no preset 'nope'; there are: banking77, imdb."),
         (("--preset",), "--preset needs a name: banking77."),
     ],
 )

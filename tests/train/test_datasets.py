@@ -53,6 +53,19 @@ def test_the_split_follows_the_seed_alone(tmp_path: Path) -> None:
     assert load(file)[0] == load(file)[0]
 
 
+def test_a_part_of_the_training_examples_is_drawn_before_the_split(tmp_path: Path) -> None:
+    file = write_toy_data(tmp_path / "tickets.jsonl", TaskKind.MULTICLASS, 100)
+    whole, _ = load(file)
+    part, said = load(file, texts=50)
+    assert "Drew 50 of 100 training examples." in said
+    assert len(part.train) + len(part.dev) == 50
+    sources = {example.source for example in part.train + part.dev}
+    assert len(sources) == 50
+    assert sources < {example.source for example in whole.train + whole.dev}
+    assert load(file, texts=50)[0] == part
+    assert load(file, texts=100)[0] == whole
+
+
 def test_files_for_development_and_test_are_taken_as_given(tmp_path: Path) -> None:
     train, dev, test = (
         write_toy_data(tmp_path / f"{name}.jsonl", TaskKind.MULTICLASS, count, seed=count)

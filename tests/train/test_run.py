@@ -30,12 +30,13 @@ TIMEOUT = 120.0
 def make_job(tiny_encoder: Path, folder: Path, kind: TaskKind = TaskKind.MULTICLASS, **recipe: object) -> TrainJob:
     """Toy texts, a test file of them, and a recipe of a few epochs."""
     folder.mkdir(parents=True, exist_ok=True)
-    options = {"max_length": 16, "epochs": 8, "batch_size": 16, "learning_rate": 3e-3, "dropout": 0.05, **recipe}
+    options = {"max_length": 16, "epochs": 8, "batch_size": 16, "learning_rate": 3e-3, "dropout": 0.05}
+    options = {"encoder": str(tiny_encoder), **options, **recipe}
     return TrainJob(
         data=write_toy_data(folder / "toy.jsonl", kind, 200),
         test=write_toy_data(folder / "held_out.jsonl", kind, 40, seed=1),
         out=folder / "run",
-        recipe=Recipe(encoder=str(tiny_encoder), **options),  # pyright: ignore[reportArgumentType]
+        recipe=Recipe(**options),  # pyright: ignore[reportArgumentType]
     )
 
 
@@ -263,3 +264,13 @@ def epochs_logged(out: Path) -> list[int]:
     file = out / "metrics.jsonl"
     lines = file.read_text().splitlines() if file.exists() else []
     return [json.loads(line)["step"] for line in lines if "dev/accuracy" in line and line.endswith("}")]
+
+
+def test_a_native_size_is_trained_from_nothing(minilm: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    job = make_job(minilm, tmp_path, epochs=4, encoder="classer-5m")
+    result = train(job)
+    assert "classer-5m begins with random weights" in capsys.readouterr().out
+    encoder = result.bundle.encoder
+    assert (encoder.num_layers, encoder.d_model, encoder.norm, encoder.gated) == (6, 128, "rms", False)
+    assert result.float_metrics.accuracy > 0.9
+    assert load_bundle(job.out / "bundle").encoder == encoder
