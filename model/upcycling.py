@@ -70,7 +70,7 @@ def upcycle(
     student = native_like(teacher, d_ff)
     batch = _Batch(tokens_BS.shape, lengths_B)
     ours: Weights = {
-        "encoder.embeddings.token.table": _embeddings(teacher, weights),
+        "encoder.embeddings.token.table": _embeddings(teacher, weights, tokens_BS.shape[1]),
         "encoder.embeddings.norm.scale": np.ones(teacher.d_model, np.float32),
     }
     table_VD = ours["encoder.embeddings.token.table"]
@@ -181,10 +181,10 @@ def _fit_layer(
     return r_ND + _matmul(hidden_NF, down_FD)
 
 
-def _embeddings(teacher: EncoderConfig, weights: Weights) -> np.ndarray:
-    """The teacher's normalised embedding of each token at the mean position, float32 (V, D)."""
+def _embeddings(teacher: EncoderConfig, weights: Weights, length: int) -> np.ndarray:
+    """The teacher's normalised embedding of each token at the mean of the first positions, float32 (V, D)."""
     name = "encoder.embeddings"
-    token_VD = weights[f"{name}.token.table"] + weights[f"{name}.position.table"].mean(axis=0)
+    token_VD = weights[f"{name}.token.table"] + weights[f"{name}.position.table"][:length].mean(axis=0)
     if teacher.num_segments:
         token_VD = token_VD + weights[f"{name}.segment.table"][0]
     scale_D, bias_D = weights[f"{name}.norm.scale"], weights[f"{name}.norm.bias"]

@@ -73,10 +73,10 @@ class UpcycleJob:
     out: Path
     encoder: str = MINILM
     text_column: str = "text"
-    tokens: int = 4_000_000
+    tokens: int = 3_000_000
     max_length: int = 128
     batch_size: int = 64
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     compute_dtype: ComputeDtype = "bfloat16"
     seed: int = 0
     resume: bool = False

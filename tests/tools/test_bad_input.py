@@ -249,7 +249,7 @@ def test_an_encoder_that_cannot_be_used(tmp_path: Path, tiny_encoder: Path, refu
         (("--seed", "-1"), "seed must be at least 0; it is -1."),
         (("--preset", "nope"), "There is no preset 'nope'; there are: banking77, imdb."),
         (("--preset=nope",), "There is no preset 'nope'; there are: banking77, imdb."),
-        (("--preset",), "--preset needs a name: banking77."),
+        (("--preset",), "--preset needs a name: banking77, imdb."),
     ],
 )
 def test_values_out_of_range(

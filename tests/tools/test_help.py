@@ -55,7 +55,8 @@ def test_help_of_the_launcher_is_that_of_train(classer: Classer) -> None:
 
 
 def test_the_presets_are_named(classer: Classer) -> None:
-    assert "--preset NAME starts from a preset: banking77." in classer("train", "--help").stdout.replace("\n", " ")
+    help_text = classer("train", "--help").stdout.replace("\n", " ")
+    assert "--preset NAME starts from a preset: banking77, imdb." in help_text
 
 
 def loaded_by(*arguments: str) -> set[str]:

@@ -267,7 +267,7 @@ def epochs_logged(out: Path) -> list[int]:
 
 
 def test_a_native_size_is_trained_from_nothing(minilm: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    job = make_job(minilm, tmp_path, epochs=4, encoder="classer-5m")
+    job = make_job(minilm, tmp_path, epochs=6, learning_rate=1e-3, patience=0, encoder="classer-5m")
     result = train(job)
     assert "classer-5m begins with random weights" in capsys.readouterr().out
     encoder = result.bundle.encoder
