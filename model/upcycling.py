@@ -225,8 +225,7 @@ def _rms_norm(x_ND: np.ndarray) -> np.ndarray:
 def _affine(x_ND: np.ndarray, y_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The scale and bias with which each dimension of x varies as y's does; no scale is near zero.
 
-    Not those of a regression: where x predicts y badly they would be too small, and dividing by them would blow up the
-    stream, layer by layer.
+    Not those of a regression: where x predicts y badly they would be too small to divide by.
     """
     scale_D = y_ND.std(axis=0) / np.maximum(x_ND.std(axis=0), 1e-6)
     scale_D = np.maximum(scale_D, LEAST_SCALE * np.median(scale_D))
