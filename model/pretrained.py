@@ -149,11 +149,13 @@ def choose_encoder(name: str) -> tuple[Path, EncoderConfig, Weights]:
 
 
 def save_encoder(folder: Path, config: EncoderConfig, weights: Weights) -> None:
-    """Writes `config.json` and `model.safetensors`, our names and all, to an existing folder."""
+    """Writes `config.json`, then `model.safetensors`, in our names, to an existing folder; weights whole or not at all."""
     raw = {"model_type": "classer", "encoder": config.to_json()}
     (folder / "config.json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
     kept = {name: np.ascontiguousarray(value) for name, value in weights.items() if name.startswith("encoder.")}
-    save_file(kept, folder / "model.safetensors")
+    whole = folder / "model.safetensors.part"
+    save_file(kept, whole)
+    whole.rename(folder / "model.safetensors")
 
 
 def _bert_config(raw: dict[str, Any], source: Path) -> EncoderConfig:

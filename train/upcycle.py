@@ -146,12 +146,12 @@ def run_upcycle(job: UpcycleJob, say: Callable[[str], object] = print) -> Likene
     for name in ("vocab.txt", "tokenizer_config.json", "LICENSE", "NOTICE"):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, job.out / name)
-    save_encoder(job.out, fitted.config, weights)
     (job.out / "README.md").write_text(
         f"An encoder of Classer's native architecture, upcycled from {job.encoder} on {tokens_seen:,} tokens in "
         f"{hours:.2f} hours.\n\nOn {len(held_out)} held-out texts: {after}.\n",
         encoding="utf-8",
     )
+    save_encoder(job.out, fitted.config, weights)  # last: its weights mark the encoder as finished
     return after
 
 
