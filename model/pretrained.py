@@ -149,7 +149,7 @@ def choose_encoder(name: str) -> tuple[Path, EncoderConfig, Weights]:
 
 
 def save_encoder(folder: Path, config: EncoderConfig, weights: Weights) -> None:
-    """Writes `config.json`, then `model.safetensors`, in our names, to an existing folder; weights whole or not at all."""
+    """Writes `config.json`, then `model.safetensors`, in our names, to an existing folder; the weights come whole."""
     raw = {"model_type": "classer", "encoder": config.to_json()}
     (folder / "config.json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
     kept = {name: np.ascontiguousarray(value) for name, value in weights.items() if name.startswith("encoder.")}
