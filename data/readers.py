@@ -17,6 +17,8 @@ from .taxonomy import Label, Task, TaskKind
 
 MAX_TEXT_CHARS = 1_000_000
 
+TASK_FILES = ("task.json", "task.yaml", "task.yml")
+
 _MISSING = ("nan", "null")  # how a missing label looks after a trip through a data frame
 
 
@@ -78,29 +80,68 @@ def read_texts(path: Path, *, text_column: str = "text") -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class TaskData:
-    """A task and its examples, by the name of the split ("train", "dev", "test", …)."""
+    """A task and its examples, by the name of the split ("train", "dev", "test", …).
+
+    Attributes:
+      task: the question.
+      splits: those that were read.
+      there: the names of all splits that the folder has.
+    """
 
     task: Task
     splits: dict[str, list[Example]]
+    there: tuple[str, ...]
 
 
-def read_task_folder(path: Path) -> TaskData:
-    """Reads a folder with `task.json` and one file of examples a split, such as `train.jsonl.gz`.
+def read_mapping(path: Path) -> Any:
+    """What a JSON file holds, or a YAML one if its name ends in .yaml or .yml.
+
+    Raises:
+      InputError: it cannot be read, or is neither.
+    """
+    import yaml  # here, so that what only serves does without
+
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"{path} cannot be read ({getattr(e, 'strerror', None) or e}).") from None
+    try:
+        if path.suffix in (".yaml", ".yml"):
+            return yaml.safe_load(text)
+        return json.loads(text)
+    except (ValueError, RecursionError, yaml.YAMLError) as e:
+        kind = "JSON" if path.suffix == ".json" else "YAML"
+        raise InputError(f"{path} is not valid {kind}: {e}.") from None
+
+
+def find_task_file(folder: Path) -> Path | None:
+    """The task.json (or .yaml, .yml) of a task's folder; None where there is none.
+
+    Raises:
+      InputError: there are two.
+    """
+    found = [folder / name for name in TASK_FILES if (folder / name).is_file()]
+    if len(found) > 1:
+        raise InputError(f"{folder} has both {found[0].name} and {found[1].name}; keep one.")
+    return found[0] if found else None
+
+
+def read_task_folder(path: Path, splits: Sequence[str] | None = None) -> TaskData:
+    """Reads a folder with `task.json` (or `task.yaml`) and one file of examples a split, such as `train.jsonl.gz`.
+
+    Args:
+      path: the folder.
+      splits: which of its splits to read, where it has them; None for all.
 
     Raises:
       InputError: as `read_examples` and `Task.from_json`; or no task.json, no split, two files for one split, a split
         that task.json names and the folder lacks, a label that the task has not.
     """
     path = Path(path)
-    task_file = path / "task.json"
-    try:
-        description = json.loads(task_file.read_text(encoding="utf-8-sig"))
-    except OSError as e:
-        raise InputError(
-            f"{task_file} cannot be read ({e.strerror}); a task's folder holds it and its splits."
-        ) from None
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"{task_file} is not valid JSON: {e}.") from None
+    task_file = find_task_file(path)
+    if task_file is None:
+        raise InputError(f"{path / TASK_FILES[0]} does not exist; a task's folder holds it (or .yaml) and its splits.")
+    description = read_mapping(task_file)
     if not isinstance(description, dict):
         raise InputError(f'{task_file} is no JSON object with the fields "name", "kind" and "labels".')
     task = Task.from_json(description, source=str(task_file))
@@ -121,11 +162,19 @@ def read_task_folder(path: Path) -> TaskData:
         if split not in files:
             raise InputError(f"{path} has no file {split}.jsonl (or {', '.join(SUFFIXES)}), which task.json names.")
     if not files:
-        raise InputError(f"{path} has no split beside task.json; expected a file such as train.jsonl.")
-    splits = {split: read_examples(file, task=task.name) for split, file in files.items()}
-    for examples in splits.values():
+        raise InputError(f"{path} has no split beside {task_file.name}; expected a file such as train.jsonl.")
+    wanted = files if splits is None else [split for split in splits if split in files]
+    read = {split: read_examples(files[split], task=task.name) for split in wanted}
+    for examples in read.values():
         check_labels(task, examples)
-    return TaskData(task, splits)
+    return TaskData(task, read, tuple(files))
+
+
+def task_folders(path: Path) -> list[Path]:
+    """The folders of single tasks below a folder of several, sorted by name; none if it is a task's own."""
+    if find_task_file(path) is not None:
+        return []
+    return sorted(folder for folder in path.iterdir() if folder.is_dir() and find_task_file(folder) is not None)
 
 
 def infer_task(name: str, examples: Sequence[Example]) -> tuple[Task, str]:

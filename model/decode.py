@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..data.errors import InputError
-from ..data.taxonomy import Task
+from ..data.taxonomy import Task, TaskKind
 
 DEFAULT_THRESHOLD = 0.5
 
@@ -68,9 +68,11 @@ class Calibration:
 def probabilities(task: Task, logits_NL: np.ndarray, calibration: Calibration) -> np.ndarray:
     """Calibrated probabilities of one task's labels.
 
-    Softmax for binary and multiclass tasks (each row sums to 1), a sigmoid a label for multilabel ones. Finite logits
-    of any size give finite probabilities; computed in float64. A NaN logit makes its own row NaN (one decision when
-    multilabel) and touches no other: the caller decides what to tell whom.
+    Binary and multiclass: a softmax (each row sums to 1). Multilabel: a sigmoid a label. Hierarchical: a softmax among
+    siblings, multiplied along the path from the top (a hierarchical softmax), so that the leaves of each row sum to 1
+    and a label is exactly as probable as all those below it together. Finite logits of any size give finite
+    probabilities; computed in float64. A NaN logit makes its own row NaN (one decision when multilabel) and touches no
+    other: the caller decides what to tell whom.
 
     Args:
       task: whose labels the columns are.
@@ -85,6 +87,9 @@ def probabilities(task: Task, logits_NL: np.ndarray, calibration: Calibration) -
     """
     _check_width(task, logits_NL.shape)
     scaled_NL = np.asarray(logits_NL, np.float64) / calibration.temperature
+    if task.kind is TaskKind.HIERARCHICAL:
+        probs_NL = _along_paths(task, _softmax_of_siblings(task, scaled_NL))
+        return probs_NL.astype(np.float32)
     if task.kind.exclusive:
         with np.errstate(invalid="ignore"):  # a row of inf or NaN stays NaN, without a warning
             exp_NL = np.exp(scaled_NL - scaled_NL.max(axis=-1, keepdims=True))
@@ -94,26 +99,56 @@ def probabilities(task: Task, logits_NL: np.ndarray, calibration: Calibration) -
     return (np.where(scaled_NL >= 0, 1.0, exp_NL) / (1.0 + exp_NL)).astype(np.float32)
 
 
-def choose(task: Task, probs_L: np.ndarray, calibration: Calibration) -> list[int]:
+def _softmax_of_siblings(task: Task, scaled_NL: np.ndarray) -> np.ndarray:
+    """Each label's probability given that its parent holds."""
+    order = np.argsort(task.group_L, kind="stable")
+    starts = np.flatnonzero(np.diff(task.group_L[order], prepend=-1))
+    groups_L = task.group_L
+    with np.errstate(invalid="ignore"):
+        highest_NG = np.maximum.reduceat(scaled_NL[:, order], starts, axis=1)
+        exp_NL = np.exp(scaled_NL - highest_NG[:, groups_L])
+        return exp_NL / np.add.reduceat(exp_NL[:, order], starts, axis=1)[:, groups_L]
+
+
+def _along_paths(task: Task, given_parent_NL: np.ndarray) -> np.ndarray:
+    """Products of the conditional probabilities from the top down; in place."""
+    for depth in range(1, int(task.depth_L.max()) + 1):
+        level = np.flatnonzero(task.depth_L == depth)
+        given_parent_NL[:, level] *= given_parent_NL[:, task.parent_L[level]]
+    return given_parent_NL
+
+
+def choose(task: Task, probs_L: np.ndarray, calibration: Calibration, threshold: float | None = None) -> list[int]:
     """The labels that hold, as positions within the task, in the task's order.
 
     Binary and multiclass: the most probable one (the first of equals). Multilabel: all that reach their thresholds,
-    perhaps none.
+    perhaps none. Hierarchical: the most probable leaf; with a threshold, the first label from it upwards that reaches
+    the threshold (none does: the top one), so that an unsure answer stops at an inner label.
 
     Args:
       task: whose labels these are.
       probs_L: (L,) from `probabilities`.
       calibration: the task's.
+      threshold: hierarchical tasks: how sure an answer must be; None is not at all. Others ignore it.
 
     Raises:
       ValueError: the number of probabilities or of thresholds is not the task's number of labels.
     """
-    return np.flatnonzero(choose_all(task, probs_L[None], calibration)[0]).tolist()
+    return np.flatnonzero(choose_all(task, probs_L[None], calibration, threshold)[0]).tolist()
 
 
-def choose_all(task: Task, probs_NL: np.ndarray, calibration: Calibration) -> np.ndarray:
+def choose_all(
+    task: Task, probs_NL: np.ndarray, calibration: Calibration, threshold: float | None = None
+) -> np.ndarray:
     """`choose` for many texts: (N, L) probabilities → (N, L) bool, True where a label is chosen. Raises as `choose`."""
     _check_width(task, probs_NL.shape)
+    if task.kind is TaskKind.HIERARCHICAL:
+        best_N = np.where(task.leaves_L, probs_NL, -1.0).argmax(axis=-1)
+        rows_N = np.arange(len(probs_NL))
+        for _ in range(int(task.depth_L.max()) if threshold is not None else 0):
+            unsure_N = (probs_NL[rows_N, best_N] < threshold) & (task.parent_L[best_N] >= 0)
+            best_N = np.where(unsure_N, task.parent_L[best_N], best_N)
+        return best_N[:, None] == np.arange(len(task.labels))
     if task.kind.exclusive:
         return probs_NL.argmax(axis=-1)[:, None] == np.arange(len(task.labels))
     if calibration.thresholds is None:

@@ -125,6 +125,7 @@ class Predictor:
         *,
         batch_size: int | None = None,
         buckets: Sequence[int] = BUCKETS,
+        columns: slice = slice(None),
         progress: Callable[[int], object] = lambda texts: None,
     ) -> np.ndarray:
         """Logits of many texts, in batches of like length.
@@ -133,12 +134,13 @@ class Predictor:
           ids: int32 token ids of each text.
           batch_size: texts a batch; by default up to `MAX_BATCH`, fewer of long texts (`MAX_BATCH_TOKENS`).
           buckets: lengths to compile for, ascending.
+          columns: which labels of the taxonomy to keep: a task's slice.
           progress: called with the number of texts done since the last call.
 
         Returns:
           logits_NL, float32, in the order of `ids`.
         """
-        logits_NL = np.zeros((len(ids), self._model.num_labels), np.float32)
+        logits_NL = np.zeros((len(ids), len(range(self._model.num_labels)[columns])), np.float32)
         by_bucket: dict[int, list[int]] = {}
         for i, row in enumerate(ids):
             by_bucket.setdefault(bucket_for(len(row), buckets), []).append(i)
@@ -148,7 +150,7 @@ class Predictor:
             for start in range(0, len(indices), rows):
                 batch = indices[start : start + rows]
                 tokens_BS, lengths_B = pad_batch([ids[i] for i in batch], rows, bucket, pad_id=0)
-                logits_NL[batch] = program(tokens_BS, lengths_B)[: len(batch)]
+                logits_NL[batch] = program(tokens_BS, lengths_B)[: len(batch), columns]
                 progress(len(batch))
         return logits_NL
 

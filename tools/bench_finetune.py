@@ -25,12 +25,12 @@ from tqdm import tqdm
 
 from classer.data.pipeline import Batch, TrainBatches
 from classer.data.readers import read_task_folder
-from classer.data.taxonomy import Task
+from classer.data.taxonomy import Task, Taxonomy
 from classer.data.tokenizer import WordPieceTokenizer
 from classer.model.pretrained import MINILM, fetch_encoder, load_encoder
 from classer.tools.cli import run, tune_allocator
 from classer.train.config import Recipe
-from classer.train.evaluation import tokenize
+from classer.train.evaluation import join, tokenize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +67,7 @@ def main(arguments: Arguments) -> None:
     task, tokenizer = task_data.task, WordPieceTokenizer.from_folder(folder)
     split = tokenize(task, task_data.splits["train"], tokenizer, arguments.max_length)
     batches = TrainBatches(
-        split.ids,
-        split.targets_NL,
+        join(Taxonomy((task,)), {task.name: split}),
         batch_size=arguments.batch_size,
         seed=0,
         pad_id=tokenizer.pad_id,
@@ -118,7 +117,7 @@ def classer_side(arguments: Arguments, folder: Path, task: Task) -> Callable[[Ba
     model = TextClassifier(encoder, len(task.labels), jnp.bfloat16, dropout=arguments.dropout)
     optimizer = make_optimizer(recipe, learning_rate_schedule(recipe, 10_000))
     train_step = make_train_step(
-        model, task.kind, optimizer, label_smoothing=recipe.label_smoothing, class_weights_L=None, seed=0
+        model, Taxonomy((task,)).table, optimizer, label_smoothing=recipe.label_smoothing, class_weights_L=None, seed=0
     )
     state = init_state(initial_params(model, weights, seed=0), optimizer)
 

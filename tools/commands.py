@@ -74,17 +74,44 @@ def preset_names() -> list[str]:
 
 def print_result(result: TrainResult, seconds: float) -> None:
     """The scores of a run, side by side."""
-    print(f"\nOn {result.float_metrics.n:,} {result.split} examples:")
+    if len(result.tasks) == 1:
+        _print_task(result)
+    else:
+        _print_tasks(result)
+    print(f"{seconds / 60:.1f} minutes. Reports and pictures: {_path(result.bundle).parent / 'results'}")
+
+
+def _print_task(result: TrainResult) -> None:
+    (scores,) = result.tasks
+    print(f"\nOn {scores.float_metrics.n:,} {scores.split} examples:")
     print(f"  {'':24}{'accuracy':>9} {'macro-F1':>9} {'ECE':>7} {'MB':>7}")
     for name, bundle, metrics in (
-        ("Classer, float32", result.float_bundle, result.float_metrics),
-        ("Classer, INT8", result.bundle, result.int8_metrics),
+        ("Classer, float32", result.float_bundle, scores.float_metrics),
+        ("Classer, INT8", result.bundle, scores.int8_metrics),
     ):
-        size = sum(file.stat().st_size for file in _path(bundle).rglob("*") if file.is_file()) / 1e6
+        size = _megabytes(bundle)
         print(f"  {name:24}{metrics.accuracy:>9.2%} {metrics.macro_f1:>9.3f} {metrics.ece:>7.3f} {size:>7.1f}")
-    if result.baseline is not None:
-        print(f"  {'TF-IDF + linear SVM':24}{result.baseline.accuracy:>9.2%} {result.baseline.macro_f1:>9.3f}")
-    print(f"{seconds / 60:.1f} minutes. Reports and pictures: {_path(result.bundle).parent / 'results'}")
+    if scores.baseline is not None:
+        print(f"  {'TF-IDF + linear SVM':24}{scores.baseline.accuracy:>9.2%} {scores.baseline.macro_f1:>9.3f}")
+
+
+def _print_tasks(result: TrainResult) -> None:
+    sizes = f"float32 {_megabytes(result.float_bundle):.1f} MB, INT8 {_megabytes(result.bundle):.1f} MB"
+    print(f"\nAccuracy (of multilabel tasks micro-F1) and macro-F1; {sizes}:")
+    width = max(len(scores.task) for scores in result.tasks)
+    print(f"  {'':{width}} {'split':>5} {'texts':>7} {'float32':>15} {'INT8':>15} {'SVM':>15}")
+    for scores in result.tasks:
+        three = (scores.float_metrics, scores.int8_metrics, scores.baseline)
+        # Where exactly one label holds, micro-F1 is the accuracy.
+        cells = ["" if one is None else f"{one.micro_f1:.2%} {one.macro_f1:.3f}" for one in three]
+        print(
+            f"  {scores.task:{width}} {scores.split:>5} {scores.float_metrics.n:>7,} "
+            + " ".join(f"{cell:>15}" for cell in cells)
+        )
+
+
+def _megabytes(bundle: Bundle) -> float:
+    return sum(file.stat().st_size for file in _path(bundle).rglob("*") if file.is_file()) / 1e6
 
 
 def serve(argv: Sequence[str]) -> None:
@@ -220,7 +247,7 @@ def evaluate(argv: Sequence[str]) -> None:
     from classer.train.evaluation import measure
 
     predictor = bundle.predictor(focus=Focus.parse(a.focus, bundle.encoder.num_layers))
-    logits_NL = predictor.logits(split.ids)[:, bundle.taxonomy.slice_of(task.name)]
+    logits_NL = predictor.logits(split.ids, columns=bundle.taxonomy.slice_of(task.name))
     title = f"{task.name}, {a.data.name}, {bundle.precision}"
     metrics = measure(task, logits_NL, split.targets_NL, bundle.calibration[task.name], title=title, results=a.out)
     _print_metrics(metrics, split.truncated)
@@ -331,10 +358,10 @@ def _load_measured(a: MeasureArguments) -> tuple[Bundle, Task, TokenizedSplit]:
     if not 2 <= max_length <= bundle.max_length:
         raise InputError(f"--max-length is {max_length}; this bundle reads 2 to {bundle.max_length} tokens.")
     if a.data.is_dir():
-        splits = read_task_folder(a.data).splits
-        if a.split not in splits:
-            raise InputError(f"{a.data} has no split '{a.split}'; it has {', '.join(sorted(splits))}.")
-        examples = splits[a.split]
+        folder = read_task_folder(a.data, (a.split,))
+        if a.split not in folder.splits:
+            raise InputError(f"{a.data} has no split '{a.split}'; it has {', '.join(sorted(folder.there))}.")
+        examples = folder.splits[a.split]
     else:
         examples = read_examples(a.data, text_column=a.text_column, label_column=a.label_column, task=task.name)
     check_labels(task, examples)

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp
 
-from ..data.taxonomy import Task
+from ..data.taxonomy import Task, with_ancestors
 from ..model.decode import DEFAULT_THRESHOLD, Calibration, probabilities
 
 # A dev set without a single error would drive the temperature to 0, and one without signal to infinity.
@@ -54,7 +54,15 @@ def negative_log_likelihood(task: Task, logits_NL: np.ndarray, targets_NL: np.nd
     """Mean over the texts (multilabel: over texts and labels), in nats; shapes as for `fit_calibration`."""
     scaled_NL = logits_NL.astype(np.float64) / temperature
     if task.kind.exclusive:
-        return float(np.mean(logsumexp(scaled_NL, axis=1) - (targets_NL * scaled_NL).sum(axis=1)))
+        # −log P(label) is a sum over its path; a label that stands above the given one counts with it.
+        held_NL, losses_N = with_ancestors(task.parent_L, targets_NL), np.zeros(len(scaled_NL))
+        for group in range(int(task.group_L.max()) + 1):
+            siblings = np.flatnonzero(task.group_L == group)
+            if len(siblings) > 1:
+                mass_N = held_NL[:, siblings].sum(axis=1)
+                losses_N += mass_N * logsumexp(scaled_NL[:, siblings], axis=1)
+                losses_N -= (held_NL[:, siblings] * scaled_NL[:, siblings]).sum(axis=1)
+        return float(np.mean(losses_N))
     # −log σ(z) = log(1 + exp(−z)), and a label that does not hold adds z.
     return float(np.mean(np.logaddexp(0.0, -scaled_NL) + (1.0 - targets_NL) * scaled_NL))
 

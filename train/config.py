@@ -3,13 +3,60 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from ..data.buckets import BUCKETS
 from ..data.errors import InputError
+from ..data.readers import read_mapping
+from ..data.taxonomy import TaskKind
 from ..model.config import ComputeDtype
 from ..model.pretrained import MINILM
+
+
+@dataclasses.dataclass(frozen=True)
+class CurriculumStage:
+    """A part of the training that sees some of the tasks.
+
+    Attributes:
+      name: of the stage; its checkpoints and log are in a folder of that name.
+      kinds: the kinds of tasks that the stage is for: binary, multiclass, multilabel, hierarchical.
+      tasks: the names of tasks that it is for, beside those of `kinds`; neither means all.
+      weights: factors on how often a task is drawn, by its name; 1 where it is not named.
+      temperature: see `data.curriculum.sampling_shares`; 1 draws tasks in proportion to their examples.
+      replay: the share of the examples that are drawn from the tasks of earlier stages instead.
+      epochs: passes over the stage's own examples, as many draws as they would be.
+      steps: how many steps instead; 0 goes by `epochs`.
+      learning_rate: its peak; None takes the recipe's.
+    """
+
+    name: str
+    kinds: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    temperature: float = 1.0
+    replay: float = 0.0
+    epochs: float = 1.0
+    steps: int = 0
+    learning_rate: float | None = None
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w.-]+", self.name) or self.name in (".", ".."):
+            raise InputError(f"A stage's name names a folder: letters, digits, '_', '-' and '.'; it is '{self.name}'.")
+        where = f"Stage '{self.name}'"
+        for kind in self.kinds:
+            if kind not in tuple(TaskKind):
+                raise InputError(f"{where}: there is no kind '{kind}', only {', '.join(TaskKind)}.")
+        if not all(weight > 0 for weight in self.weights.values()):
+            raise InputError(f"{where}: weights must be above 0; leave a task out of the stage instead.")
+        if not (self.temperature > 0 and 0 <= self.replay < 1 and self.epochs > 0 and self.steps >= 0):
+            raise InputError(f"{where}: temperature and epochs must be above 0, steps not below, replay from 0 to 1.")
+        if self.learning_rate is not None and not self.learning_rate >= 0:
+            raise InputError(f"{where}: learning_rate must be at least 0; it is {self.learning_rate}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +81,9 @@ class Recipe:
       remat: compute activations again in the backward pass, which saves memory.
       compute_dtype: of activations and products; parameters, sums and the optimiser are float32.
       dev_fraction: share of the training examples set aside for development where no dev examples are given.
+      curriculum: stages that follow one another; none trains `epochs` epochs on all examples alike.
+      soft_share: what a teacher's answer weighs in the loss beside the example's own label (see `soft_labels`).
+      soft_temperature: what teacher and student are softened by (see `losses.classification_loss`).
       patience: epochs without a better dev score after which training stops early; 0 never stops early.
       seed: of the split, the shuffles, the head's initial values and dropout.
     """
@@ -54,6 +104,9 @@ class Recipe:
     remat: bool = False
     compute_dtype: ComputeDtype = "bfloat16"
     dev_fraction: float = 0.1
+    curriculum: Annotated[tuple[CurriculumStage, ...], tyro.conf.Suppress] = ()
+    soft_share: float = 0.7
+    soft_temperature: float = 2.0
     patience: int = 3
     seed: int = 0
 
@@ -70,6 +123,8 @@ class Recipe:
             ("label_smoothing", 0, 1),
             ("dropout", 0, 0.9),
             ("dev_fraction", 0.001, 0.9),
+            ("soft_share", 0, 1),
+            ("soft_temperature", 0.1, 100),
             ("patience", 0, None),
             ("seed", 0, None),
         ):
@@ -77,6 +132,10 @@ class Recipe:
             if not value >= low or (high is not None and value > high):  # also when NaN
                 bounds = f"at least {low}" if high is None else f"between {low} and {high}"
                 raise InputError(f"{name} must be {bounds}; it is {value}.")
+        names = [stage.name for stage in self.curriculum]
+        for name in names:
+            if names.count(name) > 1:
+                raise InputError(f"The curriculum has two stages called '{name}'; their names must differ.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,14 +143,18 @@ class TrainJob:
     """One training run.
 
     Attributes:
-      data: a CSV, TSV, JSONL or Parquet file of labelled texts, or a folder with task.json and one file a split.
+      data: a CSV, TSV, JSONL or Parquet file of labelled texts; a folder with task.json (or task.yaml) and one file a
+        split; or a folder of such folders, for a classifier of several tasks.
       out: the run's folder: made by the run, and refused if it holds anything (see `resume`).
       recipe: how to train.
       dev: a file of examples to choose the best epoch and calibrate on; by default a share of the training examples.
       test: a file of examples to measure the finished model on.
       text_column: the column or field that holds the text.
       label_column: the column or field that holds the label or labels; by default `label` or `labels`.
-      texts: learn from at most so many of the training examples, drawn at random; 0 is all.
+      curriculum: a JSON or YAML file with a list of stages; see `CurriculumStage` and docs/curriculum.md.
+      soft_labels: a JSON Lines file of a teacher's answers, as `classer teach` writes it.
+      texts: learn from at most so many of each task's training examples, drawn at random; 0 is all.
+      held_out_texts: use at most so many of each task's development and test examples, drawn at random; 0 is all.
       resume: go on with the run in `out` from its last checkpoint.
       baseline: also train TF-IDF + linear SVM on the same examples, and print both scores.
     """
@@ -103,10 +166,59 @@ class TrainJob:
     test: Path | None = None
     text_column: str = "text"
     label_column: str | None = None
+    curriculum: Path | None = None
+    soft_labels: Path | None = None
     texts: int = 0
+    held_out_texts: int = 0
     resume: bool = False
     baseline: bool = False
 
     def __post_init__(self) -> None:
-        if self.texts < 0:
-            raise InputError(f"texts is {self.texts}; give a number of examples, or 0 for all.")
+        for name in ("texts", "held_out_texts"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} is {getattr(self, name)}; give a number of examples, or 0 for all.")
+
+
+def read_curriculum(path: Path) -> tuple[CurriculumStage, ...]:
+    """The stages that a JSON or YAML file lists: each an object with fields of `CurriculumStage`.
+
+    Raises:
+      InputError: unreadable, or not such a list; a field that there is not, or with a value that it cannot have.
+    """
+    entries = read_mapping(path)
+    if isinstance(entries, dict):
+        entries = entries.get("stages")
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise InputError(f"{path} must hold a list of stages, each with a name and what it trains on.")
+    return tuple(_stage(entry, f"{path}, stage {number}") for number, entry in enumerate(entries, start=1))
+
+
+def _stage(entry: dict[str, Any], source: str) -> CurriculumStage:
+    kinds = {
+        "name": str,
+        "kinds": list,
+        "tasks": list,
+        "weights": dict,
+        "temperature": (int, float),
+        "replay": (int, float),
+        "epochs": (int, float),
+        "steps": int,
+        "learning_rate": (int, float),
+    }
+    for name, value in entry.items():
+        if name not in kinds:
+            raise InputError(f"{source}: there is no field '{name}'; there are {', '.join(kinds)}.")
+        if not isinstance(value, kinds[name]) or isinstance(value, bool):
+            raise InputError(f"{source}: '{name}' cannot be {value!r}.")
+    if "name" not in entry:
+        raise InputError(f"{source} has no name.")
+    for name in ("kinds", "tasks"):
+        if not all(isinstance(item, str) for item in entry.get(name, [])):
+            raise InputError(f"{source}: '{name}' must list names.")
+    if not all(isinstance(weight, int | float) for weight in entry.get("weights", {}).values()):
+        raise InputError(f"{source}: 'weights' must be numbers by task name.")
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
+    try:
+        return CurriculumStage(**fields)
+    except InputError as e:
+        raise InputError(f"{source}: {e}") from None

@@ -1,4 +1,4 @@
-"""A job's examples: read, split, and checked against one another."""
+"""A job's examples: read, split, checked against one another, and joined with a teacher's answers."""
 
 from __future__ import annotations
 
@@ -11,43 +11,79 @@ import numpy as np
 
 from ..data.errors import InputError
 from ..data.examples import Example
-from ..data.readers import check_labels, infer_task, read_examples, read_task_folder
+from ..data.readers import check_labels, infer_task, read_examples, read_task_folder, task_folders
+from ..data.soft_labels import read_soft_labels
 from ..data.splits import describe_duplicates, find_duplicates, stratified_split
-from ..data.taxonomy import Task
+from ..data.taxonomy import Task, Taxonomy
 from .config import TrainJob
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """One task's examples; `test` is empty where none are given."""
+    """The examples of one or several tasks, by the name of the task.
 
-    task: Task
-    train: list[Example]
-    dev: list[Example]
-    test: list[Example]
+    Attributes:
+      taxonomy: the tasks.
+      train, dev: examples of every task.
+      test: of those tasks that have any.
+    """
 
-    @property
-    def measured(self) -> str:
+    taxonomy: Taxonomy
+    train: dict[str, list[Example]]
+    dev: dict[str, list[Example]]
+    test: dict[str, list[Example]]
+
+    def measured(self, task: str) -> str:
         """The split that the finished model is measured on: "test", or "dev" where there is none."""
-        return "test" if self.test else "dev"
+        return "test" if task in self.test else "dev"
 
 
 def load_dataset(job: TrainJob, say: Callable[[str], object]) -> Dataset:
     """Reads what a job names, and says what it found.
 
-    A folder brings its task and its splits; a file's task is inferred from its labels. Examples for development are
-    the folder's split `dev`, the file given, or a stratified share of the training examples.
+    A task's folder brings its task and its splits; a folder of such folders brings several; a file's task is inferred
+    from its labels. Examples for development are the folder's split `dev`, the file given, or a stratified share of the
+    training examples.
 
     Raises:
-      InputError: as `read_examples` and `read_task_folder`; a label in dev or test that no training example has.
+      InputError: as `read_examples` and `read_task_folder`; a label in dev or test that no training example has; a
+        folder of tasks none of which can be trained on.
     """
+    folders = task_folders(job.data) if job.data.is_dir() else []
+    if not folders:
+        loaded = [_load_task(job, say)]
+    else:
+        if job.dev is not None or job.test is not None:
+            raise InputError(f"{job.data} holds several tasks, which bring their own splits; give no --dev or --test.")
+        loaded = []
+        for folder in folders:
+            one = dataclasses.replace(job, data=folder)
+            if "train" not in read_task_folder(folder, ()).there:
+                say(f"{folder} has no split 'train' and is left out.")
+            else:
+                loaded.append(_load_task(one, say))
+        if not loaded:
+            raise InputError(f"No folder in {job.data} has a split 'train'.")
+    taxonomy = Taxonomy(tuple(task for task, _ in loaded))
+    splits = {
+        split: {task.name: examples[split] for task, examples in loaded if examples[split]}
+        for split in ("train", "dev", "test")
+    }
+    dataset = Dataset(taxonomy, **splits)
+    if job.soft_labels is not None:
+        dataset = add_soft_labels(dataset, job.soft_labels, say)
+    return dataset
+
+
+def _load_task(job: TrainJob, say: Callable[[str], object]) -> tuple[Task, dict[str, list[Example]]]:
+    """One task and its splits train, dev and test; the last may be empty."""
     given: dict[str, list[Example]] = {}
     if job.data.is_dir():
-        folder = read_task_folder(job.data)
+        folder = read_task_folder(job.data, ("train", "dev", "test"))
         task, given = folder.task, dict(folder.splits)
         if "train" not in given:
-            raise InputError(f"{job.data} has no split 'train'; it has {', '.join(sorted(given))}.")
-        say(f"{job.data}: task '{task.name}', {task.kind}, {len(task.labels)} labels.")
+            raise InputError(f"{job.data} has no split 'train'; it has {', '.join(sorted(folder.there))}.")
+        say(f"{job.data}: task '{task.name}', {task.kind}, {len(task.labels):,} labels.")
     else:
         name = job.data.name.split(".")[0]
         given["train"] = _read(job, job.data, name)
@@ -59,27 +95,63 @@ def load_dataset(job: TrainJob, say: Callable[[str], object]) -> Dataset:
             given[split] = _read(job, file, task.name)
             check_labels(task, given[split])
 
-    train = given["train"]
-    if job.texts and job.texts < len(train):
-        say(f"Drew {job.texts:,} of {len(train):,} training examples.")
-        rows = np.random.default_rng(job.recipe.seed).permutation(len(train))[: job.texts]
-        train = [train[row] for row in sorted(rows)]
     with _naming(job.data):
-        _check_trainable(task, train)
+        _check_trainable(task, given["train"])
     for split in ("dev", "test"):
-        _check_learnt(train, given.get(split, []))
+        _check_learnt(given["train"], given.get(split, []))
+    train = _draw(given["train"], job.texts, job.recipe.seed, "training", say)
     if "dev" in given:
         dev = given["dev"]
     else:
         with _naming(job.data):
             train, dev = stratified_split(train, job.recipe.dev_fraction, job.recipe.seed)
         say(f"Set {len(dev):,} of {len(train) + len(dev):,} training examples aside for development.")
-    test = given.get("test", [])
+    dev = _draw(dev, job.held_out_texts, job.recipe.seed, "development", say)
+    test = _draw(given.get("test", []), job.held_out_texts, job.recipe.seed, "test", say)
     say(f"Examples: {len(train):,} to train on, {len(dev):,} for development, {len(test):,} to test.")
     for name, split in (("dev", dev), ("test", test)):
         if sentence := describe_duplicates(find_duplicates(train, split), "train", name):
             say(f"Warning: {sentence}")
-    return Dataset(task, train, dev, test)
+    return task, {"train": train, "dev": dev, "test": test}
+
+
+def _draw(examples: list[Example], most: int, seed: int, name: str, say: Callable[[str], object]) -> list[Example]:
+    if not most or most >= len(examples):
+        return examples
+    say(f"Drew {most:,} of {len(examples):,} {name} examples.")
+    rows = np.random.default_rng(seed).permutation(len(examples))[:most]
+    return [examples[row] for row in sorted(rows)]
+
+
+def add_soft_labels(dataset: Dataset, path: Path, say: Callable[[str], object]) -> Dataset:
+    """Gives training examples a teacher's answers, by task and text; texts of their own become examples without labels.
+
+    Texts that stand in dev or test too are left out: the model would be measured on what it has seen.
+
+    Raises:
+      InputError: as `read_soft_labels`.
+    """
+    answers = read_soft_labels(path, dataset.taxonomy)
+    train = {task: list(examples) for task, examples in dataset.train.items()}
+    matched = held_out = 0
+    for task in dataset.taxonomy.tasks:
+        of_task = {text: soft for (name, text), soft in answers.items() if name == task.name}
+        for i, example in enumerate(train[task.name]):
+            if (soft := of_task.pop(example.text, None)) is not None:
+                train[task.name][i] = dataclasses.replace(example, soft=soft)
+                matched += 1
+        extra = [Example(text, (), task.name, source=str(path), soft=soft) for text, soft in of_task.items()]
+        measured = [*dataset.dev[task.name], *dataset.test.get(task.name, [])]
+        seen = {id(example) for _, example in find_duplicates(measured, extra)}
+        held_out += len(seen)
+        train[task.name] += [example for example in extra if id(example) not in seen]
+    added = len(answers) - matched - held_out
+    left_out = f"; {held_out:,} left out, which are to be measured on" if held_out else ""
+    say(
+        f"{path}: soft labels for {matched:,} of {sum(map(len, dataset.train.values())):,} training examples, and "
+        f"{added:,} texts without other labels{left_out}."
+    )
+    return dataclasses.replace(dataset, train=train)
 
 
 def _read(job: TrainJob, file: Path, task: str) -> list[Example]:

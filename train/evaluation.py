@@ -6,13 +6,16 @@ Axes: N texts, L labels of one task.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from scipy import sparse
+from scipy.sparse import csr_array
 
 from ..data.examples import Example
-from ..data.taxonomy import Task
+from ..data.pipeline import TrainExamples
+from ..data.taxonomy import Task, Taxonomy
 from ..data.tokenizer import WordPieceTokenizer
 from ..model.decode import Calibration, choose_all, probabilities
 from .metrics import Metrics, evaluate
@@ -21,31 +24,110 @@ from .report import write_report
 
 @dataclasses.dataclass(frozen=True)
 class TokenizedSplit:
-    """Examples as the network takes them.
+    """Examples of one task as the network takes them.
 
     Attributes:
       ids: N arrays of token ids.
-      targets_NL: float32, one-hot or multi-hot.
+      targets: sparse float32 (N, L), 1 where a label is given.
       truncated: how many texts were longer than the model reads.
+      soft: sparse float32 (N, L), a teacher's probabilities; None where no example has any.
+      has_soft_N: bool, which examples have them.
     """
 
     ids: list[np.ndarray]
-    targets_NL: np.ndarray
-    truncated: int
+    targets: csr_array
+    truncated: int = 0
+    soft: csr_array | None = None
+    has_soft_N: np.ndarray | None = None
+
+    @property
+    def targets_NL(self) -> np.ndarray:
+        """`targets` as an array."""
+        return self.targets.toarray()
 
     def sample(self, count: int, seed: int = 0) -> TokenizedSplit:
-        """At most `count` of the examples, drawn at random; `truncated` stays that of all."""
+        """At most `count` of the examples, drawn at random; `truncated` stays that of all. Without soft labels."""
         rows = np.random.default_rng(seed).permutation(len(self.ids))[:count]
-        return TokenizedSplit([self.ids[row] for row in rows], self.targets_NL[rows], self.truncated)
+        return TokenizedSplit([self.ids[row] for row in rows], self.targets[rows], self.truncated)
 
 
 def tokenize(task: Task, examples: Sequence[Example], tokenizer: WordPieceTokenizer, max_length: int) -> TokenizedSplit:
     """Token ids and targets, in the order of the examples."""
     tokenized = tokenizer.encode([example.text for example in examples], max_length)
-    targets_NL = np.zeros((len(examples), len(task.labels)), np.float32)
-    for row, example in enumerate(examples):
-        targets_NL[row, [task.index[label] for label in example.labels]] = 1.0
-    return TokenizedSplit(tokenized.ids, targets_NL, int(tokenized.truncated.sum()))
+    targets = _sparse(task, [dict.fromkeys(example.labels, 1.0) for example in examples])
+    soft = has_soft_N = None
+    if any(example.soft is not None for example in examples):
+        soft = _sparse(task, [example.soft or {} for example in examples])
+        has_soft_N = np.array([example.soft is not None for example in examples])
+    return TokenizedSplit(tokenized.ids, targets, int(tokenized.truncated.sum()), soft, has_soft_N)
+
+
+def _sparse(task: Task, rows: Sequence[Mapping[str, float]]) -> csr_array:
+    """float32 (N, L) of numbers by label name."""
+    ends = np.cumsum([0, *(len(row) for row in rows)])
+    columns = [task.index[label] for row in rows for label in row]
+    values = np.array([value for row in rows for value in row.values()], np.float32)
+    return csr_array((values, np.array(columns, np.int64), ends), shape=(len(rows), len(task.labels)))
+
+
+def join(
+    taxonomy: Taxonomy, splits: Mapping[str, TokenizedSplit], *, soft_share: float = 0.0, temperature: float = 1.0
+) -> TrainExamples:
+    """All tasks' training examples in one, over the global label index.
+
+    Args:
+      taxonomy: whose tasks `splits` has.
+      splits: by task name.
+      soft_share: what a teacher's answer weighs beside a given label; where there is no label it has all the weight.
+      temperature: softens the teacher's answers, see `soften`.
+    """
+    present = [(i, task, splits[task.name]) for i, task in enumerate(taxonomy.tasks) if task.name in splits]
+
+    def spread(task: Task, targets: csr_array) -> csr_array:
+        rows = targets.tocoo()
+        offset = taxonomy.slice_of(task.name).start
+        shape = (len(splits[task.name].ids), taxonomy.num_labels)
+        return csr_array((rows.data, (rows.coords[0], rows.coords[1] + offset)), shape)
+
+    soft = share_N = None
+    if any(split.soft is not None for _, _, split in present):
+        parts, shares = [], []
+        for _, task, split in present:
+            if split.soft is None or split.has_soft_N is None:
+                parts.append(csr_array((len(split.ids), taxonomy.num_labels), dtype=np.float32))
+                shares.append(np.zeros(len(split.ids), np.float32))
+                continue
+            parts.append(spread(task, soften(task, split.soft, temperature)))
+            labelled_N = split.targets.sum(axis=1) > 0
+            if not task.kind.exclusive:  # no label is an answer too; who has none at all was not asked
+                labelled_N |= ~split.has_soft_N
+            shares.append(np.where(split.has_soft_N, np.where(labelled_N, soft_share, 1.0), 0.0).astype(np.float32))
+        soft, share_N = csr_array(sparse.vstack(parts)), np.concatenate(shares)
+    return TrainExamples(
+        ids=[ids for _, _, split in present for ids in split.ids],
+        targets=csr_array(sparse.vstack([spread(task, split.targets) for _, task, split in present])),
+        tasks_N=np.concatenate([np.full(len(split.ids), i, np.int32) for i, _, split in present]),
+        soft=soft,
+        soft_share_N=share_N,
+    )
+
+
+def soften(task: Task, probs: csr_array, temperature: float) -> csr_array:
+    """A teacher's probabilities as its logits divided by `temperature` would give them.
+
+    Exclusive tasks: p^(1/T), to sum to what they summed to before. Multilabel: the same for p and 1 − p.
+    """
+    if temperature == 1:
+        return probs
+    softened = csr_array(probs, dtype=np.float64)
+    if task.kind.exclusive:
+        softened.data **= 1 / temperature
+        scale_N = probs.sum(axis=1) / np.maximum(softened.sum(axis=1), 1e-12)
+        softened.data *= np.repeat(scale_N, np.diff(softened.indptr))
+    else:
+        held, other = softened.data ** (1 / temperature), np.maximum(1 - softened.data, 0.0) ** (1 / temperature)
+        softened.data = held / (held + other)
+    return csr_array(softened, dtype=np.float32)
 
 
 def measure(
@@ -56,6 +138,7 @@ def measure(
     *,
     title: str = "",
     results: Path | None = None,
+    threshold: float | None = None,
 ) -> Metrics:
     """Calibrates, decides and scores; writes a report with pictures where `results` names a folder.
 
@@ -66,9 +149,10 @@ def measure(
       calibration: temperature and thresholds to apply.
       title: of the report.
       results: the report's folder.
+      threshold: see `decode.choose`.
     """
     probs_NL = probabilities(task, logits_NL, calibration)
-    chosen_NL = choose_all(task, probs_NL, calibration)
+    chosen_NL = choose_all(task, probs_NL, calibration, threshold)
     metrics = evaluate(task, probs_NL, targets_NL, chosen_NL)
     if results is not None:
         write_report(results, task, metrics, probs_NL, targets_NL, chosen_NL, title)

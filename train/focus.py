@@ -9,14 +9,19 @@ Axes: B batch, I layers, N examples, L labels of one task.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import sparse
+from scipy.sparse import csr_array
 from tqdm import tqdm
 
-from ..data.taxonomy import Task
+from ..data.soft_labels import SMALLEST
+from ..data.taxonomy import Task, Taxonomy
 from ..model.config import EncoderConfig
 from ..model.decode import Calibration, probabilities
 from ..model.encoder import FocusDraw
@@ -38,6 +43,8 @@ SHAPES = (0.5, 1.5)
 CUT_FIRST, MIN_START = 0.1, 0.4
 # What the dense classifier's answer weighs in a target; the label has the rest.
 TEACHER_SHARE = 0.7
+# Of so many labels the least probable ones are not kept.
+MANY_LABELS = 1000
 # The dev score of a set of weights is its mean over these.
 DEV_FOCUSES = (1.0, 0.35)
 
@@ -66,28 +73,47 @@ def draw_focus(rng: jax.Array, num_rows: int, num_layers: int, done: jax.Array) 
 
 
 def distilled(
-    recipe: Recipe, task: Task, encoder: EncoderConfig, weights: Weights, train: TokenizedSplit, out: Path
-) -> TokenizedSplit:
-    """The training examples with the dense classifier's answers mixed into their targets.
+    recipe: Recipe,
+    taxonomy: Taxonomy,
+    encoder: EncoderConfig,
+    weights: Weights,
+    train: Mapping[str, TokenizedSplit],
+    out: Path,
+) -> dict[str, TokenizedSplit]:
+    """The training examples of each task with the dense classifier's answers mixed into their targets.
 
     Args:
       recipe: for the compute dtype and the label smoothing, which hides from the student what it hid from the teacher.
-      task: whose labels they are.
+      taxonomy: whose labels they are.
       encoder, weights: the trained classifier.
       train: the examples.
       out: keeps the answers, so that a run that goes on does so with the very same ones.
     """
-    file = out / "teacher.npy"
+    out.mkdir(parents=True, exist_ok=True)
+    predictor = Predictor(encoder, taxonomy.num_labels, weights, "float32", recipe.compute_dtype)
+    mixed = {}
+    for task in taxonomy.tasks:
+        if (split := train.get(task.name)) is None:
+            continue
+        answers = _answers(predictor, taxonomy, task, split, out / f"teacher-{taxonomy.tasks.index(task)}.npz")
+        targets = csr_array(TEACHER_SHARE * answers + (1 - TEACHER_SHARE) * split.targets)
+        mixed[task.name] = dataclasses.replace(split, targets=targets, soft=None, has_soft_N=None)
+    return mixed
+
+
+def _answers(predictor: Predictor, taxonomy: Taxonomy, task: Task, split: TokenizedSplit, file: Path) -> csr_array:
+    """The classifier's probabilities of what can be given as an answer, sparse (N, L); read from the file if it is."""
     if file.is_file():
-        answers_NL = np.load(file, allow_pickle=False)
-    else:
-        predictor = Predictor(encoder, len(task.labels), weights, "float32", recipe.compute_dtype)
-        with tqdm(total=len(train.ids), desc="Dense answers", unit="text", mininterval=1) as bar:
-            logits_NL = predictor.logits(train.ids, progress=bar.update)
-        answers_NL = probabilities(task, logits_NL, Calibration()).astype(np.float32)
-        out.mkdir(parents=True, exist_ok=True)
-        whole = out / "teacher.part.npy"
-        np.save(whole, answers_NL)
-        whole.rename(file)
-    targets_NL = TEACHER_SHARE * answers_NL + (1 - TEACHER_SHARE) * train.targets_NL
-    return TokenizedSplit(train.ids, targets_NL.astype(np.float32), train.truncated)
+        return sparse.load_npz(file)
+    with tqdm(total=len(split.ids), desc=f"Dense answers, {task.name}", unit="text", mininterval=1) as bar:
+        logits_NL = predictor.logits(split.ids, columns=taxonomy.slice_of(task.name), progress=bar.update)
+    probs_NL = np.where(task.leaves_L, probabilities(task, logits_NL, Calibration()), 0.0)
+    if len(task.labels) > MANY_LABELS:
+        probs_NL = np.where(probs_NL >= SMALLEST, probs_NL, 0.0)
+    if task.kind.exclusive:
+        probs_NL /= probs_NL.sum(axis=1, keepdims=True)
+    answers = csr_array(probs_NL.astype(np.float32))
+    whole = file.with_name(f"{file.stem}.part.npz")
+    sparse.save_npz(whole, answers)
+    whole.rename(file)
+    return answers

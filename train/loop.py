@@ -5,28 +5,29 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from ..data.curriculum import CurriculumBatches
 from ..data.errors import InputError
-from ..data.pipeline import TrainBatches
-from ..data.taxonomy import Task
+from ..data.pipeline import TrainBatches, TrainExamples
+from ..data.taxonomy import Taxonomy
 from ..model.classifier import TextClassifier
 from ..model.config import EncoderConfig
-from ..model.decode import Calibration
 from ..model.encoder import FocusDraw
-from ..model.focus import Focus
-from ..model.predict import Predictor
 from ..model.quantize import Weights, flatten, variables
 from ..model.stacking import stack_layers, unstack_layers
 from .checkpoints import Checkpoints, Progress
 from .config import Recipe
-from .evaluation import TokenizedSplit, measure
+from .curriculum import plan_curriculum, write_curriculum
+from .devlook import DevLook
+from .evaluation import TokenizedSplit, join
 from .focus import DEV_FOCUSES, distilled, draw_focus
 from .losses import balanced_class_weights
 from .probe import probe_head
@@ -45,198 +46,245 @@ class Fitted:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
+class Part:
     """A part of a run with a learning-rate schedule, checkpoints and a log of its own.
 
     Attributes:
-      epochs: passes over the training examples.
+      batches: what it trains on.
+      looks: how often the dev sets are read; between two looks lies an epoch.
       patience: as in `Recipe`.
       label_smoothing: as in `Recipe`.
+      learning_rate: its peak.
       folder: for `checkpoints`, `metrics.jsonl` and `tensorboard`.
-      focuses: what the dev set is read with after each epoch; the score is the mean over them.
+      dev_tasks: which tasks' dev sets are read.
+      new_tasks: those whose head is to be found by `probe_head` before the first step.
+      focuses: what the dev sets are read with; the score is the mean over them.
       draws_focus: whether rows are trained with budgets drawn at random.
     """
 
-    epochs: int
+    batches: TrainBatches | CurriculumBatches
+    looks: int
     patience: int
     label_smoothing: float
+    learning_rate: float
     folder: Path
+    dev_tasks: tuple[str, ...]
+    new_tasks: tuple[str, ...] = ()
     focuses: tuple[float, ...] = (1.0,)
     draws_focus: bool = False
 
 
-def fit(
-    recipe: Recipe,
-    task: Task,
-    encoder: EncoderConfig,
-    weights: Weights,
-    train: TokenizedSplit,
-    dev: TokenizedSplit,
-    *,
-    pad_id: int,
-    out: Path,
-) -> Fitted:
-    """Trains a classifier, from the last checkpoint in `out` if there is one: dense, then to focus if the recipe says.
+@dataclasses.dataclass(frozen=True)
+class Trainee:
+    """What all parts of a run have in common.
+
+    Attributes:
+      recipe: how to train.
+      taxonomy: the tasks.
+      encoder: the encoder's config; `gated` if the recipe has epochs of focus.
+      train, dev: the examples, by task.
+      pad_id: fills token rows.
+      out: the run's folder.
+    """
+
+    recipe: Recipe
+    taxonomy: Taxonomy
+    encoder: EncoderConfig
+    train: Mapping[str, TokenizedSplit]
+    dev: Mapping[str, TokenizedSplit]
+    pad_id: int
+    out: Path
+
+
+def fit(trainee: Trainee, weights: Weights) -> Fitted:
+    """Trains a classifier, from the last checkpoints in `out` if there are any: dense, then to focus if so told.
+
+    The dense training is one part over all examples, or one for each stage of the curriculum. The checkpoints and logs
+    of the parts are in `out`, in `out/stages/NAME`, and, of the focus, in `out/focus`.
 
     Args:
-      recipe: how.
-      task: the question.
-      encoder: the encoder's config; `gated` if the recipe has epochs of focus.
-      weights: its pretrained weights, by name; none to begin with random ones.
-      train, dev: the examples.
-      pad_id: fills token rows.
-      out: the run's folder, for `checkpoints` and the logs; those of the second stage are in its folder `focus`.
+      trainee: how, and on what.
+      weights: the encoder's pretrained weights, by name; none to begin with random ones.
 
     Returns:
-      The weights of the epoch with the best dev score: accuracy, or micro-F1 of a multilabel task. After training for
-      focus that is the mean over `focus.DEV_FOCUSES`, of that stage's epochs.
+      The weights of the epoch with the best dev score of the last part: the mean over tasks of accuracy, or micro-F1 of
+      a multilabel task, and after training for focus over `focus.DEV_FOCUSES` too.
 
     Raises:
       InputError: the loss became NaN or infinite; the checkpoints in `out` are of other examples or another seed.
     """
-    dense = Stage(recipe.epochs, recipe.patience, recipe.label_smoothing, out)
-    fitted = _fit_stage(dense, recipe, task, encoder, weights, train, dev, pad_id)
+    recipe, taxonomy = trainee.recipe, trainee.taxonomy
+    fitted = _fit_stages(trainee, weights) if recipe.curriculum else _fit_epochs(trainee, weights)
     if not recipe.focus_epochs:
         return fitted
     print("Training to focus, beside the dense classifier's answers.", flush=True)
-    folder = out / "focus"
-    train = distilled(recipe, task, encoder, fitted.weights, train, folder)
-    focused = Stage(recipe.focus_epochs, 0, 0.0, folder, DEV_FOCUSES, draws_focus=True)
-    return _fit_stage(focused, recipe, task, encoder, fitted.weights, train, dev, pad_id)
+    folder = trainee.out / "focus"
+    train = distilled(recipe, taxonomy, trainee.encoder, fitted.weights, trainee.train, folder)
+    part = Part(
+        _epochs(dataclasses.replace(trainee, train=train), recipe.focus_epochs),
+        looks=recipe.focus_epochs,
+        patience=0,
+        label_smoothing=0.0,
+        learning_rate=recipe.learning_rate,
+        folder=folder,
+        dev_tasks=tuple(trainee.dev),
+        focuses=DEV_FOCUSES,
+        draws_focus=True,
+    )
+    return _fit_part(part, trainee, fitted.weights)
 
 
-def _fit_stage(
-    stage: Stage,
-    recipe: Recipe,
-    task: Task,
-    encoder: EncoderConfig,
-    weights: Weights,
-    train: TokenizedSplit,
-    dev: TokenizedSplit,
-    pad_id: int,
-) -> Fitted:
-    batches = TrainBatches(
-        train.ids,
-        train.targets_NL,
+def _fit_epochs(trainee: Trainee, weights: Weights) -> Fitted:
+    """Dense training on all examples alike."""
+    recipe = trainee.recipe
+    part = Part(
+        _epochs(trainee, recipe.epochs),
+        looks=recipe.epochs,
+        patience=recipe.patience,
+        label_smoothing=recipe.label_smoothing,
+        learning_rate=recipe.learning_rate,
+        folder=trainee.out,
+        dev_tasks=tuple(trainee.dev),
+        new_tasks=tuple(trainee.train),
+    )
+    return _fit_part(part, trainee, weights)
+
+
+def _fit_stages(trainee: Trainee, weights: Weights) -> Fitted:
+    """Dense training by the curriculum, one part a stage."""
+    recipe, taxonomy = trainee.recipe, trainee.taxonomy
+    sizes_T = [len(trainee.train[task.name].ids) for task in taxonomy.tasks]
+    planned = plan_curriculum(recipe.curriculum, taxonomy, sizes_T, recipe.batch_size)
+    examples = _join(trainee)
+    fitted: Fitted | None = None
+    drawn: dict[str, np.ndarray] = {}
+    for number, plan in enumerate(planned):
+        stage = plan.stage
+        print(
+            f"Stage {number + 1} of {len(planned)}, '{stage.name}': {plan.num_steps:,} steps on {', '.join(plan.tasks)}"
+            + (f", {stage.replay:.0%} of them on earlier tasks." if stage.replay else "."),
+            flush=True,
+        )
+        batches = CurriculumBatches(
+            examples,
+            plan.shares_T,
+            plan.num_steps,
+            batch_size=recipe.batch_size,
+            seed=recipe.seed,
+            stage=number,
+            pad_id=trainee.pad_id,
+        )
+        part = Part(
+            batches,
+            looks=plan.looks,
+            patience=0,
+            label_smoothing=recipe.label_smoothing,
+            learning_rate=recipe.learning_rate if stage.learning_rate is None else stage.learning_rate,
+            folder=trainee.out / "stages" / stage.name,
+            dev_tasks=plan.seen,
+            new_tasks=plan.new,
+        )
+        fitted = _fit_part(part, trainee, weights)
+        weights = fitted.weights
+        drawn[stage.name] = batches.drawn(plan.num_steps)
+        write_curriculum(trainee.out / "stages", taxonomy, drawn)
+    assert fitted is not None
+    return fitted
+
+
+def _epochs(trainee: Trainee, num_epochs: int) -> TrainBatches:
+    recipe = trainee.recipe
+    return TrainBatches(
+        _join(trainee),
         batch_size=recipe.batch_size,
         seed=recipe.seed,
-        pad_id=pad_id,
-        num_epochs=stage.epochs,
+        pad_id=trainee.pad_id,
+        num_epochs=num_epochs,
     )
-    schedule = learning_rate_schedule(recipe, batches.num_steps)
+
+
+def _join(trainee: Trainee) -> TrainExamples:
+    recipe = trainee.recipe
+    return join(trainee.taxonomy, trainee.train, soft_share=recipe.soft_share, temperature=recipe.soft_temperature)
+
+
+def _fit_part(part: Part, trainee: Trainee, weights: Weights) -> Fitted:
+    recipe, taxonomy, encoder = trainee.recipe, trainee.taxonomy, trainee.encoder
+    batches = part.batches
+    steps_per_epoch = batches.num_steps // part.looks
+    schedule = learning_rate_schedule(recipe, batches.num_steps, part.learning_rate)
     optimizer = make_optimizer(recipe, schedule)
     model = TextClassifier(
         encoder,
-        len(task.labels),
+        taxonomy.num_labels,
         jnp.dtype(recipe.compute_dtype),
         dropout=recipe.dropout,
         scan=recipe.scan,
         remat=recipe.remat,
     )
-    train_step = _make_step(stage, recipe, task, model, optimizer, train, batches.num_steps)
+    train_step = _make_step(part, trainee, model, optimizer)
     iterator = iter(batches)
     progress = Progress(0, iterator.get_state(), -1.0, -1.0, 0, 0)
+    dev = {name: trainee.dev[name] for name in part.dev_tasks}
 
-    with Checkpoints(stage.folder / "checkpoints") as checkpoints, contextlib.closing(iterator):
+    with Checkpoints(part.folder / "checkpoints") as checkpoints, contextlib.closing(iterator):
         last = checkpoints.latest_step
-        if last is None and task.kind.exclusive and weights and "head.kernel" not in weights:
-            weights = weights | probe_head(recipe, task, encoder, weights, train, dev)
+        if last is None and part.new_tasks and weights:
+            train = trainee.train
+            weights = weights | probe_head(recipe, taxonomy, encoder, weights, train, trainee.dev, part.new_tasks)
         state = init_state(initial_params(model, weights, recipe.seed), optimizer)
-        look = _DevLook(stage, recipe, task, encoder, state, dev)
+        look = DevLook(taxonomy, encoder, _weights(state), recipe.compute_dtype, dev, part.focuses)
         if last is not None:
             state, progress = checkpoints.restore(state, last)
             iterator.set_state(progress.data)
-        with RunLog(stage.folder, batches.num_steps, start_step=int(state.step)) as log:
+        with RunLog(part.folder, batches.num_steps, start_step=int(state.step)) as log:
             if last is not None:
                 log.say(f"Going on after epoch {progress.epoch} (step {last:,}).")
-            while progress.epoch < stage.epochs and not _is_stuck(progress, stage.patience):
-                state = _train_epoch(train_step, state, iterator, batches.steps_per_epoch, schedule, log)
-                score = look(state, log)
+            while progress.epoch < part.looks and not _is_stuck(progress, part.patience):
+                state = _train_epoch(train_step, state, iterator, steps_per_epoch, schedule, log)
+                score = look(_weights(state), int(state.step), log)
                 progress = _advance(progress, iterator.get_state(), score, int(state.step))
                 checkpoints.save(state, progress)
                 best = " (best so far)" if progress.epochs_since_best == 0 else ""
-                log.say(f"epoch {progress.epoch}/{stage.epochs} · dev {look.sentence}{best}")
-            if progress.epoch < stage.epochs:
-                log.say(f"Stopped early: no better dev score for {stage.patience} epochs.")
+                log.say(f"epoch {progress.epoch}/{part.looks} · dev {look.sentence}{best}")
+            if progress.epoch < part.looks:
+                log.say(f"Stopped early: no better dev score for {part.patience} epochs.")
         checkpoints.wait()
         best_state = state
         if progress.best_step != int(state.step):
             best_state, _ = checkpoints.restore(state, progress.best_step)
-    best_epoch = progress.best_step // batches.steps_per_epoch
+    best_epoch = progress.best_step // steps_per_epoch
     best = unstack_layers(flatten(jax.device_get(best_state.params)))
     return Fitted(best, progress.best_score, best_epoch, progress.epoch)
 
 
+def _weights(state: TrainState) -> Weights:
+    return unstack_layers(flatten(state.params))
+
+
 def _make_step(
-    stage: Stage,
-    recipe: Recipe,
-    task: Task,
-    model: TextClassifier,
-    optimizer: optax.GradientTransformation,
-    train: TokenizedSplit,
-    num_steps: int,
+    part: Part, trainee: Trainee, model: TextClassifier, optimizer: optax.GradientTransformation
 ) -> TrainStep:
+    recipe, table = trainee.recipe, trainee.taxonomy.table
+    num_steps = part.batches.num_steps
+
     def draw(key: jax.Array, step: jax.Array, num_rows: int) -> FocusDraw:
         return draw_focus(key, num_rows, model.config.num_layers, step / num_steps)
 
-    balanced = recipe.class_weights == "balanced"
+    class_weights_L = None
+    if recipe.class_weights == "balanced":
+        examples = _join(trainee)
+        class_weights_L = balanced_class_weights(table, examples.targets, examples.tasks_N)
     return make_train_step(
         model,
-        task.kind,
+        table,
         optimizer,
-        label_smoothing=stage.label_smoothing,
-        class_weights_L=balanced_class_weights(task.kind, train.targets_NL) if balanced else None,
+        label_smoothing=part.label_smoothing,
+        class_weights_L=class_weights_L,
         seed=recipe.seed,
-        draw_focus=draw if stage.draws_focus else None,
+        temperature=recipe.soft_temperature,
+        draw_focus=draw if part.draws_focus else None,
     )
-
-
-class _DevLook:
-    """Reads the dev set with a state's weights, logs what it sees, and scores it."""
-
-    def __init__(
-        self,
-        stage: Stage,
-        recipe: Recipe,
-        task: Task,
-        encoder: EncoderConfig,
-        state: TrainState,
-        dev: TokenizedSplit,
-    ) -> None:
-        self._task, self._dev = task, dev
-        params = unstack_layers(flatten(state.params))
-        self._predictors = {
-            focus: Predictor(
-                encoder,
-                len(task.labels),
-                params,
-                "float32",
-                recipe.compute_dtype,
-                Focus.pyramid(focus, encoder.num_layers),
-            )
-            for focus in stage.focuses
-        }
-        self.sentence = ""
-
-    def __call__(self, state: TrainState, log: RunLog) -> float:
-        params = unstack_layers(flatten(state.params))
-        said, scores = [], []
-        for focus, predictor in self._predictors.items():
-            logits_NL = predictor.with_weights(params).logits(self._dev.ids)
-            metrics = measure(self._task, logits_NL, self._dev.targets_NL, Calibration())
-            suffix, where = ("", "") if focus == 1 else (f"/focus_{focus:g}", f" at focus {focus:g}")
-            log.scalars(
-                int(state.step),
-                {
-                    f"dev{suffix}/accuracy": metrics.accuracy,
-                    f"dev{suffix}/macro_f1": metrics.macro_f1,
-                    f"dev{suffix}/ece": metrics.ece,
-                },
-            )
-            said.append(f"accuracy {metrics.accuracy:.2%} · macro-F1 {metrics.macro_f1:.3f}{where}")
-            scores.append(metrics.accuracy if self._task.kind.exclusive else metrics.micro_f1)
-        self.sentence = ", ".join(said)
-        return sum(scores) / len(scores)
 
 
 def initial_params(model: TextClassifier, weights: Weights, seed: int) -> Any:

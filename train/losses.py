@@ -1,65 +1,153 @@
-"""What training minimises, for each kind of task.
+"""What training minimises: one loss for examples of all kinds, mixed in a batch.
 
-Axes: B batch, L labels of one task.
+Axes: B batch, L labels of the whole taxonomy, G sets of siblings.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax import lax
 
-from ..data.taxonomy import TaskKind
+from ..data.taxonomy import LabelTable
+
+
+class SoftTargets(NamedTuple):
+    """A teacher's answers.
+
+    Attributes:
+      targets_BL: probabilities, as `classification_loss` takes targets.
+      share_B: what they weigh beside the given labels, in [0, 1]; 0 for an example without them.
+    """
+
+    targets_BL: jax.Array
+    share_B: jax.Array
 
 
 def classification_loss(
-    kind: TaskKind,
+    table: LabelTable,
     logits_BL: jax.Array,
     targets_BL: jax.Array,
+    tasks_B: jax.Array,
     weights_B: jax.Array,
     *,
     label_smoothing: float = 0.0,
     class_weights_L: jax.Array | None = None,
+    soft: SoftTargets | None = None,
+    temperature: float = 1.0,
 ) -> jax.Array:
-    """The mean loss of a batch, in nats.
+    """The mean negative log-likelihood of a batch's labels, in nats.
 
-    Binary and multiclass: cross-entropy of the softmax with targets smoothed over all labels (Szegedy et al. 2016,
-    https://arxiv.org/abs/1512.00567, section 7). Multilabel: the mean over labels of the sigmoids' cross-entropies,
-    not smoothed.
+    Binary and multiclass: cross-entropy of the softmax. Hierarchical: the same among siblings, summed along the path to
+    the given label (hierarchical softmax, Morin & Bengio 2005, https://proceedings.mlr.press/r5/morin05a.html).
+    Multilabel: the sum over the task's labels of the sigmoids' cross-entropies. Softmax targets are smoothed over
+    siblings (Szegedy et al. 2016, https://arxiv.org/abs/1512.00567, section 7). An example's loss sees the labels of
+    its own task alone.
 
     Args:
-      kind: of the task.
+      table: of the taxonomy.
       logits_BL: float32.
-      targets_BL: one-hot or multi-hot.
+      targets_BL: 1 for what the example is given, else 0; or probabilities. Of an exclusive task they sum to 1; labels
+        above a given one are added here.
+      tasks_B: int32, each example's task.
       weights_B: 1 for an example, 0 for a filler row, which then counts for nothing.
-      label_smoothing: mass that moves from the target to the uniform distribution.
-      class_weights_L: a factor for examples (single-label) or positives (multilabel) of each label; None for 1.
+      label_smoothing: mass that moves from the targets to the uniform distribution over siblings.
+      class_weights_L: a factor for examples (exclusive tasks) or positives (multilabel) of each label; None for 1.
+      soft: a teacher's answers to some of the examples.
+      temperature: T of distillation (Hinton et al. 2015, https://arxiv.org/abs/1503.02531): the teacher's answers were
+        softened with it, the logits are here, and the loss is multiplied by T², which keeps its gradients' size.
 
     Returns:
       A scalar: the sum of the weighted losses over the number of examples (at least 1).
     """
-    if kind.exclusive:
-        losses_B = optax.safe_softmax_cross_entropy(logits_BL, optax.smooth_labels(targets_BL, label_smoothing))
-        if class_weights_L is not None:
-            losses_B *= (targets_BL * class_weights_L).sum(axis=-1)
-    else:
-        losses_BL = optax.sigmoid_binary_cross_entropy(logits_BL, targets_BL)
-        if class_weights_L is not None:
-            losses_BL *= jnp.where(targets_BL > 0.5, class_weights_L, 1.0)
-        losses_B = losses_BL.mean(axis=-1)
+    losses_B = _example_losses(table, logits_BL, targets_BL, tasks_B, label_smoothing, class_weights_L)
+    if soft is not None:
+        soft_B = _example_losses(table, logits_BL / temperature, soft.targets_BL, tasks_B, 0.0, None)
+        losses_B = (1 - soft.share_B) * losses_B + soft.share_B * temperature**2 * soft_B
     return (losses_B * weights_B).sum() / jnp.maximum(weights_B.sum(), 1.0)
 
 
-def balanced_class_weights(kind: TaskKind, targets_NL: jax.typing.ArrayLike) -> jax.Array:
-    """Factors that make every label weigh the same in all, float32 (L,).
+def _example_losses(
+    table: LabelTable,
+    logits_BL: jax.Array,
+    targets_BL: jax.Array,
+    tasks_B: jax.Array,
+    label_smoothing: float,
+    class_weights_L: jax.Array | None,
+) -> jax.Array:
+    """(B,); arguments as for `classification_loss`."""
+    losses_B = jnp.zeros(len(logits_BL))
+    if table.exclusive_L.any():
+        losses_B += _sibling_cross_entropy(table, logits_BL, targets_BL, label_smoothing, class_weights_L)
+    if not table.exclusive_L.all():
+        losses_BL = optax.sigmoid_binary_cross_entropy(logits_BL, targets_BL)
+        if class_weights_L is not None:
+            losses_BL *= jnp.where(targets_BL > 0.5, class_weights_L, 1.0)
+        mine_BL = (tasks_B[:, None] == jnp.asarray(table.task_L)) & ~table.exclusive_L
+        losses_B += jnp.where(mine_BL, losses_BL, 0.0).sum(axis=-1)
+    return losses_B
 
-    Single-label: N / (labels that occur × examples with the label), so that the mean over examples is 1. Multilabel:
-    negatives / positives, at most 100. A label without examples gets 1.
+
+def _sibling_cross_entropy(
+    table: LabelTable,
+    logits_BL: jax.Array,
+    targets_BL: jax.Array,
+    label_smoothing: float,
+    class_weights_L: jax.Array | None,
+) -> jax.Array:
+    """(B,): −Σ over the labels on the path of log P(label | parent); 0 for examples of multilabel tasks."""
+    given_BL = jnp.where(table.exclusive_L, targets_BL, 0.0)
+    held_BL = _with_ancestors(table.parent_L, given_BL)
+    sizes_G = np.bincount(table.group_L, minlength=table.num_groups).astype(np.float32)
+    mass_BL = _sum_of_siblings(table, held_BL)
+    smooth_BL = (1 - label_smoothing) * held_BL + label_smoothing * mass_BL / sizes_G[table.group_L]
+    highest_LB = jax.ops.segment_max(lax.stop_gradient(logits_BL).T, table.group_L, table.num_groups)[table.group_L]
+    shifted_BL = logits_BL - highest_LB.T
+    log_probs_BL = shifted_BL - jnp.log(_sum_of_siblings(table, jnp.exp(shifted_BL)))
+    losses_B = -(smooth_BL * log_probs_BL).sum(axis=-1)
+    if class_weights_L is not None:
+        losses_B *= (given_BL * class_weights_L).sum(axis=-1)
+    return losses_B
+
+
+def _sum_of_siblings(table: LabelTable, x_BL: jax.Array) -> jax.Array:
+    """(B, L): for each label the sum over it and its siblings."""
+    return jax.ops.segment_sum(x_BL.T, table.group_L, table.num_groups)[table.group_L].T
+
+
+def _with_ancestors(parent_L: np.ndarray, given_BL: jax.Array) -> jax.Array:
+    """`data.taxonomy.with_ancestors` on the device."""
+    held_BL, above_L = given_BL, parent_L
+    while (above_L >= 0).any():
+        rows = np.flatnonzero(above_L >= 0)
+        held_BL = held_BL.at[:, above_L[rows]].add(given_BL[:, rows])
+        above_L = np.where(above_L >= 0, parent_L[above_L], -1)
+    return held_BL
+
+
+def balanced_class_weights(table: LabelTable, targets: Any, tasks_N: np.ndarray) -> jax.Array:
+    """Factors that make every label of a task weigh the same in all, float32 (L,).
+
+    Exclusive tasks: examples of the task / (its labels that occur × examples with the label), so that the mean over
+    examples is 1. Multilabel: negatives / positives, at most 100. A label without examples gets 1.
+
+    Args:
+      table: of the taxonomy.
+      targets: N rows over all labels, as the loss takes them: an array or a sparse one.
+      tasks_N: each example's task.
     """
-    targets_NL = jnp.asarray(targets_NL)
-    positives_L = targets_NL.sum(axis=0)
-    if kind.exclusive:
-        weights_L = len(targets_NL) / jnp.maximum(positives_L * (positives_L > 0).sum(), 1)
-    else:
-        weights_L = jnp.minimum((len(targets_NL) - positives_L) / jnp.maximum(positives_L, 1), 100.0)
-    return jnp.where(positives_L > 0, weights_L, 1.0).astype(jnp.float32)
+    positives_L = np.asarray(targets.sum(axis=0)).ravel()
+    num_tasks = int(table.task_L.max()) + 1
+    examples_L = np.bincount(tasks_N, minlength=num_tasks)[table.task_L]
+    occurring_L = np.bincount(table.task_L, positives_L > 0, num_tasks)[table.task_L]
+    positive_L = np.maximum(positives_L, 1)
+    balanced_L = np.where(
+        table.exclusive_L,
+        examples_L / (positive_L * np.maximum(occurring_L, 1)),
+        np.minimum((examples_L - positives_L) / positive_L, 100.0),
+    )
+    return jnp.asarray(np.where(positives_L > 0, balanced_L, 1.0), jnp.float32)

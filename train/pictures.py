@@ -6,10 +6,11 @@ Axes: N texts, L labels of one task.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
@@ -169,6 +170,32 @@ def draw_focus_curve(path: Path, speedups: Sequence[float], accuracies: Sequence
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     _title(figure, title, "Focused Attention: accuracy and speed of one checkpoint")
+    _save(figure, path)
+
+
+def draw_curriculum(path: Path, tasks: Sequence[str], drawn: Mapping[str, np.ndarray]) -> None:
+    """How often each stage (a bar) drew each task (a colour).
+
+    Args:
+      path: of the PNG file.
+      tasks: names of the T tasks.
+      drawn: int (T,) rows of each task, by stage.
+    """
+    figure = Figure(figsize=(8, 1.6 + 0.55 * len(drawn) + 0.16 * len(tasks)), layout="constrained")
+    axes = figure.subplots()
+    colours = colormaps["tab20"]
+    stages = list(drawn)
+    before = np.zeros(len(stages))
+    for number, task in enumerate(tasks):
+        rows = np.array([drawn[stage][number] for stage in stages], float)
+        axes.barh(stages, rows, left=before, color=colours(number % 20), label=_short(task))
+        before += rows
+    axes.invert_yaxis()
+    axes.set_xlabel("examples drawn")
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    _title(figure, "Curriculum", "how often each stage saw each task")
     _save(figure, path)
 
 

@@ -9,9 +9,12 @@ Axes: N examples, D features, L labels.
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Collection, Mapping
 
-from ..data.taxonomy import Task
+import numpy as np
+from scipy.sparse import csr_array
+
+from ..data.taxonomy import Task, Taxonomy, with_ancestors
 from ..model.config import EncoderConfig
 from ..model.predict import Predictor
 from ..model.quantize import Weights
@@ -27,31 +30,68 @@ MAX_TOKENS = 500_000
 
 
 def probe_head(
-    recipe: Recipe, task: Task, encoder: EncoderConfig, weights: Weights, train: TokenizedSplit, dev: TokenizedSplit
+    recipe: Recipe,
+    taxonomy: Taxonomy,
+    encoder: EncoderConfig,
+    weights: Weights,
+    train: Mapping[str, TokenizedSplit],
+    dev: Mapping[str, TokenizedSplit],
+    tasks: Collection[str],
 ) -> Weights:
-    """The head that `discriminant_head` finds on train, as sure of itself as dev allows.
+    """A head whose rows of some tasks are what `discriminant_head` finds on train, as sure of themselves as dev allows.
+
+    Of a hierarchical task each set of siblings is told apart on the examples below their parent. Multilabel tasks, and
+    siblings of whom fewer than two have examples, begin with zeros.
 
     Args:
       recipe: for the seed and the compute dtype.
-      task: a binary or multiclass one.
-      encoder, weights: the pretrained encoder.
-      train: examples to fit on; of many or long ones, a random part of `MAX_EXAMPLES` or `MAX_TOKENS`.
-      dev: examples to fit the temperature on, by which the head is divided.
+      taxonomy: all tasks.
+      encoder, weights: the pretrained encoder, perhaps with a head, whose other tasks' rows stay what they are.
+      train: examples to fit on, by task; of many or long ones, a random part of `MAX_EXAMPLES` or `MAX_TOKENS`.
+      dev: examples to fit the temperature on, by which the rows are divided.
+      tasks: whose rows to find.
 
     Returns:
-      `head.kernel` (D, L) and `head.bias` (L,).
+      `head.kernel` (D, L) and `head.bias` (L,) over all labels.
     """
+    D = encoder.d_model
+    kernel_DL = weights.get("head.kernel", np.zeros((D, taxonomy.num_labels), np.float32)).copy()
+    bias_L = weights.get("head.bias", np.zeros(taxonomy.num_labels, np.float32)).copy()
     # A head that is the identity makes logits of the pooled features.
-    identity = {"head.kernel": np.eye(encoder.d_model), "head.bias": np.zeros(encoder.d_model)}
-    as_float32 = {name: value.astype(np.float32) for name, value in identity.items()}
-    predictor = Predictor(encoder, encoder.d_model, weights | as_float32, "float32", recipe.compute_dtype)
-    rows = np.random.default_rng(recipe.seed).permutation(len(train.ids))[:MAX_EXAMPLES]
-    tokens_N = np.cumsum([len(train.ids[row]) for row in rows])
-    rows = rows[: max(1, np.searchsorted(tokens_N, MAX_TOKENS, side="right"))]
-    head = discriminant_head(predictor.logits([train.ids[row] for row in rows]), train.targets_NL[rows])
-    dev_logits_NL = predictor.logits(dev.ids) @ head["head.kernel"] + head["head.bias"]
-    temperature = fit_calibration(task, dev_logits_NL, dev.targets_NL).temperature
-    return {name: (value / temperature).astype(np.float32) for name, value in head.items()}
+    identity = {"head.kernel": np.eye(D, dtype=np.float32), "head.bias": np.zeros(D, np.float32)}
+    predictor = Predictor(encoder, D, {**weights, **identity}, "float32", recipe.compute_dtype)
+    for task in taxonomy.tasks:
+        if task.name not in tasks or not task.kind.exclusive:
+            continue
+        split = train[task.name]
+        rows = np.random.default_rng(recipe.seed).permutation(len(split.ids))[:MAX_EXAMPLES]
+        tokens_N = np.cumsum([len(split.ids[row]) for row in rows])
+        rows = rows[: max(1, np.searchsorted(tokens_N, MAX_TOKENS, side="right"))]
+        features_ND = predictor.logits([split.ids[row] for row in rows])
+        head = _sibling_heads(task, features_ND, split.targets[rows])
+        dev_logits_NL = predictor.logits(dev[task.name].ids) @ head["head.kernel"] + head["head.bias"]
+        temperature = fit_calibration(task, dev_logits_NL, dev[task.name].targets_NL).temperature
+        kernel_DL[:, taxonomy.slice_of(task.name)] = head["head.kernel"] / temperature
+        bias_L[taxonomy.slice_of(task.name)] = head["head.bias"] / temperature
+    return {"head.kernel": kernel_DL, "head.bias": bias_L}
+
+
+def _sibling_heads(task: Task, features_ND: np.ndarray, targets: csr_array) -> Weights:
+    """A task's head; targets sparse (N, L)."""
+    head = {
+        "head.kernel": np.zeros((features_ND.shape[1], len(task.labels)), np.float32),
+        "head.bias": np.zeros(len(task.labels), np.float32),
+    }
+    held = csr_array(with_ancestors(task.parent_L, targets)).tocsc()
+    for group in range(int(task.group_L.max()) + 1):
+        siblings = np.flatnonzero(task.group_L == group)
+        held_NL = held[:, siblings].toarray()
+        below_N = held_NL.sum(axis=1) > 0
+        if (held_NL.sum(axis=0) > 0).sum() >= 2:
+            found = discriminant_head(features_ND[below_N], held_NL[below_N])
+            head["head.kernel"][:, siblings] = found["head.kernel"]
+            head["head.bias"][siblings] = found["head.bias"]
+    return head
 
 
 def discriminant_head(features_ND: np.ndarray, targets_NL: np.ndarray) -> Weights:

@@ -10,20 +10,38 @@ from typing import Any
 
 from .. import __version__
 from ..data.errors import InputError
-from ..data.taxonomy import Taxonomy
 from ..data.tokenizer import WordPieceTokenizer
 from ..model.bundle import Bundle, quantize, save_bundle
 from ..model.pretrained import choose_encoder
 from .baseline import BaselineScore, tfidf_svm
 from .calibration import fit_calibration
-from .config import TrainJob
+from .config import TrainJob, read_curriculum
 from .datasets import Dataset, load_dataset
 from .evaluation import TokenizedSplit, measure, tokenize
-from .loop import Fitted, fit
+from .loop import Fitted, Trainee, fit
 from .metrics import Metrics
 
 GOLDEN_TEXTS = 8
+CARD_LABELS = 200  # labels that the model card lists of a task
 JOB_FILE = "job.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskScores:
+    """How good the finished model is at one task.
+
+    Attributes:
+      task: its name.
+      split: what was measured: "test", or "dev" where no test examples were given.
+      float_metrics, int8_metrics: of the two bundles on that split.
+      baseline: TF-IDF + linear SVM on the same split, if the job asked for it.
+    """
+
+    task: str
+    split: str
+    float_metrics: Metrics
+    int8_metrics: Metrics
+    baseline: BaselineScore | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,28 +51,26 @@ class TrainResult:
     Attributes:
       bundle: the INT8 bundle, to serve.
       float_bundle: the same classifier in float32.
-      split: the name of the split that the metrics are of: "test", or "dev" where no test examples were given.
-      float_metrics, int8_metrics: of the two bundles on that split.
-      baseline: TF-IDF + linear SVM on the same split, if the job asked for it.
+      tasks: the scores, in the order of the taxonomy.
     """
 
     bundle: Bundle
     float_bundle: Bundle
-    split: str
-    float_metrics: Metrics
-    int8_metrics: Metrics
-    baseline: BaselineScore | None
+    tasks: tuple[TaskScores, ...]
 
 
 def train(job: TrainJob) -> TrainResult:
     """Runs a job: trains, calibrates on dev, quantises, measures, and writes bundles and reports under `job.out`.
 
-    `job.out` then holds `bundle` (INT8), `bundle-float32`, `results` (INT8) and `results-float32`, `checkpoints`,
-    `metrics.jsonl`, `tensorboard` and `job.json`.
+    `job.out` then holds `bundle` (INT8), `bundle-float32`, `results` (INT8) and `results-float32` (of several tasks one
+    folder each in them), `checkpoints`, `metrics.jsonl`, `tensorboard` (of a curriculum in `stages`) and `job.json`.
 
     Raises:
       InputError: the data, the encoder or the folder cannot be used; nothing that stood there before is touched.
     """
+    if job.curriculum is not None:
+        stages = read_curriculum(job.curriculum)
+        job = dataclasses.replace(job, recipe=dataclasses.replace(job.recipe, curriculum=stages))
     _check_out(job)
     dataset = load_dataset(job, print)
     encoder_folder, encoder, weights = choose_encoder(job.recipe.encoder)
@@ -73,34 +89,20 @@ def train(job: TrainJob) -> TrainResult:
             f"{encoder_folder}: vocab.txt has {tokenizer.vocab_size:,} tokens, but the encoder only "
             f"{encoder.vocab_size:,}; they do not belong together."
         )
-    splits = {
-        name: tokenize(dataset.task, examples, tokenizer, job.recipe.max_length)
-        for name, examples in (("train", dataset.train), ("dev", dataset.dev), ("test", dataset.test))
-    }
-    if cut := splits["train"].truncated:
-        share = cut / len(dataset.train)
-        print(f"{cut:,} training texts ({share:.0%}) are longer than {job.recipe.max_length} tokens and are cut there.")
+    splits = _tokenize(job, dataset, tokenizer)
     _write_job(job)
-    fitted = fit(
-        job.recipe,
-        dataset.task,
-        encoder,
-        weights,
-        splits["train"],
-        splits["dev"],
-        pad_id=tokenizer.pad_id,
-        out=job.out,
-    )
+    trainee = Trainee(job.recipe, dataset.taxonomy, encoder, splits["train"], splits["dev"], tokenizer.pad_id, job.out)
+    fitted = fit(trainee, weights)
 
     trained = Bundle(
         encoder=encoder,
-        taxonomy=Taxonomy((dataset.task,)),
+        taxonomy=dataset.taxonomy,
         tokenizer=tokenizer,
         weights=fitted.weights,
         precision="float32",
         calibration={},
         max_length=job.recipe.max_length,
-        golden_texts=(*(example.text for example in dataset.dev[:GOLDEN_TEXTS]), ""),
+        golden_texts=(*_golden_texts(dataset), ""),
         card="",
         licences=tuple(file for file in (encoder_folder / "LICENSE", encoder_folder / "NOTICE") if file.is_file()),
     )
@@ -108,24 +110,68 @@ def train(job: TrainJob) -> TrainResult:
         shutil.rmtree(job.out / "bundle-float32", ignore_errors=True)
     float_bundle, float_metrics = _finish(job, dataset, splits, fitted, trained, "-float32")
     int8_bundle, int8_metrics = _finish(job, dataset, splits, fitted, quantize(trained), "")
-    baseline = tfidf_svm(dataset.train, dataset.test or dataset.dev, dataset.task) if job.baseline else None
-    return TrainResult(int8_bundle, float_bundle, dataset.measured, float_metrics, int8_metrics, baseline)
+    scores = []
+    for task in dataset.taxonomy.tasks:
+        name = task.name
+        baseline = None
+        if job.baseline:
+            baseline = tfidf_svm(dataset.train[name], dataset.test.get(name) or dataset.dev[name], task)
+        scores.append(TaskScores(name, dataset.measured(name), float_metrics[name], int8_metrics[name], baseline))
+    return TrainResult(int8_bundle, float_bundle, tuple(scores))
+
+
+def _tokenize(job: TrainJob, dataset: Dataset, tokenizer: WordPieceTokenizer) -> dict[str, dict[str, TokenizedSplit]]:
+    """Split → task → examples."""
+    tasks, length = dataset.taxonomy.tasks, job.recipe.max_length
+    splits = {
+        split: {
+            task.name: tokenize(task, by_task[task.name], tokenizer, length) for task in tasks if task.name in by_task
+        }
+        for split, by_task in (("train", dataset.train), ("dev", dataset.dev), ("test", dataset.test))
+    }
+    if cut := sum(split.truncated for split in splits["train"].values()):
+        share = cut / sum(len(split.ids) for split in splits["train"].values())
+        print(f"{cut:,} training texts ({share:.0%}) are longer than {length} tokens and are cut there.")
+    return splits
+
+
+def _golden_texts(dataset: Dataset) -> list[str]:
+    """A few texts of every task, `GOLDEN_TEXTS` in all."""
+    tasks = dataset.taxonomy.tasks
+    turns = [dataset.dev[task.name][turn : turn + 1] for turn in range(GOLDEN_TEXTS) for task in tasks]
+    return [example.text for examples in turns for example in examples][:GOLDEN_TEXTS]
 
 
 def _finish(
-    job: TrainJob, dataset: Dataset, splits: dict[str, TokenizedSplit], fitted: Fitted, bundle: Bundle, suffix: str
-) -> tuple[Bundle, Metrics]:
-    """Calibrates, measures and writes one precision of the trained classifier."""
-    task, dev = dataset.task, splits["dev"]
+    job: TrainJob,
+    dataset: Dataset,
+    splits: dict[str, dict[str, TokenizedSplit]],
+    fitted: Fitted,
+    bundle: Bundle,
+    suffix: str,
+) -> tuple[Bundle, dict[str, Metrics]]:
+    """Calibrates, measures and writes one precision of the trained classifier; also its metrics by task."""
     predictor = bundle.predictor()
-    dev_logits_NL = predictor.logits(dev.ids)
-    calibration = fit_calibration(task, dev_logits_NL, dev.targets_NL)
-    logits_NL = predictor.logits(splits["test"].ids) if dataset.test else dev_logits_NL
-    targets_NL = splits[dataset.measured].targets_NL
-    title = f"{task.name}, {dataset.measured}, {bundle.precision}"
-    results = job.out / f"results{suffix}"
-    metrics = measure(task, logits_NL, targets_NL, calibration, title=title, results=results)
-    finished = dataclasses.replace(bundle, calibration={task.name: calibration})
+    tasks = dataset.taxonomy.tasks
+    calibration, metrics = {}, {}
+    for task in tasks:
+        columns = dataset.taxonomy.slice_of(task.name)
+        dev = splits["dev"][task.name]
+        dev_logits_NL = predictor.logits(dev.ids, columns=columns)
+        calibration[task.name] = fit_calibration(task, dev_logits_NL, dev.targets_NL)
+        measured = splits[dataset.measured(task.name)][task.name]
+        logits_NL = dev_logits_NL if measured is dev else predictor.logits(measured.ids, columns=columns)
+        title = f"{task.name}, {dataset.measured(task.name)}, {bundle.precision}"
+        results = job.out / f"results{suffix}"
+        metrics[task.name] = measure(
+            task,
+            logits_NL,
+            measured.targets_NL,
+            calibration[task.name],
+            title=title,
+            results=results / task.name if len(tasks) > 1 else results,
+        )
+    finished = dataclasses.replace(bundle, calibration=calibration)
     finished = dataclasses.replace(finished, card=_model_card(job, dataset, fitted, finished, metrics))
     return save_bundle(finished, job.out / f"bundle{suffix}"), metrics
 
@@ -150,6 +196,7 @@ def _check_same_job(job: TrainJob) -> None:
     except ValueError as e:
         raise InputError(f"{job.out / JOB_FILE} is damaged ({e}); begin a new run.") from None
     now = _job_json(job)
+    now = json.loads(json.dumps(now))  # as it reads once written: lists for tuples
     for section, values in (("recipe", now["recipe"]), ("job", now["job"])):
         for name, value in values.items():
             was = before.get(section, {}).get(name)
@@ -160,7 +207,7 @@ def _check_same_job(job: TrainJob) -> None:
 
 
 def _job_json(job: TrainJob) -> dict[str, Any]:
-    fields = ("data", "dev", "test", "text_column", "label_column", "texts")
+    fields = ("data", "dev", "test", "text_column", "label_column", "soft_labels", "texts", "held_out_texts")
     values = {name: getattr(job, name) for name in fields}
     return {
         "classer_version": __version__,
@@ -176,22 +223,31 @@ def _write_job(job: TrainJob) -> None:
     whole.rename(job.out / JOB_FILE)
 
 
-def _model_card(job: TrainJob, dataset: Dataset, fitted: Fitted, bundle: Bundle, metrics: Metrics) -> str:
-    task = dataset.task
-    calibration = bundle.calibration[task.name]
+def _model_card(job: TrainJob, dataset: Dataset, fitted: Fitted, bundle: Bundle, metrics: dict[str, Metrics]) -> str:
+    tasks = dataset.taxonomy.tasks
     licence = " (its licence stands beside this file)" if bundle.licences else ""
-    return "\n".join(
-        [
-            f"# {task.name}",
+    examples = sum(len(split) for split in dataset.train.values())
+    lines = [
+        f"# {', '.join(task.name for task in tasks)}",
+        "",
+        f"A classifier of {len(tasks)} task{'s' * (len(tasks) > 1)}, {bundle.precision}, by Classer {__version__}.",
+        "",
+        f"- Trained from {job.recipe.encoder}{licence} on {examples:,} "
+        f"examples: {fitted.best_epoch} of {fitted.epochs} epochs, seed {job.recipe.seed}.",
+        f"- Texts are read up to {bundle.max_length} tokens.",
+        "",
+    ]
+    for task in tasks:
+        measured = metrics[task.name]
+        names = ", ".join(task.label_names[:CARD_LABELS])
+        more = len(task.labels) - CARD_LABELS
+        lines += [
+            f"## {task.name}",
             "",
-            f"A {task.kind} classifier over {len(task.labels)} labels, {bundle.precision}, by Classer {__version__}.",
-            "",
-            f"- Trained from {job.recipe.encoder}{licence} on {len(dataset.train):,} "
-            f"examples: {fitted.best_epoch} of {fitted.epochs} epochs, seed {job.recipe.seed}.",
-            f"- On {metrics.n:,} {dataset.measured} examples: accuracy {metrics.accuracy:.2%}, "
-            f"macro-F1 {metrics.macro_f1:.3f}, expected calibration error {metrics.ece:.3f}.",
-            f"- Texts are read up to {bundle.max_length} tokens. Temperature {calibration.temperature:.3f}.",
-            f"- Labels: {', '.join(task.label_names)}.",
+            f"- {task.kind.capitalize()}, {len(task.labels):,} labels: {names}{f' and {more:,} more' * (more > 0)}.",
+            f"- On {measured.n:,} {dataset.measured(task.name)} examples: accuracy {measured.accuracy:.2%}, "
+            f"macro-F1 {measured.macro_f1:.3f}, expected calibration error {measured.ece:.3f}.",
+            f"- Temperature {bundle.calibration[task.name].temperature:.3f}.",
             "",
         ]
-    )
+    return "\n".join(lines)

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import optax
 
 from ..data.pipeline import Batch
-from ..data.taxonomy import TaskKind
+from ..data.taxonomy import LabelTable
 from ..model.classifier import TextClassifier
 from ..model.encoder import FocusDraw
 from .config import Recipe
-from .losses import classification_loss
+from .losses import SoftTargets, classification_loss
 
 
 class TrainState(NamedTuple):
@@ -31,6 +31,24 @@ class StepMetrics(NamedTuple):
     grad_norm: jax.Array
 
 
+class Arrays(NamedTuple):
+    """A batch as the compiled step takes it; the fields are those of `data.pipeline.Batch`."""
+
+    tokens_BS: Any
+    lengths_B: Any
+    targets_BL: Any
+    weights_B: Any
+    tasks_B: Any
+    soft: SoftTargets | None
+
+
+def arrays_of(batch: Batch) -> Arrays:
+    soft = None
+    if batch.soft_BL is not None and batch.soft_share_B is not None:
+        soft = SoftTargets(cast(jax.Array, batch.soft_BL), cast(jax.Array, batch.soft_share_B))
+    return Arrays(batch.tokens_BS, batch.lengths_B, batch.targets_BL, batch.weights_B, batch.tasks_B, soft)
+
+
 # (a key, steps done, rows) → what each row keeps
 DrawFocus = Callable[[jax.Array, jax.Array, int], FocusDraw]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
@@ -39,10 +57,11 @@ TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 _FOCUS = 0x0F0C  # sets the key of the focus apart from those that Linen folds for dropout
 
 
-def learning_rate_schedule(recipe: Recipe, num_steps: int) -> optax.Schedule:
-    """Linear warm-up to the peak, then a cosine down to 0 at `num_steps`."""
+def learning_rate_schedule(recipe: Recipe, num_steps: int, peak: float | None = None) -> optax.Schedule:
+    """Linear warm-up to the peak (the recipe's if None), then a cosine down to 0 at `num_steps`."""
+    peak = recipe.learning_rate if peak is None else peak
     warmup_steps = round(recipe.warmup * num_steps)
-    return optax.warmup_cosine_decay_schedule(0.0, recipe.learning_rate, warmup_steps, max(num_steps, warmup_steps + 1))
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, max(num_steps, warmup_steps + 1))
 
 
 def make_optimizer(recipe: Recipe, schedule: optax.Schedule) -> optax.GradientTransformation:
@@ -67,44 +86,53 @@ def make_optimizer(recipe: Recipe, schedule: optax.Schedule) -> optax.GradientTr
 
 def make_train_step(
     model: TextClassifier,
-    kind: TaskKind,
+    table: LabelTable,
     optimizer: optax.GradientTransformation,
     *,
     label_smoothing: float,
     class_weights_L: jax.Array | None,
     seed: int,
+    temperature: float = 1.0,
     draw_focus: DrawFocus | None = None,
 ) -> TrainStep:
     """Builds the step; it compiles once for each batch shape and takes over the memory of the state it is given.
 
     Args:
       model: with its training dtype and dropout.
-      kind: of the task whose labels the logits are.
+      table: of the taxonomy whose labels the logits are.
       optimizer: from `make_optimizer`.
-      label_smoothing, class_weights_L: see `classification_loss`.
+      label_smoothing, class_weights_L, temperature: see `classification_loss`.
       seed: of dropout and focus, which are functions of the seed and the step alone.
       draw_focus: (key, steps done, rows) → what each row keeps; None trains the dense classifier.
     """
 
-    def loss_fn(params, batch: tuple, step: jax.Array) -> jax.Array:
-        tokens_BS, lengths_B, targets_BL, weights_B = batch
+    def loss_fn(params, batch: Arrays, step: jax.Array) -> jax.Array:
+        tokens_BS, lengths_B, targets_BL, weights_B, tasks_B, soft = batch
         key = jax.random.fold_in(jax.random.key(seed), step)
         rngs = {"dropout": key} if model.dropout else None
         draw = draw_focus(jax.random.fold_in(key, _FOCUS), step, len(tokens_BS)) if draw_focus else None
         logits_BL = cast(jax.Array, model.apply({"params": params}, tokens_BS, lengths_B, draw, rngs=rngs))
         return classification_loss(
-            kind, logits_BL, targets_BL, weights_B, label_smoothing=label_smoothing, class_weights_L=class_weights_L
+            table,
+            logits_BL,
+            targets_BL,
+            tasks_B,
+            weights_B,
+            label_smoothing=label_smoothing,
+            class_weights_L=class_weights_L,
+            soft=soft,
+            temperature=temperature,
         )
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: TrainState, batch: tuple) -> tuple[TrainState, StepMetrics]:
+    def step(state: TrainState, batch: Arrays) -> tuple[TrainState, StepMetrics]:
         loss, gradients = jax.value_and_grad(loss_fn)(state.params, batch, state.step)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return TrainState(params, opt_state, state.step + 1), StepMetrics(loss, optax.tree.norm(gradients))
 
     def run(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        return step(state, (batch.tokens_BS, batch.lengths_B, batch.targets_BL, batch.weights_B))
+        return step(state, arrays_of(batch))
 
     return run
 

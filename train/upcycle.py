@@ -24,10 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from scipy.sparse import csr_array
 
 from ..data.buckets import BUCKETS, bucket_for, pad_batch
 from ..data.errors import InputError
-from ..data.pipeline import Batch, TrainBatches
+from ..data.pipeline import Batch, TrainBatches, TrainExamples
 from ..data.readers import read_texts
 from ..data.tokenizer import WordPieceTokenizer
 from ..model.config import ComputeDtype, EncoderConfig
@@ -176,9 +177,9 @@ def _heal(
     """Trains the student's parameters; they and the tokens seen."""
     epoch_tokens = sum(map(len, train))
     epochs = max(1, round(job.tokens / epoch_tokens))
+    unlabelled = csr_array((len(train), 0), dtype=np.float32)
     batches = TrainBatches(
-        train,
-        np.zeros((len(train), 0), np.float32),
+        TrainExamples(train, unlabelled, np.zeros(len(train), np.int32)),
         batch_size=job.batch_size,
         seed=job.seed,
         pad_id=pad_id,

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.sparse import csr_array
 
 from classer.data.buckets import BUCKETS, bucket_for
 from classer.data.errors import InputError
-from classer.data.pipeline import Batch, TrainBatches
+from classer.data.pipeline import Batch, TrainBatches, TrainExamples
 
 PAD = 0
 
@@ -17,7 +18,8 @@ def make(lengths: list[int], *, batch_size: int = 4, seed: int = 0, num_epochs: 
     """Example n has its number as first token (plus 1, so that none is padding) and as its only target."""
     ids = [np.full(length, n + 1, dtype=np.int32) for n, length in enumerate(lengths)]
     targets_NL = np.arange(1, len(lengths) + 1, dtype=np.float32)[:, None]
-    return TrainBatches(ids, targets_NL, batch_size=batch_size, seed=seed, pad_id=PAD, num_epochs=num_epochs)
+    examples = TrainExamples(ids, csr_array(targets_NL), np.zeros(len(ids), np.int32))
+    return TrainBatches(examples, batch_size=batch_size, seed=seed, pad_id=PAD, num_epochs=num_epochs)
 
 
 def examples_of(batch: Batch) -> list[int]:
@@ -26,7 +28,7 @@ def examples_of(batch: Batch) -> list[int]:
 
 def assert_same(left: list[Batch], right: list[Batch]):
     for a, b in zip(left, right, strict=True):
-        for field in ("tokens_BS", "lengths_B", "targets_BL", "weights_B"):
+        for field in ("tokens_BS", "lengths_B", "targets_BL", "weights_B", "tasks_B"):
             np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
 
 
@@ -153,5 +155,5 @@ def test_two_iterators_do_not_disturb_each_other():
 def test_needs_examples_and_as_many_targets():
     with pytest.raises(ValueError, match="0 examples"):
         make([])
-    with pytest.raises(ValueError, match="1 examples and 2 targets"):
-        TrainBatches([np.array([1])], np.zeros((2, 1)), batch_size=1, seed=0, pad_id=0, num_epochs=1)
+    with pytest.raises(ValueError, match="1 examples, 2 targets and 1 tasks"):
+        TrainExamples([np.array([1])], csr_array((2, 1)), np.zeros(1, np.int32))

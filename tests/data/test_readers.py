@@ -302,5 +302,5 @@ def test_task_folder_without_task_or_splits(task_folder: Path):
     with pytest.raises(InputError, match=r"has no split beside task\.json"):
         read_task_folder(task_folder)
     (task_folder / "task.json").unlink()
-    with pytest.raises(InputError, match=r"task\.json cannot be read \(No such file"):
+    with pytest.raises(InputError, match=r"task\.json does not exist; a task's folder holds it"):
         read_task_folder(task_folder)

@@ -185,9 +185,10 @@ def test_a_parquet_of_lists_and_of_names(tmp_path: Path) -> None:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / f"{kind}.parquet")
         said = []
         dataset = load_dataset(TrainJob(data=tmp_path / f"{kind}.parquet", out=tmp_path / "run"), said.append)
-        assert dataset.task.kind is kind
+        (task,) = dataset.taxonomy.tasks
+        assert task.kind is kind
         assert said[0].endswith(f" 3 distinct: a {kind} task.")
-        read = {(example.text, example.labels) for example in dataset.train + dataset.dev}
+        read = {(example.text, example.labels) for example in dataset.train[task.name] + dataset.dev[task.name]}
         assert read == {(row["text"], (row["label"],) if kind.exclusive else tuple(row["labels"])) for row in rows}
 
 

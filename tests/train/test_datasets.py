@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from classer.data.errors import InputError
-from classer.data.taxonomy import TaskKind
+from classer.data.examples import Example
+from classer.data.taxonomy import Task, TaskKind
 from classer.tests.helpers import write_toy_data
 from classer.train.config import Recipe, TrainJob
 from classer.train.datasets import Dataset, load_dataset
@@ -36,16 +37,27 @@ def write_folder(folder: Path, kind: str = "multiclass", labels: tuple[str, ...]
     return folder
 
 
-@pytest.mark.parametrize("kind", TaskKind)
+def task_of(dataset: Dataset) -> Task:
+    (task,) = dataset.taxonomy.tasks
+    return task
+
+
+def only(split: dict[str, list[Example]]) -> list[Example]:
+    """The examples of the one task."""
+    (examples,) = split.values()
+    return examples
+
+
+@pytest.mark.parametrize("kind", [TaskKind.BINARY, TaskKind.MULTICLASS, TaskKind.MULTILABEL])
 def test_the_kind_is_found_and_a_share_set_aside_for_development(tmp_path: Path, kind: TaskKind) -> None:
     dataset, said = load(write_toy_data(tmp_path / "tickets.jsonl", kind, 100))
-    assert (dataset.task.name, dataset.task.kind) == ("tickets", kind)
-    assert len(dataset.train) + len(dataset.dev) == 100
-    assert len(dataset.dev) == pytest.approx(20, abs=2)
-    assert dataset.measured == "dev"
+    assert (task_of(dataset).name, task_of(dataset).kind) == ("tickets", kind)
+    assert len(only(dataset.train)) + len(only(dataset.dev)) == 100
+    assert len(only(dataset.dev)) == pytest.approx(20, abs=2)
+    assert dataset.measured("tickets") == "dev"
     assert any(f"a {kind} task" in sentence for sentence in said)
-    assert any(f"Set {len(dataset.dev)} of 100 training examples aside" in sentence for sentence in said)
-    assert not {example.source for example in dataset.train} & {example.source for example in dataset.dev}
+    assert any(f"Set {len(only(dataset.dev))} of 100 training examples aside" in sentence for sentence in said)
+    assert not {example.source for example in only(dataset.train)} & {example.source for example in only(dataset.dev)}
 
 
 def test_the_split_follows_the_seed_alone(tmp_path: Path) -> None:
@@ -58,10 +70,10 @@ def test_a_part_of_the_training_examples_is_drawn_before_the_split(tmp_path: Pat
     whole, _ = load(file)
     part, said = load(file, texts=50)
     assert "Drew 50 of 100 training examples." in said
-    assert len(part.train) + len(part.dev) == 50
-    sources = {example.source for example in part.train + part.dev}
+    assert len(only(part.train)) + len(only(part.dev)) == 50
+    sources = {example.source for example in only(part.train) + only(part.dev)}
     assert len(sources) == 50
-    assert sources < {example.source for example in whole.train + whole.dev}
+    assert sources < {example.source for example in only(whole.train) + only(whole.dev)}
     assert load(file, texts=50)[0] == part
     assert load(file, texts=100)[0] == whole
 
@@ -72,8 +84,8 @@ def test_files_for_development_and_test_are_taken_as_given(tmp_path: Path) -> No
         for name, count in (("train", 60), ("dev", 20), ("test", 30))
     )
     dataset, said = load(train, dev=dev, test=test)
-    assert [len(split) for split in (dataset.train, dataset.dev, dataset.test)] == [60, 20, 30]
-    assert dataset.measured == "test"
+    assert [len(split) for split in (only(dataset.train), only(dataset.dev), only(dataset.test))] == [60, 20, 30]
+    assert dataset.measured("train") == "test"
     assert "Examples: 60 to train on, 20 for development, 30 to test." in said
     assert not any("aside" in sentence for sentence in said)
 
@@ -82,8 +94,8 @@ def test_a_folder_brings_its_task_and_splits(tmp_path: Path) -> None:
     rows = [(f"text {i}", "abc"[i % 3]) for i in range(12)]
     folder = write_folder(tmp_path / "letters", train=rows, dev=[("x", "a")], test=[("y", "b"), ("z", "c")])
     dataset, said = load(folder)
-    assert [len(split) for split in (dataset.train, dataset.dev, dataset.test)] == [12, 1, 2]
-    assert dataset.task.label_names == ("a", "b", "c")
+    assert [len(split) for split in (only(dataset.train), only(dataset.dev), only(dataset.test))] == [12, 1, 2]
+    assert task_of(dataset).label_names == ("a", "b", "c")
     assert said[0].endswith("letters: task 'letters', multiclass, 3 labels.")
 
 
@@ -91,7 +103,7 @@ def test_a_file_given_takes_the_place_of_a_folders_split(tmp_path: Path) -> None
     rows = [(f"text {i}", "abc"[i % 3]) for i in range(12)]
     folder = write_folder(tmp_path / "letters", train=rows, test=[("y", "b")])
     test = write_rows(tmp_path / "mine.jsonl", ("mine", "c"))
-    assert [example.text for example in load(folder, test=test)[0].test] == ["mine"]
+    assert [example.text for example in only(load(folder, test=test)[0].test)] == ["mine"]
 
 
 def test_texts_that_stand_in_two_splits_are_warned_of(tmp_path: Path) -> None:
@@ -123,7 +135,7 @@ def test_a_label_that_only_a_folders_test_has_is_refused_with_its_row(tmp_path: 
 def test_a_label_of_a_folders_task_that_no_example_has_is_no_error(tmp_path: Path) -> None:
     rows = [(f"text {i}", "ab"[i % 2]) for i in range(10)]
     dataset, _ = load(write_folder(tmp_path / "letters", train=rows, test=[("y", "b")]))
-    assert dataset.task.label_names == ("a", "b", "c")
+    assert task_of(dataset).label_names == ("a", "b", "c")
 
 
 def test_one_label_only_is_refused(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+from scipy.sparse import csr_array
 
 from classer.data.errors import InputError
 from classer.model.bundle import Bundle
@@ -54,7 +55,7 @@ def dev(gated: Bundle) -> TokenizedSplit:
     task = gated.taxonomy.tasks[0]
     logits_NL = gated.predictor().logits(ids)[:, gated.taxonomy.slice_of(task.name)]
     targets_NL = np.eye(logits_NL.shape[1], dtype=np.float32)[logits_NL.argmax(axis=1)]
-    return TokenizedSplit(ids, targets_NL, 0)
+    return TokenizedSplit(ids, csr_array(targets_NL))
 
 
 def test_a_loss_is_kept_and_a_speed_is_reached(gated: Bundle, dev: TokenizedSplit) -> None:

@@ -9,16 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.sparse import csr_array
 
 from classer.data.errors import InputError
-from classer.data.taxonomy import Label, Task, TaskKind
+from classer.data.taxonomy import Label, LabelTable, Task, TaskKind, Taxonomy
 from classer.model.config import EncoderConfig
 from classer.model.pretrained import load_encoder
-from classer.model.quantize import Weights, flatten
+from classer.model.quantize import Weights
 from classer.train import loop
 from classer.train.config import Recipe
+from classer.train.devlook import DevLook
 from classer.train.evaluation import TokenizedSplit
-from classer.train.loop import Fitted, fit
+from classer.train.loop import Fitted, Trainee, fit
 from classer.train.runlog import RunLog
 
 MULTICLASS = Task("toy", TaskKind.MULTICLASS, tuple(Label(name) for name in "abc"))
@@ -44,7 +46,7 @@ def toy_split(task: Task, count: int, seed: int) -> TokenizedSplit:
         words += [FIRST_WORD + int(label) for label in labels]
         rng.shuffle(words)
         ids.append(np.array([CLS, *words, SEP], np.int32))
-    return TokenizedSplit(ids, targets_NL, truncated=0)
+    return TokenizedSplit(ids, csr_array(targets_NL))
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def run(
 ) -> Fitted:
     train, dev = toy_split(task, count, seed=0), toy_split(task, 20, seed=1)
     config, weights = encoder
-    return fit(recipe, task, config, weights, train, dev, pad_id=0, out=out)
+    return fit(Trainee(recipe, Taxonomy((task,)), config, {"toy": train}, {"toy": dev}, 0, out), weights)
 
 
 @pytest.fixture(scope="module")
@@ -195,14 +197,14 @@ def test_going_on_with_other_examples_is_refused(encoder, tmp_path: Path) -> Non
 def scripted_scores(monkeypatch: pytest.MonkeyPatch, *scores: float) -> list[Weights]:
     """Makes the dev scores of the epochs to come these; notes the weights of each epoch."""
     seen: list[Weights] = []
-    look = loop._DevLook.__call__
+    look = DevLook.__call__
 
-    def scripted(self, state, log) -> float:
-        look(self, state, log)
-        seen.append({name: value.copy() for name, value in flatten(state.params).items()})
+    def scripted(self, weights, step, log) -> float:
+        look(self, weights, step, log)
+        seen.append({name: np.array(value) for name, value in weights.items()})
         return scores[len(seen) - 1]
 
-    monkeypatch.setattr(loop._DevLook, "__call__", scripted)
+    monkeypatch.setattr(DevLook, "__call__", scripted)
     return seen
 
 
@@ -255,13 +257,13 @@ def test_a_run_that_diverges_says_so(encoder, tmp_path: Path) -> None:
 def test_class_weights_are_used_where_asked_for(encoder, tmp_path: Path, monkeypatch, uninterrupted: Fitted) -> None:
     asked = []
 
-    def weights(kind: TaskKind, targets_NL: np.ndarray) -> np.ndarray:
-        asked.append(kind)
+    def weights(table: LabelTable, targets: csr_array, tasks_N: np.ndarray) -> np.ndarray:
+        asked.append((len(table.task_L), len(tasks_N)))
         return np.array([1.0, 1.0, 3.0], np.float32)
 
     monkeypatch.setattr(loop, "balanced_class_weights", weights)
     fitted = run(encoder, tmp_path, dataclasses.replace(RECIPE, class_weights="balanced"))
-    assert asked == [TaskKind.MULTICLASS]
+    assert asked == [(3, 45)]
     assert differ(fitted, uninterrupted)
 
 

@@ -53,8 +53,8 @@ def finished(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
 def check_run(job: TrainJob, result: TrainResult, kind: TaskKind) -> None:
     """What every finished run has left behind."""
     for suffix, precision, metrics in (
-        ("", "int8", result.int8_metrics),
-        ("-float32", "float32", result.float_metrics),
+        ("", "int8", result.tasks[0].int8_metrics),
+        ("-float32", "float32", result.tasks[0].float_metrics),
     ):
         bundle = load_bundle(job.out / f"bundle{suffix}")
         assert bundle.precision == precision
@@ -63,7 +63,7 @@ def check_run(job: TrainJob, result: TrainResult, kind: TaskKind) -> None:
         assert len(bundle.golden_texts) == 9
         assert bundle.golden_texts[-1] == ""
         assert [file.name for file in bundle.licences] == ["LICENSE"]
-        assert f"A {kind} classifier" in bundle.card
+        assert f"- {kind.capitalize()}, " in bundle.card
         assert f"accuracy {metrics.accuracy:.2%}" in bundle.card
         assert (bundle.calibration["toy"].thresholds is not None) == (kind is TaskKind.MULTILABEL)
         report = json.loads((job.out / f"results{suffix}" / "metrics.json").read_text())
@@ -73,17 +73,19 @@ def check_run(job: TrainJob, result: TrainResult, kind: TaskKind) -> None:
         assert list((job.out / f"results{suffix}").glob("*.png"))
         assert metrics.n == 40
         assert metrics.accuracy >= 0.9
-    assert result.split == "test"
+    assert result.tasks[0].split == "test"
     assert (job.out / "metrics.jsonl").is_file()
-    assert json.loads((job.out / "job.json").read_text())["recipe"] == dataclasses.asdict(job.recipe)
+    assert json.loads((job.out / "job.json").read_text())["recipe"] == json.loads(
+        json.dumps(dataclasses.asdict(job.recipe))
+    )
     assert not list(job.out.glob("*.part"))
 
 
 def test_a_multiclass_run_leaves_bundles_and_reports(finished: tuple[TrainJob, TrainResult]) -> None:
     job, result = finished
     check_run(job, result, TaskKind.MULTICLASS)
-    assert result.baseline is not None
-    assert result.baseline.accuracy > 0.9
+    assert result.tasks[0].baseline is not None
+    assert result.tasks[0].baseline.accuracy > 0.9
 
 
 @pytest.mark.parametrize("kind", [TaskKind.BINARY, TaskKind.MULTILABEL])
@@ -96,8 +98,8 @@ def test_the_other_kinds_do_too(tiny_encoder: Path, tmp_path: Path, kind: TaskKi
 def test_without_a_test_file_the_dev_share_is_measured(tiny_encoder: Path, tmp_path: Path) -> None:
     job = dataclasses.replace(make_job(tiny_encoder, tmp_path, epochs=1), test=None)
     result = train(job)
-    assert (result.split, result.float_metrics.n) == ("dev", 20)
-    assert result.baseline is None
+    assert (result.tasks[0].split, result.tasks[0].float_metrics.n) == ("dev", 20)
+    assert result.tasks[0].baseline is None
 
 
 def test_the_bundle_answers_as_it_was_measured(finished: tuple[TrainJob, TrainResult]) -> None:
@@ -109,7 +111,7 @@ def test_the_bundle_answers_as_it_was_measured(finished: tuple[TrainJob, TrainRe
     probs_NL = bundle.probabilities("toy", bundle.predictor().logits(ids))
     names = bundle.taxonomy.tasks[0].label_names
     right = [names[best] == row["label"] for best, row in zip(probs_NL.argmax(axis=1), rows, strict=True)]
-    assert np.mean(right) == pytest.approx(result.float_metrics.accuracy)
+    assert np.mean(right) == pytest.approx(result.tasks[0].float_metrics.accuracy)
 
 
 # Folders that hold something, and jobs that do not fit
@@ -272,5 +274,5 @@ def test_a_native_size_is_trained_from_nothing(minilm: Path, tmp_path: Path, cap
     assert "classer-5m begins with random weights" in capsys.readouterr().out
     encoder = result.bundle.encoder
     assert (encoder.num_layers, encoder.d_model, encoder.norm, encoder.gated) == (6, 128, "rms", False)
-    assert result.float_metrics.accuracy > 0.9
+    assert result.tasks[0].float_metrics.accuracy > 0.9
     assert load_bundle(job.out / "bundle").encoder == encoder

@@ -51,7 +51,7 @@ def test_what_is_left_is_an_encoder_to_train_from(job: UpcycleJob, said: list[st
     recipe = Recipe(encoder=str(job.out), max_length=16, epochs=8, learning_rate=1e-3, batch_size=16, patience=0)
     data = write_toy_data(tmp_path / "toy.jsonl", TaskKind.MULTICLASS, 400)
     result = train(TrainJob(data, tmp_path / "run", recipe))
-    assert result.float_metrics.accuracy > 0.8
+    assert result.tasks[0].float_metrics.accuracy > 0.8
     assert result.bundle.encoder == config
 
 

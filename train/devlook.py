@@ -1,0 +1,87 @@
+"""A look at the dev sets between two epochs: how good are the weights so far?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ..data.taxonomy import Taxonomy
+from ..model.config import ComputeDtype, EncoderConfig
+from ..model.decode import Calibration
+from ..model.focus import Focus
+from ..model.predict import Predictor
+from ..model.quantize import Weights
+from .evaluation import TokenizedSplit, measure
+from .metrics import Metrics
+from .runlog import RunLog
+
+
+class DevLook:
+    """Reads dev sets with given weights, logs what it sees, and scores it.
+
+    Args:
+      taxonomy: all tasks.
+      encoder: the encoder's config.
+      weights: any of the right shapes.
+      compute_dtype: of activations.
+      dev: the examples, by task.
+      focuses: what they are read with.
+    """
+
+    def __init__(
+        self,
+        taxonomy: Taxonomy,
+        encoder: EncoderConfig,
+        weights: Weights,
+        compute_dtype: ComputeDtype,
+        dev: Mapping[str, TokenizedSplit],
+        focuses: Sequence[float],
+    ) -> None:
+        self._taxonomy, self._dev = taxonomy, dev
+        self._predictors = {
+            focus: Predictor(
+                encoder,
+                taxonomy.num_labels,
+                weights,
+                "float32",
+                compute_dtype,
+                Focus.pyramid(focus, encoder.num_layers),
+            )
+            for focus in focuses
+        }
+        self.sentence = ""
+
+    def __call__(self, weights: Weights, step: int, log: RunLog) -> float:
+        """The mean over tasks and focuses of accuracy (multilabel: micro-F1); `sentence` then says what was seen."""
+        said, scores = [], []
+        for focus, predictor in self._predictors.items():
+            suffix, where = ("", "") if focus == 1 else (f"/focus_{focus:g}", f" at focus {focus:g}")
+            by_task = self._measure(predictor.with_weights(weights))
+            for name, metrics in by_task.items():
+                of_task = f"/{name}" if len(by_task) > 1 else ""
+                log.scalars(
+                    step,
+                    {
+                        f"dev{of_task}{suffix}/accuracy": metrics.accuracy,
+                        f"dev{of_task}{suffix}/macro_f1": metrics.macro_f1,
+                        f"dev{of_task}{suffix}/ece": metrics.ece,
+                    },
+                )
+            scores += [self._score(name, metrics) for name, metrics in by_task.items()]
+            if len(by_task) == 1:
+                (metrics,) = by_task.values()
+                said.append(f"accuracy {metrics.accuracy:.2%} · macro-F1 {metrics.macro_f1:.3f}{where}")
+            else:
+                each = " · ".join(f"{name} {self._score(name, metrics):.1%}" for name, metrics in by_task.items())
+                said.append(f"{each}{where}")
+        self.sentence = ", ".join(said)
+        return sum(scores) / len(scores)
+
+    def _measure(self, predictor: Predictor) -> dict[str, Metrics]:
+        by_task = {}
+        for name, split in self._dev.items():
+            logits_NL = predictor.logits(split.ids, columns=self._taxonomy.slice_of(name))
+            by_task[name] = measure(self._taxonomy.task(name), logits_NL, split.targets_NL, Calibration())
+        return by_task
+
+    def _score(self, name: str, metrics: Metrics) -> float:
+        return metrics.accuracy if self._taxonomy.task(name).kind.exclusive else metrics.micro_f1
