@@ -1,4 +1,4 @@
-"""The command `classer`: train, serve, classify, evaluate, focus-report, focus-plan, upcycle, quantize, info."""
+"""The command `classer`, and what all of its commands share."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "evaluate": commands.evaluate,
     "focus-report": commands.focus_report,
     "focus-plan": commands.focus_plan,
+    "teach": commands.teach,
     "upcycle": commands.upcycle,
     "quantize": commands.quantize,
     "info": commands.info,

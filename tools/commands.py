@@ -234,9 +234,11 @@ class EvaluateArguments(MeasureArguments):
     __doc__ = f"""{MeasureArguments.__doc__}
       focus: the share of all tokens to keep on the mean over layers, or one share a layer with commas between; 1 is
         all. The bundle must have been trained with --focus-epochs.
+      threshold: hierarchical tasks: an answer that is less probable than this stops at a label above; 0 never does.
     """
 
     focus: str = "1"
+    threshold: float = 0.0
 
 
 def evaluate(argv: Sequence[str]) -> None:
@@ -249,7 +251,8 @@ def evaluate(argv: Sequence[str]) -> None:
     predictor = bundle.predictor(focus=Focus.parse(a.focus, bundle.encoder.num_layers))
     logits_NL = predictor.logits(split.ids, columns=bundle.taxonomy.slice_of(task.name))
     title = f"{task.name}, {a.data.name}, {bundle.precision}"
-    metrics = measure(task, logits_NL, split.targets_NL, bundle.calibration[task.name], title=title, results=a.out)
+    calibration = bundle.calibration[task.name]
+    metrics = measure(task, logits_NL, split.targets_NL, calibration, title=title, results=a.out, threshold=a.threshold)
     _print_metrics(metrics, split.truncated)
     if a.out is not None:
         print(f"Report and pictures: {a.out}")
@@ -368,6 +371,17 @@ def _load_measured(a: MeasureArguments) -> tuple[Bundle, Task, TokenizedSplit]:
     return bundle, task, tokenize(task, examples, bundle.tokenizer, max_length)
 
 
+def teach(argv: Sequence[str]) -> None:
+    """Ask teachers for soft labels, which `classer train --soft-labels` learns from."""
+    from classer.train.teach import TeachJob
+    from classer.train.teach import teach as ask
+
+    job = _parse(TeachJob, argv, "classer teach", teach.__doc__)
+    _check_can_make(job.out.parent)
+    ask(job)
+    print(f"Learn from it:  classer train --soft-labels {shlex.quote(str(job.out))} --data FOLDER --out FOLDER")
+
+
 def upcycle(argv: Sequence[str]) -> None:
     """Turn a pretrained encoder of the BERT family into the native architecture."""
     from classer.train.upcycle import UpcycleJob, run_upcycle
@@ -430,9 +444,10 @@ def info(argv: Sequence[str]) -> None:
         print(
             f"  task '{task.name}': {task.kind}, {len(task.labels)} labels, temperature {calibration.temperature:.3f}"
         )
-        for i, name in enumerate(task.label_names):
+        for i, label in enumerate(task.labels):
             threshold = f"  from {calibration.thresholds[i]:.3f}" if calibration.thresholds else ""
-            print(f"    {name}{threshold}")
+            description = f"  {label.description}" if label.description else ""
+            print(f"    {'  ' * int(task.depth_L[i])}{label.name}{threshold}{description}")
 
 
 def _print_metrics(metrics: Metrics, truncated: int) -> None:

@@ -127,3 +127,66 @@ def test_json_round_trip(temperature, thresholds):
 def test_damaged_json_is_refused_by_name(data, message):
     with pytest.raises(InputError, match=message):
         Calibration.from_json(data, source="calibration.json")
+
+
+# Trees: a ─ b ─ c, d;  a ─ e;  f
+
+TREE = Task(
+    "tree",
+    TaskKind.HIERARCHICAL,
+    tuple(
+        Label(name, parent=parent)
+        for name, parent in (("c", "b"), ("a", None), ("b", "a"), ("d", "b"), ("e", "a"), ("f", None))
+    ),
+)
+tree_logits = hnp.arrays(np.float64, (4, 6), elements=st.floats(-1e30, 1e30))
+
+
+def test_a_trees_probabilities_are_products_along_paths():
+    # P(a) = 3/4, P(b | a) = 2/3, P(c | b) = 1/5
+    logits_NL = np.log([[1.0, 3.0, 2.0, 4.0, 1.0, 1.0]])
+    probs = probabilities(TREE, logits_NL, Calibration())
+    np.testing.assert_allclose(probs, [[0.1, 0.75, 0.5, 0.4, 0.25, 0.25]], rtol=1e-6)
+
+
+@given(tree_logits, temperatures)
+def test_a_trees_leaves_sum_to_one_and_a_parent_is_as_probable_as_its_children(logits_NL, temperature):
+    probs = probabilities(TREE, logits_NL, Calibration(temperature))
+    assert np.isfinite(probs).all()
+    np.testing.assert_allclose(probs[:, TREE.leaves_L].sum(axis=1), 1, rtol=1e-5)
+    for label, parent in enumerate(TREE.parent_L):
+        if parent >= 0:
+            assert (probs[:, parent] >= probs[:, label]).all()
+    np.testing.assert_allclose(probs[:, 2], probs[:, 0] + probs[:, 3], atol=1e-6)
+    np.testing.assert_allclose(probs[:, 1], probs[:, 2] + probs[:, 4], atol=1e-6)
+
+
+def test_a_nan_in_a_tree_stays_in_its_row():
+    logits_NL = np.zeros((2, 6))
+    logits_NL[0, 3] = np.nan
+    probs = probabilities(TREE, logits_NL, Calibration())
+    assert np.isnan(probs[0]).any()
+    assert np.isfinite(probs[1]).all()
+
+
+def test_the_best_leaf_is_chosen_and_an_unsure_answer_stops_above_it():
+    probs_L = np.array([0.1, 0.75, 0.5, 0.4, 0.25, 0.25], np.float32)
+    assert choose(TREE, probs_L, Calibration()) == [3]
+    assert choose(TREE, probs_L, Calibration(), 0.3) == [3]
+    assert choose(TREE, probs_L, Calibration(), 0.45) == [2]
+    assert choose(TREE, probs_L, Calibration(), 0.6) == [1]
+    assert choose(TREE, probs_L, Calibration(), 0.9) == [1]  # no label is that sure: the top one
+
+
+@given(tree_logits, st.floats(0, 1))
+def test_one_label_is_chosen_and_reaches_the_threshold_if_any_above_the_leaf_does(logits_NL, threshold):
+    probs = probabilities(TREE, logits_NL, Calibration())
+    chosen = choose_all(TREE, probs, Calibration(), threshold)
+    assert (chosen.sum(axis=1) == 1).all()
+    leaves = choose_all(TREE, probs, Calibration()).argmax(axis=1)
+    for row, (leaf, label) in enumerate(zip(leaves, chosen.argmax(axis=1), strict=True)):
+        path = [TREE.index[name] for name in TREE.path(leaf)]
+        assert label in path
+        below = path[path.index(label) + 1 :]
+        assert (probs[row, below] < threshold).all()
+        assert probs[row, label] >= threshold or label == path[0]

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from classer.data.taxonomy import Label, LabelTable, Task, TaskKind, Taxonomy
-from classer.train.losses import balanced_class_weights, classification_loss
+from classer.model.decode import Calibration, probabilities
+from classer.train.losses import SoftTargets, balanced_class_weights, classification_loss
 
 RNG = np.random.default_rng(0)
 LOGITS_BL = RNG.normal(0, 3, (5, 4)).astype(np.float32)
@@ -116,3 +117,95 @@ def test_balanced_weights_of_a_multilabel_task_weigh_positives_against_negatives
     targets_NL[:100, 0] = 1
     targets_NL[0, 1] = 1  # 499 negatives to one: held at 100
     np.testing.assert_allclose(balanced(TaskKind.MULTILABEL, targets_NL), [4.0, 100.0, 1.0])
+
+
+# Several kinds in a batch: a tree (a ─ b, c;  d), two flags, three topics
+
+TREE = Task(
+    "tree",
+    TaskKind.HIERARCHICAL,
+    tuple(Label(name, parent=parent) for name, parent in (("a", None), ("b", "a"), ("c", "a"), ("d", None))),
+)
+FLAGS = Task("flags", TaskKind.MULTILABEL, (Label("x"), Label("y")))
+TOPICS = Task("topics", TaskKind.MULTICLASS, tuple(map(Label, "pqr")))
+MIXED = Taxonomy((TREE, FLAGS, TOPICS))
+MIXED_LOGITS_BL = RNG.normal(0, 2, (5, 9)).astype(np.float32)
+TASKS_B = np.array([0, 1, 2, 0, 0], np.int32)
+GIVEN = ((0, 2), (1, 4), (2, 8), (3, 3), (4, 0))  # c; x; r; d; the inner label a
+MIXED_TARGETS_BL = np.zeros((5, 9), np.float32)
+for row, column in GIVEN:
+    MIXED_TARGETS_BL[row, column] = 1
+
+
+def mixed_losses(logits_BL: np.ndarray = MIXED_LOGITS_BL) -> np.ndarray:
+    """(B,) in float64, from the probabilities that decoding gives."""
+    losses = []
+    for row, column in GIVEN:
+        task = MIXED.tasks[TASKS_B[row]]
+        part = MIXED.slice_of(task.name)
+        probs_L = probabilities(task, logits_BL[row : row + 1, part].astype(np.float64), Calibration())[0]
+        probs_L = probs_L.astype(np.float64)
+        held = np.arange(len(probs_L)) == column - part.start
+        losses.append(-np.log(np.where(held, probs_L, 1 - probs_L) if not task.kind.exclusive else probs_L[held]).sum())
+    return np.array(losses)
+
+
+def mixed_loss(targets_BL=MIXED_TARGETS_BL, weights_B=ALL_B, logits_BL=MIXED_LOGITS_BL, **options) -> float:
+    arrays = [jnp.asarray(x) for x in (logits_BL, targets_BL, TASKS_B, weights_B)]
+    return float(classification_loss(MIXED.table, *arrays, **options))
+
+
+def test_a_mixed_batch_is_the_likelihood_that_decoding_gives() -> None:
+    for row in range(5):
+        alone_B = (np.arange(5) == row).astype(np.float32)
+        assert mixed_loss(weights_B=alone_B) == pytest.approx(mixed_losses()[row], rel=1e-4)
+    assert mixed_loss() == pytest.approx(mixed_losses().mean(), rel=1e-4)
+
+
+def test_an_example_moves_its_own_tasks_logits_alone() -> None:
+    def of_logits(logits_BL):
+        arrays = [jnp.asarray(x) for x in (MIXED_TARGETS_BL, TASKS_B, ALL_B)]
+        return classification_loss(MIXED.table, logits_BL, *arrays, label_smoothing=0.1)
+
+    gradient_BL = np.asarray(jax.grad(of_logits)(jnp.asarray(MIXED_LOGITS_BL)))
+    mine_BL = TASKS_B[:, None] == MIXED.table.task_L
+    assert not gradient_BL[~mine_BL].any()
+    assert gradient_BL[0, :4].all()  # the whole tree: both sets of siblings on the path of c
+    assert gradient_BL[3, [0, 3]].all()
+    assert not gradient_BL[3, [1, 2]].any()  # d is given: nothing is said about what is below a
+    assert gradient_BL[4, [0, 3]].all()
+    assert not gradient_BL[4, [1, 2]].any()
+
+
+def test_smoothing_is_among_siblings() -> None:
+    only_first = np.array([1, 0, 0, 0, 0], np.float32)
+    log_probs = [np.log(p) for p in (_softmax(MIXED_LOGITS_BL[0, [0, 3]]), _softmax(MIXED_LOGITS_BL[0, [1, 2]]))]
+    expected = -(0.95 * log_probs[0][0] + 0.05 * log_probs[0][1]) - (0.05 * log_probs[1][0] + 0.95 * log_probs[1][1])
+    assert mixed_loss(weights_B=only_first, label_smoothing=0.1) == pytest.approx(expected, rel=1e-4)
+
+
+def _softmax(x: np.ndarray) -> np.ndarray:
+    exp = np.exp(x.astype(np.float64))
+    return exp / exp.sum()
+
+
+def test_balanced_weights_are_of_each_task_alone() -> None:
+    targets = np.concatenate([MIXED_TARGETS_BL, MIXED_TARGETS_BL[[0]]])  # c twice, d and a once; x once in one
+    weights_L = np.asarray(balanced_class_weights(MIXED.table, targets, np.append(TASKS_B, 0)))
+    np.testing.assert_allclose(weights_L, [4 / 3, 1, 4 / 6, 4 / 3, 0, 1, 1, 1, 1])
+
+
+def test_a_teachers_answers_are_mixed_in_where_there_are_any() -> None:
+    soft_BL = np.zeros((5, 9), np.float32)
+    soft_BL[2, 6:] = (0.2, 0.5, 0.3)
+    soft_BL[0, [1, 2, 3]] = (0.1, 0.6, 0.3)  # leaves of the tree
+    share_B = np.array([0.25, 0, 1, 0, 0], np.float32)
+    soft = SoftTargets(jnp.asarray(soft_BL), jnp.asarray(share_B))
+    temperature = 2.0
+    hard = mixed_losses()
+    cool = MIXED_LOGITS_BL / temperature
+    topics = -(np.array([0.2, 0.5, 0.3]) * np.log(_softmax(cool[2, 6:]))).sum()
+    top, below = np.log(_softmax(cool[0, [0, 3]])), np.log(_softmax(cool[0, [1, 2]]))
+    tree = -(0.1 * (top[0] + below[0]) + 0.6 * (top[0] + below[1]) + 0.3 * top[1])
+    expected = [0.75 * hard[0] + 0.25 * 4 * tree, hard[1], 4 * topics, hard[3], hard[4]]
+    assert mixed_loss(soft=soft, temperature=temperature) == pytest.approx(np.mean(expected), rel=1e-4)

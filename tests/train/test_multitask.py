@@ -1,0 +1,365 @@
+"""Several tasks in one model, end to end: folders in, a curriculum, soft labels, one bundle that answers all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from classer.data.errors import InputError
+from classer.data.examples import Example
+from classer.data.soft_labels import read_soft_labels, write_soft_labels
+from classer.data.taxonomy import Label, Task, TaskKind, Taxonomy
+from classer.model.bundle import load_bundle
+from classer.tests.helpers import TOPICS, toy_text, write_toy_data
+from classer.tools.cli import main
+from classer.train.config import CurriculumStage, Recipe, TrainJob, read_curriculum
+from classer.train.curriculum import plan_curriculum
+from classer.train.datasets import load_dataset
+from classer.train.evaluation import TokenizedSplit, join, soften, tokenize
+from classer.train.run import TrainResult, train
+
+TREE = Task(
+    "where",
+    TaskKind.HIERARCHICAL,
+    (
+        Label("inside"),
+        Label("food", parent="inside"),
+        Label("outside"),
+        Label("sport", parent="outside"),
+        Label("weather", parent="outside"),
+    ),
+)
+CURRICULUM = (
+    CurriculumStage("first", kinds=("binary",), epochs=4),
+    CurriculumStage("second", kinds=("multilabel",), tasks=("where",), replay=0.2, weights={"topics": 3}, epochs=30, learning_rate=3e-3),
+)
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of three tasks and one that can only be evaluated."""
+    folder = tmp_path_factory.mktemp("tasks")
+    topics = tuple(map(Label, TOPICS))
+    for task in (Task("topic", TaskKind.BINARY, topics[:2]), Task("topics", TaskKind.MULTILABEL, topics), TREE):
+        write_task(folder, task, train=200, test=40)
+    write_task(folder, Task("later", TaskKind.BINARY, topics[:2]), test=10)
+    (folder / "notes").mkdir()
+    return folder
+
+
+def write_task(folder: Path, task: Task, **splits: int) -> None:
+    (folder / task.name).mkdir()
+    (folder / task.name / "task.json").write_text(json.dumps(task.to_json()))
+    kind = TaskKind.MULTICLASS if task.kind is TaskKind.HIERARCHICAL else task.kind
+    for seed, (split, count) in enumerate(splits.items()):
+        write_toy_data(folder / task.name / f"{split}.jsonl", kind, count, seed=seed)
+
+
+@pytest.fixture(scope="module")
+def job(tiny_encoder: Path, tasks: Path) -> TrainJob:
+    recipe = Recipe(
+        encoder=str(tiny_encoder), max_length=16, batch_size=16, learning_rate=1e-3, curriculum=CURRICULUM, patience=0
+    )
+    return TrainJob(data=tasks, out=tasks.parent / "run", recipe=recipe, baseline=True)
+
+
+@pytest.fixture(scope="module")
+def finished(job: TrainJob) -> TrainResult:
+    return train(job)
+
+
+def test_one_model_learns_all_tasks_by_the_curriculum(job: TrainJob, finished: TrainResult) -> None:
+    assert [scores.task for scores in finished.tasks] == ["topic", "topics", "where"]
+    for scores in finished.tasks:
+        assert (scores.split, scores.float_metrics.n) == ("test", 40)
+        assert scores.float_metrics.micro_f1 > 0.75, scores.task
+        assert scores.baseline is not None
+    bundle = load_bundle(job.out / "bundle")
+    assert bundle.taxonomy.task("where") == TREE
+    assert bundle.taxonomy.num_labels == 2 + 3 + 5
+    assert set(bundle.calibration) == {"topic", "topics", "where"}
+    for name in ("topic", "topics", "where"):
+        assert (job.out / "results" / name / "report.md").is_file()
+    counts = json.loads((job.out / "stages" / "curriculum.json").read_text())
+    assert counts["first"]["topics"] == counts["first"]["where"] == 0
+    share = counts["second"]["topic"] / sum(counts["second"].values())
+    assert share == pytest.approx(0.2, abs=0.01)
+    assert (job.out / "stages" / "curriculum.png").is_file()
+    assert (job.out / "stages" / "second" / "metrics.jsonl").is_file()
+
+
+def test_the_bundle_is_evaluated_by_task(
+    job: TrainJob, finished: TrainResult, tasks: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = str(job.out / "bundle-float32")
+    assert main(["evaluate", bundle, "--data", str(tasks / "where"), "--task", "where"]) == 0
+    assert f"accuracy {finished.tasks[2].float_metrics.accuracy:.2%}" in capsys.readouterr().out
+    # Nothing is so sure: every answer stops at the top of the tree, where no example was labelled.
+    assert main(["evaluate", bundle, "--data", str(tasks / "where"), "--task", "where", "--threshold", "1.1"]) == 0
+    assert "accuracy 0.00%" in capsys.readouterr().out
+    assert main(["evaluate", bundle, "--data", str(tasks / "where")]) == 2
+    assert "several tasks; name one with --task: topic, topics, where" in capsys.readouterr().err
+
+
+def test_a_run_stopped_between_stages_goes_on_to_the_same_weights(
+    job: TrainJob, finished: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from classer.train import loop
+
+    class Stopped(Exception):
+        pass
+
+    again = dataclasses.replace(job, out=tmp_path / "run", baseline=False)
+    with monkeypatch.context() as patched:
+        real = loop._fit_part
+
+        def stop_after_first(part, trainee, weights):
+            if part.folder.name == "second":
+                raise Stopped
+            return real(part, trainee, weights)
+
+        patched.setattr(loop, "_fit_part", stop_after_first)
+        with pytest.raises(Stopped):
+            train(again)
+    resumed = train(dataclasses.replace(again, resume=True))
+    for name, value in resumed.float_bundle.weights.items():
+        np.testing.assert_array_equal(value, finished.float_bundle.weights[name], err_msg=name)
+
+
+def test_a_bundle_teaches_and_its_answers_are_learnt_from(
+    job: TrainJob, finished: TrainResult, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    soft = tmp_path / "soft.jsonl"
+    bundle = str(job.out / "bundle-float32")
+    command = ["teach", "--teacher", bundle, bundle, "--weights", "3", "1", "--data", str(tasks / "where")]
+    assert main([*command, "--out", str(soft)]) == 0
+    rows = [json.loads(line) for line in soft.read_text().splitlines()]
+    assert len({row["text"] for row in rows}) == len(rows)
+    assert all(set(row["probabilities"]) <= {"food", "sport", "weather"} for row in rows)
+    assert main([*command, "--out", str(soft)]) == 2
+    assert "exists already and was not touched" in capsys.readouterr().err
+
+    # A student that is told nothing but what the teacher says: the labels of the training file are shifted by one.
+    folder = tmp_path / "student"
+    write_task(folder.parent, dataclasses.replace(TREE, name="student"), train=1, test=40, dev=40)
+    names = ["food", "sport", "weather"]
+    wrong = [{"text": row["text"], "label": names[(i + 1) % 3]} for i, row in enumerate(rows)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in wrong))
+    told = [{key: value for key, value in row.items() if key != "task"} for row in rows]
+    soft.write_text("".join(json.dumps(row) + "\n" for row in told))
+    recipe = dataclasses.replace(
+        job.recipe, curriculum=(), epochs=12, learning_rate=3e-3, soft_share=1.0, dev_fraction=0.1
+    )
+    student = TrainJob(data=folder, out=tmp_path / "run", recipe=recipe, soft_labels=soft)
+    assert train(student).tasks[0].float_metrics.accuracy > 0.9
+
+
+def test_texts_of_dev_and_test_are_no_soft_examples(tasks: Path, tmp_path: Path) -> None:
+    test_text = json.loads((tasks / "topic" / "test.jsonl").read_text().splitlines()[0])["text"]
+    train_text = json.loads((tasks / "topic" / "train.jsonl").read_text().splitlines()[0])["text"]
+    soft = tmp_path / "soft.jsonl"
+    answers = [(test_text, 0.5), ("a new text", 0.5), (train_text, 1.0)]
+    soft.write_text(
+        "".join(json.dumps({"text": text, "probabilities": {"food": p, "sport": 1 - p}}) + "\n" for text, p in answers)
+    )
+    said: list[str] = []
+    job = TrainJob(data=tasks / "topic", out=tmp_path / "run", soft_labels=soft)
+    dataset = load_dataset(job, said.append)
+    assert said[-1].endswith("1 texts without other labels; 1 left out, which are to be measured on.")
+    extra = [example for example in dataset.train["topic"] if not example.labels]
+    assert [(example.text, example.soft) for example in extra] == [("a new text", {"food": 0.5, "sport": 0.5})]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"probabilities": {"food": 1}}, "'text' must be a text"),
+        ({"text": "x", "probabilities": [1]}, "'probabilities' must be an object of numbers by label"),
+        ({"text": "x", "probabilities": {"drink": 1}}, "the task 'where' has no label 'drink'"),
+        ({"text": "x", "probabilities": {"food": 1.5}}, "the probability of 'food' must lie between 0 and 1"),
+        ({"text": "x", "probabilities": {"food": True}}, "the probability of 'food' must lie between 0 and 1"),
+        ({"text": "x", "probabilities": {"food": 0.5}}, r"sum to 0\.500; they must sum to 1 \(of hierarchical"),
+        ({"text": "x", "task": "who", "probabilities": {"food": 1}}, "there is no task 'who', only where"),
+    ],
+)
+def test_soft_labels_that_are_none_are_refused_with_their_row(tmp_path: Path, row: dict, message: str) -> None:
+    file = tmp_path / "soft.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    with pytest.raises(InputError, match=rf"soft\.jsonl, line 1: .*{message}"):
+        read_soft_labels(file, Taxonomy((TREE,)))
+
+
+def test_soft_labels_are_read_as_they_were_written(tmp_path: Path) -> None:
+    file = tmp_path / "soft.jsonl"
+    probs_NL = np.array([[0.7, 0.7, 0.3, 0.29999, 0.00001]], np.float32)  # inside, food, outside, sport, weather
+    write_soft_labels(file, TREE, ["x"], probs_NL)
+    ((key, answer),) = read_soft_labels(file, Taxonomy((TREE,))).items()
+    assert key == ("where", "x")
+    assert answer == pytest.approx({"food": 0.7, "sport": 0.3}, abs=1e-4)
+
+
+def test_softening_is_dividing_the_teachers_logits(tiny_bundle) -> None:
+    rng = np.random.default_rng(0)
+    logits_NL = rng.normal(0, 3, (4, 3))
+    for kind in (TaskKind.MULTICLASS, TaskKind.MULTILABEL):
+        task = Task("t", kind, tuple(map(Label, "abc")))
+
+        def answers(scale: float, exclusive: bool = kind.exclusive) -> np.ndarray:
+            exp_NL = np.exp(logits_NL / scale)
+            return exp_NL / exp_NL.sum(1, keepdims=True) if exclusive else exp_NL / (1 + exp_NL)
+
+        rows = [Example("x", (), "t", soft=dict(zip("abc", row.tolist(), strict=True))) for row in answers(1.0)]
+        split = tokenize(task, rows, tiny_bundle.tokenizer, 8)
+        assert split.soft is not None
+        np.testing.assert_allclose(soften(task, split.soft, 2.5).toarray(), answers(2.5), rtol=1e-4)
+
+
+def test_joined_examples_have_their_tasks_columns(tiny_bundle) -> None:
+    taxonomy = tiny_bundle.taxonomy
+    topic, tags = taxonomy.tasks
+
+    def split(task: Task, *labels: tuple[str, ...]) -> TokenizedSplit:
+        return tokenize(task, [Example("bread", of_row, task.name) for of_row in labels], tiny_bundle.tokenizer, 8)
+
+    joined = join(taxonomy, {"topic": split(topic, ("topic 3",)), "tags": split(tags, (), ("angry", "spam"))})
+    assert joined.tasks_N.tolist() == [0, 1, 1]
+    assert [np.flatnonzero(row).tolist() for row in joined.targets.toarray()] == [[3], [], [8, 9]]
+
+
+# Curricula
+
+
+def planned(*stages: CurriculumStage, sizes: tuple[int, ...] = (100, 300, 100)):
+    topics = tuple(map(Label, TOPICS))
+    tasks = (Task("topic", TaskKind.BINARY, topics[:2]), Task("topics", TaskKind.MULTILABEL, topics), TREE)
+    return plan_curriculum(stages, Taxonomy(tasks), sizes, 10)
+
+
+def test_a_stage_is_as_long_as_its_epochs_and_replays_on_top() -> None:
+    first, second = planned(*CURRICULUM)
+    assert (first.tasks, first.new, first.seen) == (("topic",), ("topic",), ("topic",))
+    assert (first.num_steps, first.looks) == (40, 4)
+    assert second.new == ("topics", "where")
+    assert second.seen == ("topic", "topics", "where")
+    np.testing.assert_allclose(second.shares_T, [0.2, 0.72, 0.08])
+    assert second.num_steps == pytest.approx(30 * 400 / 0.8 / 10, abs=30)
+
+
+def test_a_stage_in_steps_without_names_is_for_all_tasks() -> None:
+    (only,) = planned(CurriculumStage("all", steps=7, weights={"topic": 3}))
+    assert (only.num_steps, only.looks) == (7, 1)
+    np.testing.assert_allclose(only.shares_T, np.array([300, 300, 100]) / 700)
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ([CurriculumStage("a", tasks=("topix",))], "Stage 'a' names the task 'topix'; there are 'topic', 'topics'"),
+        ([CurriculumStage("a", kinds=("multiclass",))], "for 'multiclass' tasks, but there is none"),
+        ([CurriculumStage("a", replay=0.5)], "Stage 'a' replays tasks of earlier stages, but there are none"),
+        ([CurriculumStage("a", kinds=("binary",))], "No stage of the curriculum trains 'topics', 'where'"),
+    ],
+)
+def test_a_curriculum_that_does_not_fit_the_tasks_is_refused(stages: list[CurriculumStage], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        planned(*stages)
+
+
+YAML = """
+- name: first
+  kinds: [binary]
+  epochs: 4
+- {name: second, kinds: [multilabel], tasks: [where], replay: 0.2, weights: {topics: 3}, epochs: 30, learning_rate: 0.003}
+"""
+
+
+def test_a_curriculum_is_read_from_yaml_and_json(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(YAML)
+    assert read_curriculum(tmp_path / "c.yaml") == CURRICULUM
+    entries = [{"name": "first", "kinds": ["binary"], "epochs": 4}]
+    (tmp_path / "c.json").write_text(json.dumps({"stages": entries}))
+    assert read_curriculum(tmp_path / "c.json") == CURRICULUM[:1]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "must hold a list of stages"),
+        ('[{"name": "a", "speed": 1}]', r"stage 1: there is no field 'speed'; there are name, kinds"),
+        ('[{"name": "a", "epochs": "2"}]', "stage 1: 'epochs' cannot be '2'"),
+        ('[{"kinds": ["binary"]}]', "stage 1 has no name"),
+        ('[{"name": "a", "kinds": ["tree"]}]', "there is no kind 'tree', only binary, multiclass"),
+        ('[{"name": "a/b"}]', "A stage's name names a folder"),
+        ('[{"name": "a", "replay": 1.0}]', "replay from 0 to 1"),
+        ("[", "is not valid JSON"),
+    ],
+)
+def test_a_file_that_is_no_curriculum_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "c.json").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_curriculum(tmp_path / "c.json")
+
+
+def test_a_task_in_yaml_is_the_same_task(tasks: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "where"
+    folder.mkdir()
+    (folder / "task.yaml").write_text(
+        "name: where\nkind: hierarchical\nlabels:\n"
+        "- name: inside\n- {name: food, parent: inside}\n- name: outside\n"
+        "- {name: sport, parent: outside}\n- {name: weather, parent: outside}\n"
+    )
+    (folder / "train.jsonl").write_text((tasks / "where" / "train.jsonl").read_text())
+    dataset = load_dataset(TrainJob(data=folder, out=tmp_path / "run"), lambda _: None)
+    assert dataset.taxonomy.tasks == (TREE,)
+
+
+def test_folders_without_training_examples_are_left_out_and_named(tasks: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    dataset = load_dataset(TrainJob(data=tasks, out=tmp_path / "run", texts=50, held_out_texts=10), said.append)
+    assert [task.name for task in dataset.taxonomy.tasks] == ["topic", "topics", "where"]
+    assert any("later has no split 'train' and is left out" in sentence for sentence in said)
+    assert {name: len(examples) for name, examples in dataset.test.items()} == dict.fromkeys(dataset.test, 10)
+    assert all(len(dataset.train[name]) + len(dataset.dev[name]) <= 50 for name in dataset.train)
+
+
+def test_two_teachers_of_transformers(tiny_encoder: Path, tasks: Path, tmp_path: Path) -> None:
+    """A sequence classifier's answers, averaged with a differently seeded one's, are what transformers itself gives."""
+    import torch
+    import transformers
+
+    names = ["weather", "food", "sport"]  # another order than the task's
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_encoder)
+    answers = []
+    text = toy_text(["food"], np.random.default_rng(5))
+    for seed in range(2):
+        torch.manual_seed(seed)
+        config = transformers.BertConfig.from_pretrained(tiny_encoder, id2label=dict(enumerate(names)))
+        model = transformers.BertForSequenceClassification(config).eval()
+        with torch.no_grad():
+            answers.append(torch.softmax(model(**tokenizer(text, return_tensors="pt")).logits, -1)[0].numpy())
+        model.save_pretrained(tmp_path / f"teacher{seed}")
+        tokenizer.save_pretrained(tmp_path / f"teacher{seed}")
+    folder = tmp_path / "where"
+    folder.mkdir()
+    (folder / "task.json").write_text(json.dumps(TREE.to_json()))
+    (folder / "train.jsonl").write_text(json.dumps({"text": text, "label": "food"}) + "\n")
+    command = ["teach", "--teacher", str(tmp_path / "teacher0"), str(tmp_path / "teacher1"), "--data", str(folder)]
+    assert main([*command, "--out", str(tmp_path / "soft.jsonl")]) == 0
+    (row,) = [json.loads(line) for line in (tmp_path / "soft.jsonl").read_text().splitlines()]
+    expected = dict(zip(names, np.mean(answers, axis=0).tolist(), strict=True))
+    assert row["probabilities"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_teacher_of_other_labels_or_none_at_all_is_refused(
+    tasks: Path, tiny_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["teach", "--data", str(tasks / "where"), "--out", str(tmp_path / "soft.jsonl"), "--teacher"]
+    assert main([*command, str(tmp_path / "nothing")]) == 2
+    assert "is neither a bundle nor a sequence classifier" in capsys.readouterr().err
+    assert main([*command, str(tiny_encoder)]) == 2
+    assert "does not know the label 'food' (3 of 3 are missing)" in capsys.readouterr().err
+    assert not list(tmp_path.glob("soft*"))

@@ -1,0 +1,184 @@
+"""Asking better models: a teacher's probabilities for every text, as soft labels to learn from.
+
+Axes: N texts, L labels of one task.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from ..data.errors import InputError
+from ..data.readers import infer_task, read_examples, read_task_folder, read_texts
+from ..data.soft_labels import write_soft_labels
+from ..data.taxonomy import Task
+from ..model.bundle import MANIFEST, load_bundle
+
+BATCH_SIZE = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class TeachJob:
+    """What to ask whom.
+
+    Attributes:
+      teacher: Classer bundles, or sequence classifiers of Hugging Face transformers (a folder or a name on the hub;
+        needs the extra `teachers`); the answers of several are averaged.
+      data: a folder with task.json, whose split is asked about; or a file of texts.
+      out: the JSON Lines file to write; must not exist.
+      weights: one factor a teacher; none for equal ones.
+      split: which split of the folder.
+      text_column: the column of the texts in a file.
+      label_column: of a file, the column of its labels, which say what the task is; by default `label` or `labels`.
+      task: name of the bundles' task, if it differs from the data's.
+      max_length: tokens that a transformers teacher reads of a text.
+    """
+
+    teacher: tuple[str, ...]
+    data: Path
+    out: Path
+    weights: tuple[float, ...] = ()
+    split: str = "train"
+    text_column: str = "text"
+    label_column: str | None = None
+    task: str | None = None
+    max_length: int = 256
+
+    def __post_init__(self) -> None:
+        if not self.teacher:
+            raise InputError("No teacher was named; give one or several with --teacher.")
+        if self.weights and len(self.weights) != len(self.teacher):
+            raise InputError(f"{len(self.teacher)} teachers, but {len(self.weights)} weights; give one each, or none.")
+        if not all(weight > 0 for weight in self.weights):
+            raise InputError("A teacher's weight must be above 0; leave it out instead.")
+        if self.max_length < 8:
+            raise InputError(f"max_length is {self.max_length}; a text needs 8 tokens at least.")
+
+
+class Teacher(Protocol):
+    """Answers texts: (N texts) → (N, L) probabilities of the task's labels, as `decode.probabilities` gives them."""
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray: ...
+
+
+def teach(job: TeachJob, say: Callable[[str], object] = print) -> None:
+    """Writes the teachers' mean answers to `job.out`; a file that is there is whole.
+
+    Raises:
+      InputError: the data, a teacher or the file cannot be used; a teacher's labels are not the task's.
+    """
+    if job.out.exists():
+        raise InputError(f"{job.out} exists already and was not touched; name a new file with --out.")
+    task, texts = _read(job)
+    texts = list(dict.fromkeys(texts))
+    weights = np.array(job.weights or [1.0] * len(job.teacher))
+    weights /= weights.sum()
+    say(f"{len(texts):,} texts, task '{task.name}', {task.kind}, {len(task.labels):,} labels.")
+    mean_NL = np.zeros((len(texts), len(task.labels)), np.float32)
+    for name, weight in zip(job.teacher, weights, strict=True):
+        teacher = _load(name, task, job)
+        with tqdm(total=len(texts), desc=name, unit="text", mininterval=1) as bar:
+            for start in range(0, len(texts), BATCH_SIZE * 8):
+                chunk = texts[start : start + BATCH_SIZE * 8]
+                mean_NL[start : start + len(chunk)] += weight * teacher(chunk)
+                bar.update(len(chunk))
+    job.out.parent.mkdir(parents=True, exist_ok=True)
+    part = job.out.with_name(job.out.name + ".part")
+    part.unlink(missing_ok=True)
+    write_soft_labels(part, task, texts, mean_NL)
+    part.rename(job.out)
+    say(f"{job.out}: the answers of {', '.join(job.teacher)}.")
+
+
+def _read(job: TeachJob) -> tuple[Task, list[str]]:
+    if job.data.is_dir():
+        folder = read_task_folder(job.data, (job.split,))
+        if job.split not in folder.splits:
+            raise InputError(f"{job.data} has no split '{job.split}'; it has {', '.join(sorted(folder.there))}.")
+        return folder.task, [example.text for example in folder.splits[job.split]]
+    bundles = [name for name in job.teacher if (Path(name) / MANIFEST).is_file()]
+    if bundles:  # a bundle knows the task; the texts need no labels
+        taxonomy = load_bundle(Path(bundles[0])).taxonomy
+        if job.task is None and len(taxonomy.tasks) > 1:
+            names = ", ".join(task.name for task in taxonomy.tasks)
+            raise InputError(f"{bundles[0]} has several tasks; name one with --task: {names}.")
+        task = next(iter(taxonomy.tasks)) if job.task is None else taxonomy.task(job.task)
+        return task, read_texts(job.data, text_column=job.text_column)
+    name = job.task or job.data.name.split(".")[0]
+    examples = read_examples(job.data, text_column=job.text_column, label_column=job.label_column, task=name)
+    return infer_task(name, examples)[0], [example.text for example in examples]
+
+
+def _load(name: str, task: Task, job: TeachJob) -> Teacher:
+    if (Path(name) / MANIFEST).is_file():
+        return _bundle_teacher(Path(name), task, job.task or task.name)
+    return _transformers_teacher(name, task, job.max_length)
+
+
+def _bundle_teacher(path: Path, task: Task, name: str) -> Teacher:
+    bundle = load_bundle(path)
+    # A file's own name is not what the bundle's only task need be called.
+    theirs = bundle.taxonomy.tasks[0] if len(bundle.taxonomy.tasks) == 1 else bundle.taxonomy.task(name)
+    columns = _columns(str(path), theirs.label_names, task.label_names)
+    predictor = bundle.predictor()
+
+    def answer(texts: Sequence[str]) -> np.ndarray:
+        ids = bundle.tokenizer.encode(texts, bundle.max_length).ids
+        return bundle.probabilities(theirs.name, predictor.logits(ids))[:, columns]
+
+    return answer
+
+
+def _transformers_teacher(name: str, task: Task, max_length: int) -> Teacher:
+    torch, transformers = import_torch(f"The teacher {name}")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(name).eval()
+    except (OSError, ValueError) as e:
+        first = str(e).splitlines()[0]
+        raise InputError(
+            f"The teacher {name} is neither a bundle nor a sequence classifier of transformers: {first}"
+        ) from None
+    names = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    answerable = [label for label, leaf in zip(task.label_names, task.leaves_L, strict=True) if leaf]
+    columns = _columns(name, names, answerable)
+
+    def answer(texts: Sequence[str]) -> np.ndarray:
+        probs_NL = np.zeros((len(texts), len(task.labels)), np.float32)
+        with torch.inference_mode():
+            for start in range(0, len(texts), BATCH_SIZE):
+                batch = list(texts[start : start + BATCH_SIZE])
+                inputs = tokenizer(batch, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
+                logits_NL = model(**inputs).logits.float()
+                probs = torch.softmax(logits_NL, -1) if task.kind.exclusive else torch.sigmoid(logits_NL)
+                probs_NL[start : start + len(batch), task.leaves_L] = probs.numpy()[:, columns]
+        return probs_NL
+
+    return answer
+
+
+def import_torch(what: str) -> tuple[Any, Any]:
+    """(torch, transformers), or an InputError that says how to get them."""
+    try:
+        import torch
+        import transformers
+    except ImportError:
+        raise InputError(f"{what} needs torch and transformers: pip install 'classer[teachers]'.") from None
+    return torch, transformers
+
+
+def _columns(teacher: str, theirs: Sequence[str], wanted: Sequence[str]) -> list[int]:
+    """Where a teacher's outputs have the wanted labels."""
+    places = {name: i for i, name in enumerate(theirs)}
+    missing = [name for name in wanted if name not in places]
+    if missing:
+        raise InputError(
+            f"The teacher {teacher} does not know the label '{missing[0]}' ({len(missing)} of {len(wanted)} are "
+            f"missing); its own are {', '.join(list(theirs)[:5])}…"
+        )
+    return [places[name] for name in wanted]
