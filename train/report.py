@@ -5,16 +5,18 @@ Axes: N texts, L labels of one task.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
 
 import numpy as np
 
-from ..data.taxonomy import Task
+from ..data.taxonomy import Label, Task, TaskKind
 from .metrics import Metrics, check_predictions
 from .pictures import GRID_LABELS, draw_confusions, draw_label_scores, draw_reliability
 
+COUNTED_LABELS = 500  # a matrix of more counts would take gigabytes at ten thousand labels
 WORST_ROWS = 20  # rows of the tables of errors
 
 
@@ -56,9 +58,10 @@ def write_report(
     draw_reliability(folder / "reliability.png", task, probs_NL, targets_NL, title)
     sections = [_summary(task, metrics, title)]
     if task.kind.exclusive:
-        counts_LL = confusion_counts(targets_NL, chosen_NL)
-        draw_confusions(folder / "confusion_matrix.png", task, counts_LL, title)
-        sections += [_confusions(task, counts_LL), _calibration(), _labels(metrics)]
+        shown, counts_LL = _most_wrong(task, targets_NL, chosen_NL)
+        draw_confusions(folder / "confusion_matrix.png", shown, counts_LL, title)
+        errors = round(metrics.n * (1 - metrics.accuracy))
+        sections += [_confusions(shown, counts_LL, errors), _calibration(), _labels(metrics)]
     else:
         draw_label_scores(folder / "label_f1.png", metrics, title)
         sections += [_label_errors(metrics), _calibration(), _labels(metrics)]
@@ -70,6 +73,23 @@ def confusion_counts(targets_NL: np.ndarray, chosen_NL: np.ndarray) -> np.ndarra
     labels = targets_NL.shape[1]
     pairs_N = targets_NL.argmax(axis=1) * labels + chosen_NL.argmax(axis=1)
     return np.bincount(pairs_N, minlength=labels * labels).reshape(labels, labels)
+
+
+def _most_wrong(task: Task, targets_NL: np.ndarray, chosen_NL: np.ndarray) -> tuple[Task, np.ndarray]:
+    """The task and its confusion counts; of very many labels those with most errors, and one for all others."""
+    if len(task.labels) <= COUNTED_LABELS:
+        return task, confusion_counts(targets_NL, chosen_NL)
+    true_N, said_N = targets_NL.argmax(axis=1), chosen_NL.argmax(axis=1)
+    wrong_N = true_N != said_N
+    errors_L = np.bincount(np.concatenate([true_N[wrong_N], said_N[wrong_N]]), minlength=len(task.labels))
+    kept = np.sort(np.argsort(-errors_L, kind="stable")[:COUNTED_LABELS])
+    place_L = np.full(len(task.labels), COUNTED_LABELS)
+    place_L[kept] = np.arange(COUNTED_LABELS)
+    counts_LL = np.zeros((COUNTED_LABELS + 1,) * 2, int)
+    np.add.at(counts_LL, (place_L[true_N], place_L[said_N]), 1)
+    names = [task.label_names[i] for i in kept]
+    labels = tuple(map(Label, [*names, "(all other labels)"]))
+    return dataclasses.replace(task, kind=TaskKind.MULTICLASS, labels=labels), counts_LL
 
 
 def worst_confusions(counts_LL: np.ndarray, most: int) -> list[tuple[int, int, int]]:
@@ -91,7 +111,7 @@ def _summary(task: Task, metrics: Metrics, title: str) -> str:
     return f"{heading}\n{_table(('', ''), rows)}"
 
 
-def _confusions(task: Task, counts_LL: np.ndarray) -> str:
+def _confusions(task: Task, counts_LL: np.ndarray, errors: int) -> str:
     shown = "the most confused labels" if len(task.labels) > GRID_LABELS else "true and predicted labels"
     text = f"## Confusions\n\n![Counts of {shown}](confusion_matrix.png)\n\n"
     worst = worst_confusions(counts_LL, WORST_ROWS)
@@ -100,7 +120,6 @@ def _confusions(task: Task, counts_LL: np.ndarray) -> str:
     support_L = counts_LL.sum(axis=1)
     names = task.label_names
     rows = [(_escape(names[t]), _escape(names[p]), f"{n:,}", f"{n / support_L[t]:.1%}") for t, p, n in worst]
-    errors = int(counts_LL.sum() - np.trace(counts_LL))
     lead = f"{errors:,} texts were given a wrong label; the most frequent confusions:\n\n"
     return text + lead + _table(("true label", "predicted", "texts", "share of the true label's texts"), rows, names=2)
 

@@ -155,7 +155,8 @@ def test_a_missing_file(tmp_path: Path, refused: Callable[..., str]) -> None:
     [
         (
             {"name": "tree", "kind": "hierarchical", "labels": [{"name": "a"}]},
-            "tree/task.json: kind 'hierarchical' is none of those supported (binary, multiclass, multilabel).",
+            "tree/task.json: Task 'tree' is hierarchical, but none of its labels has a parent; give some, or call it "
+            "multiclass.",
         ),
         ({"name": "tree", "kind": "binary"}, "tree/task.json: the task has no field 'labels'."),
         (

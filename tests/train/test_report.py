@@ -136,3 +136,17 @@ def test_confusion_counts_and_worst_confusions():
     np.testing.assert_array_equal(counted, [[1, 2, 0], [0, 1, 0], [1, 0, 1]])
     assert worst_confusions(counted, 10) == [(0, 1, 2), (2, 0, 1)]
     assert worst_confusions(counted, 1) == [(0, 1, 2)]
+
+
+def test_of_very_many_labels_those_with_most_errors_are_counted(tmp_path: Path) -> None:
+    count = 1200
+    task = Task("many", TaskKind.MULTICLASS, tuple(Label(f"label {i}") for i in range(count)))
+    true_N = np.arange(count)
+    said_N = np.where(true_N % 10 == 7, (true_N + 1) % count, true_N)
+    targets_NL, chosen_NL = np.eye(count, dtype=np.float32)[true_N], np.eye(count)[said_N] > 0
+    probs_NL = chosen_NL.astype(np.float32)
+    metrics = evaluate(task, probs_NL, targets_NL, chosen_NL)
+    write_report(tmp_path, task, metrics, probs_NL, targets_NL, chosen_NL, "many")
+    said = (tmp_path / "report.md").read_text()
+    assert "120 texts were given a wrong label" in said
+    assert "| label 7 | label 8 | 1 | 100.0% |" in said
