@@ -248,9 +248,9 @@ def test_an_encoder_that_cannot_be_used(tmp_path: Path, tiny_encoder: Path, refu
         (("--dropout", "1.5"), "dropout must be between 0 and 0.9; it is 1.5."),
         (("--max-length", "4"), "max_length must be between 8 and 512; it is 4."),
         (("--seed", "-1"), "seed must be at least 0; it is -1."),
-        (("--preset", "nope"), "There is no preset 'nope'; there are: banking77, imdb."),
-        (("--preset=nope",), "There is no preset 'nope'; there are: banking77, imdb."),
-        (("--preset",), "--preset needs a name: banking77, imdb."),
+        (("--preset", "nope"), "There is no preset 'nope'; there are: banking77, imdb, multitask."),
+        (("--preset=nope",), "There is no preset 'nope'; there are: banking77, imdb, multitask."),
+        (("--preset",), "--preset needs a name: banking77, imdb, multitask."),
     ],
 )
 def test_values_out_of_range(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -14,7 +13,6 @@ from classer.tools.cli import COMMANDS, main
 from .conftest import LAUNCHER, Classer
 
 # With room for a busy machine; alone each takes less than one.
-SECONDS = 10
 HEAVY = "import sys; sys.stderr.write(' '.join({'jax', 'tensorflow', 'aqt', 'flax', 'grpc'} & sys.modules.keys()))"
 
 
@@ -28,9 +26,7 @@ def described(help_text: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_names_the_command_and_describes_every_option(command: str, classer: Classer) -> None:
-    started = time.monotonic()
     done = classer(command, "--help", COLUMNS="80")
-    assert time.monotonic() - started < SECONDS
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"usage: classer {command} ")
     options = described(done.stdout)
@@ -56,7 +52,7 @@ def test_help_of_the_launcher_is_that_of_train(classer: Classer) -> None:
 
 def test_the_presets_are_named(classer: Classer) -> None:
     help_text = classer("train", "--help").stdout.replace("\n", " ")
-    assert "--preset NAME starts from a preset: banking77, imdb." in help_text
+    assert "--preset NAME starts from a preset: banking77, imdb, multitask." in help_text
 
 
 def loaded_by(*arguments: str) -> set[str]:
