@@ -15,7 +15,9 @@ from classer.serve.tokenizing import Tokens
 
 TOPIC = Task("topic", TaskKind.MULTICLASS, tuple(Label(name) for name in "abcdefg"))
 TAGS = Task("tags", TaskKind.MULTILABEL, (Label("x"), Label("y"), Label("z")))
-ANSWERS = Answers(Taxonomy((TOPIC, TAGS)), {"topic": Calibration(2.0), "tags": Calibration(1.0, (0.9, 0.1, 0.5))}, "v1")
+ANSWERS = Answers(
+    Taxonomy((TOPIC, TAGS)), {"topic": Calibration(2.0), "tags": Calibration(1.0, (0.9, 0.1, 0.5))}, "m", "v1"
+)
 TOKENS = Tokens(np.arange(5, dtype=np.int32), truncated=True)
 
 
@@ -68,4 +70,4 @@ def test_tasks_are_found_by_name() -> None:
     assert "secret" not in str(unknown.value)
     with pytest.raises(InvalidRequest, match="name one of: topic, tags"):
         ANSWERS.task("")
-    assert Answers(Taxonomy((TAGS,)), {}, "v1").task("") is TAGS
+    assert Answers(Taxonomy((TAGS,)), {}, "m", "v1").task("") is TAGS
