@@ -15,8 +15,8 @@ from ..model.evidence import evidence_spans
 from .errors import InternalError, InvalidRequest, UnknownTask
 from .limits import DEFAULT_TOP_K
 from .proto import classifier_pb2 as pb
-from .scheduler import Scored
 from .tokenizing import Tokens
+from .work import Scored
 
 
 class Answers:

@@ -17,8 +17,9 @@ from .errors import ClasserError, InvalidRequest
 from .limits import MAX_REQUEST_ID
 from .models import Model, Models
 from .proto import classifier_pb2 as pb
-from .scheduler import Priority, Scheduler, Scored, Work
+from .scheduler import Scheduler
 from .tokenizing import Tokens
+from .work import Priority, Scored, Work
 
 Options = pb.ClassifyRequest | pb.ClassifyBatchRequest
 Outcome = pb.ClassifyResponse | ClasserError

@@ -17,7 +17,7 @@ import numpy as np
 from ..data.buckets import pad_batch
 from ..data.errors import InputError
 from ..model.evidence import Kept
-from .scheduler import Output
+from .work import Output
 
 # Few programs, so that a server starts in well under a minute on two cores: each takes one to three seconds to compile.
 BUCKETS = (32, 64, 128, 256, 512)
@@ -128,6 +128,11 @@ class Engine:
             for bucket in self._buckets
         }
         self._plan = {bucket: plan[bucket] for bucket in self._buckets if plan and plan.get(bucket) in self._predictors}
+        # How many programs `warm_up` compiles.
+        self.steps = sum(
+            len(self._sizes[bucket]) - 1 + (1 if bucket in self._plan else len(self._predictors))
+            for bucket in self._buckets
+        )
         self._focused = any(predictor.focused for predictor in self._predictors.values())
         self._warmed: dict[tuple[int, int], Warmed] = {}
         self._measured: list[Warmed] = []
@@ -145,14 +150,6 @@ class Engine:
     def shapes(self) -> list[tuple[int, int]]:
         """(bucket, batch size) of every program."""
         return [(bucket, size) for bucket in self._buckets for size in self._sizes[bucket]]
-
-    @property
-    def steps(self) -> int:
-        """How many programs `warm_up` compiles."""
-        return sum(
-            len(self._sizes[bucket]) - 1 + (1 if bucket in self._plan else len(self._predictors))
-            for bucket in self._buckets
-        )
 
     @property
     def ready(self) -> bool:

@@ -19,20 +19,16 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import enum
 import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from typing import NamedTuple, Protocol
-
-import numpy as np
 
 from ..data.buckets import bucket_for
-from ..model.evidence import Kept
 from .errors import ClasserError, DeadlineExceeded, InternalError, InvalidRequest, Overloaded, Unavailable
 from .log import log_failure
+from .work import BatchRun, Device, Output, Priority, Scored, Work
 
 # About four thousand texts of 256 tokens. Twice what the largest batch call can bring (1,024 texts of 512 tokens), so
 # that one such call alone is never refused, bulk or not.
@@ -46,108 +42,6 @@ DRIFT_RATE = 0.2
 DRIFT_RANGE = (0.25, 8.0)
 # A refusal's hint is no shorter: a caller who comes back sooner finds the same queue.
 MIN_RETRY_SECONDS = 0.02
-
-
-class Priority(enum.IntEnum):
-    """Which of two texts that came together is run first."""
-
-    INTERACTIVE = 0
-    BULK = 1
-
-
-class Device(Protocol):
-    """What the scheduler needs of an engine. Called by one thread at a time, but for `buckets` and `seconds`."""
-
-    @property
-    def buckets(self) -> tuple[int, ...]:
-        """The lengths, in tokens and ascending, that texts are padded to."""
-        ...
-
-    def batch_for(self, bucket: int, waiting: int) -> int:
-        """How many of `waiting` texts of a bucket to run next: 1 … `waiting`."""
-        ...
-
-    def rows(self, bucket: int, count: int) -> int:
-        """The rows of the program that `count` texts of a bucket run in; those left over cost the same empty."""
-        ...
-
-    def seconds(self, bucket: int, count: int) -> float:
-        """What a batch of `count` texts of a bucket is expected to take."""
-        ...
-
-    def launch(self, ids: Sequence[np.ndarray], bucket: int) -> Callable[[], Sequence[Output]]:
-        """Starts N texts, at most as many as `rows` said; the function returned waits for what they give.
-
-        Whatever either raises is these texts' failure.
-        """
-        ...
-
-    def check(self) -> None:
-        """Runs something known to work; whatever it raises means that the hardware is lost."""
-        ...
-
-
-class Output(NamedTuple):
-    """What the device says of one text.
-
-    Attributes:
-      logits_L: (L,) float32, over all labels of the model.
-      kept: the tokens that it read to the end; None where nothing is left out.
-    """
-
-    logits_L: np.ndarray
-    kept: Kept | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Scored:
-    """What became of one text.
-
-    Attributes:
-      output: what the device said.
-      queue_seconds: from `submit` until its batch began.
-      compute_seconds: what the device took over its batch.
-    """
-
-    output: Output
-    queue_seconds: float
-    compute_seconds: float
-
-
-class BatchRun(NamedTuple):
-    """What a batch was, for those who count.
-
-    Attributes:
-      device: whose it was.
-      bucket: tokens a row.
-      rows: of the program, filled or not.
-      texts: in it.
-      tokens: of these texts, without padding.
-      seconds: that the device took.
-    """
-
-    device: Device
-    bucket: int
-    rows: int
-    texts: int
-    tokens: int
-    seconds: float
-
-
-class Work(NamedTuple):
-    """One text to run.
-
-    Attributes:
-      device: the model that is to read it.
-      ids: its token ids, (S,).
-      deadline: when the answer is of no more use.
-      priority: whether someone waits for it.
-    """
-
-    device: Device
-    ids: np.ndarray
-    deadline: float | None = None
-    priority: Priority = Priority.INTERACTIVE
 
 
 @dataclasses.dataclass(eq=False)
@@ -445,8 +339,7 @@ class Scheduler:
             self._drift += DRIFT_RATE * (min(max(ratio, low), high) - self._drift)
         for entry, output in zip(batch.entries, outputs, strict=True):
             _deliver(entry, Scored(output, began - entry.enqueued, now - began))
-        rows, tokens = batch.device.rows(batch.bucket, len(batch.entries)), sum(len(e.work.ids) for e in batch.entries)
-        self._on_batch(BatchRun(batch.device, batch.bucket, rows, len(batch.entries), tokens, now - began))
+        self._on_batch(_account(batch, began, now))
 
     def _run_apart(self, batch: _Batch) -> None:
         """After a failed batch: one text's failure is not its batch-mates', and a lost device is not one text's."""
@@ -512,3 +405,15 @@ def _deliver(entry: _Entry, result: Scored | ClasserError) -> None:
         entry.future.set_result(result)
     else:
         entry.future.set_exception(result)
+
+
+def _account(batch: _Batch, began: float, ended: float) -> BatchRun:
+    return BatchRun(
+        batch.device,
+        batch.bucket,
+        batch.device.rows(batch.bucket, len(batch.entries)),
+        len(batch.entries),
+        sum(len(entry.work.ids) for entry in batch.entries),
+        ended - began,
+        [began - entry.enqueued for entry in batch.entries],
+    )

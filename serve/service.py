@@ -18,8 +18,9 @@ from .log import log_failure
 from .models import Models
 from .proto import classifier_pb2 as pb
 from .proto.classifier_pb2_grpc import ClassifierServicer
-from .scheduler import Priority, Scheduler
+from .scheduler import Scheduler
 from .status import code_of, to_status, trailing_metadata
+from .work import Priority
 
 # How many messages of one stream are worked on at a time: enough that the device finds the next ones waiting.
 STREAM_AHEAD = 2

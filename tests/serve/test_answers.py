@@ -10,8 +10,8 @@ from classer.model.decode import Calibration
 from classer.serve.answers import Answers
 from classer.serve.errors import InternalError, InvalidRequest, UnknownTask
 from classer.serve.proto import classifier_pb2 as pb
-from classer.serve.scheduler import Output, Scored
 from classer.serve.tokenizing import Tokens
+from classer.serve.work import Output, Scored
 
 TOPIC = Task("topic", TaskKind.MULTICLASS, tuple(Label(name) for name in "abcdefg"))
 TAGS = Task("tags", TaskKind.MULTILABEL, (Label("x"), Label("y"), Label("z")))

@@ -32,7 +32,7 @@ from classer.serve.client import (
 from classer.serve.engine import Engine
 from classer.serve.proto import classifier_pb2 as pb
 from classer.serve.proto.classifier_pb2_grpc import ClassifierStub
-from classer.serve.scheduler import Output
+from classer.serve.work import Output
 
 TIMEOUT = 60.0
 TEXTS = ["my card has not arrived", "where is my money ?", "card", "", "the money is here. " * 8]
