@@ -7,10 +7,8 @@ import contextlib
 import dataclasses
 import os
 import signal
-import socket
 from pathlib import Path
 
-import grpc.aio
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import SERVICE_NAME as HEALTH_NAME
 from grpc_health.v1.health import aio as health_aio  # pyright: ignore[reportAttributeAccessIssue]
@@ -23,7 +21,8 @@ from .admin import ModelAdminService
 from .cache import check_private
 from .engine import Warmed
 from .errors import NotPossible
-from .limits import MAX_MESSAGE_BYTES
+from .frontends import MAX_FRONT_ENDS, FrontEnds
+from .listening import listen, make_server
 from .log import logger
 from .models import AUTO, Model, Models, ModelSettings, named_folders
 from .proto import classifier_pb2 as pb
@@ -59,6 +58,8 @@ class ServeConfig:
         default.
       precision: what to compute in: float32, bfloat16 or int8; auto measures which is fastest for each length.
       max_waiting_tokens: how many tokens may wait for the device before requests are refused as RESOURCE_EXHAUSTED.
+      frontends: how many processes take the requests and hand them to the one with the device, in batches. One Python
+        process takes some thousands of calls a second; 0 is that one process for everything.
     """
 
     bundles: tuple[str, ...]
@@ -71,10 +72,13 @@ class ServeConfig:
     focus: tuple[str, ...] = ("1",)
     precision: str = AUTO
     max_waiting_tokens: int = MAX_WAITING_TOKENS
+    frontends: int = 0
 
     def __post_init__(self) -> None:
         if not self.bundles:
             raise InputError("No bundle was named; give the folder of at least one. `classer train` writes them.")
+        if not 0 <= self.frontends <= MAX_FRONT_ENDS:
+            raise InputError(f"--frontends is {self.frontends}; it lies between 0 and {MAX_FRONT_ENDS}.")
         for name in ("drain_seconds", "stall_seconds", "max_waiting_tokens"):
             if not getattr(self, name) > 0:
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be above 0.")
@@ -121,14 +125,19 @@ class Server:
 
     def __init__(self, config: ServeConfig) -> None:
         self._config = config
-        # Two servers on one port would share its requests at random; refuse the second one instead.
-        options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
-        self._grpc = grpc.aio.server(options=options)
-        self.address = _listen(self._grpc, config.host, config.port, "--port")  # first, because it fails fastest
-        self._admin_grpc = grpc.aio.server(options=options)
+        self._grpc = make_server()
+        self._front_ends = None
+        # Ports come first, because they fail fastest.
+        if config.frontends:
+            self._front_ends = FrontEnds(config.frontends, config.host, config.port, config.drain_seconds)
+            self.address = self._front_ends.address
+            self._grpc.add_insecure_port(self._front_ends.engine)
+        else:
+            self.address = listen(self._grpc, config.host, config.port, "--port")
+        self._admin_grpc = make_server()
         self.admin_address = None
         if config.admin_port is not None:
-            self.admin_address = _listen(self._admin_grpc, "127.0.0.1", config.admin_port, "--admin-port")
+            self.admin_address = listen(self._admin_grpc, "127.0.0.1", config.admin_port, "--admin-port")
         if cache := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
             check_private(Path(cache))
         self._first = list(named_folders(config.bundles))
@@ -151,6 +160,8 @@ class Server:
         await self._say(Health.NOT_SERVING)
         await self._grpc.start()
         await self._admin_grpc.start()
+        if self._front_ends is not None:
+            await self._front_ends.start()
 
     async def warm_up(self, stop: asyncio.Event) -> bool:
         """Loads every bundle, compiles and runs its programs, then says SERVING; False if `stop` was set before that.
@@ -185,6 +196,8 @@ class Server:
         if self._watching is not None:
             self._watching.cancel()
         await self._health.enter_graceful_shutdown()
+        if self._front_ends is not None:
+            await self._front_ends.stop()  # they are let finish what they have taken on, which the engine answers
         stopping = [asyncio.create_task(one.stop(self._config.drain_seconds)) for one in (self._grpc, self._admin_grpc)]
         # gRPC would wait for those who watch the health too, and they never leave: only classifying counts.
         with contextlib.suppress(TimeoutError):
@@ -227,33 +240,3 @@ class Server:
     def _device_lost(self) -> None:
         """Called in the scheduler's thread."""
         asyncio.run_coroutine_threadsafe(self._say(Health.NOT_SERVING), self._loop)
-
-
-def _listen(server: grpc.aio.Server, host: str, port: int, option: str) -> str:
-    """Binds the server's port; the real address.
-
-    Raises:
-      InputError: it cannot be bound.
-    """
-    if not 0 <= port <= 65535:
-        raise InputError(f"{option} is {port}; a port is a number from 0 (pick a free one) to 65535.")
-    name = f"[{host}]" if ":" in host else host
-    try:
-        return f"{name}:{server.add_insecure_port(f'{name}:{port}')}"
-    except RuntimeError:
-        raise InputError(
-            f"Cannot listen on {name}:{port}: {_why_not(host, port)}. "
-            f"Choose another {option} (0 picks a free one) or --host."
-        ) from None
-
-
-def _why_not(host: str, port: int) -> str:
-    """The operating system's reason why an address cannot be bound, which gRPC only logs."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        return (error.strerror or str(error)).lower()
-    return "gRPC refused it"

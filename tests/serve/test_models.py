@@ -336,7 +336,7 @@ def test_folders_have_names(tmp_path: Path) -> None:
         "x": "runs/a/bundle",
         "news": "models/news",
     }
-    with pytest.raises(InputError, match="both be served as 'imdb'.*NAME=FOLDER"):
+    with pytest.raises(InputError, match=r"both be served as 'imdb'.*NAME=FOLDER"):
         named_folders(["a/imdb/bundle", "b/imdb/bundle"])
     with pytest.raises(InputError, match="a name is"):
         named_folders(["a b=folder"])
