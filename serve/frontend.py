@@ -1,7 +1,7 @@
 """A front end: a light process that takes calls, checks them, and hands them to the engine's process in batches.
 
-It speaks the same protocol on both sides, so that it can also stand on another machine. Unary calls are gathered while
-others are under way: there is no timer. Loads neither JAX nor TensorFlow.
+It speaks the same protocol on both sides, so that it can also stand on another machine. A unary call that finds no
+other under way goes on at once; else those of two milliseconds go together. Loads neither JAX nor TensorFlow.
 
 `python -m classer.serve.frontend JSON` with the fields of `FrontEndConfig`; it ends when its standard input does.
 """
@@ -36,9 +36,10 @@ from .status import code_of, from_status, trailing_metadata
 
 Health = health_pb2.HealthCheckResponse
 CLASSIFIER = pb.DESCRIPTOR.services_by_name["Classifier"]
-# How many batches of unary calls may be with the engine: enough that it finds the next ones waiting, few enough that
-# they grow under load.
-MAX_BATCHES = 16
+# While batches are under way, unary calls are gathered for so long, or until there are so many. A call between
+# processes costs as much as several requests in it.
+GATHER_SECONDS = 0.002
+GATHER_REQUESTS = 64
 # What may wait here, in bytes of requests, before more is refused.
 MAX_WAITING_BYTES = 64 << 20
 # Bytes of one batch; with the largest request (4 MB of text) on top still below what a message may be.
@@ -80,7 +81,7 @@ class Coalescer:
         )
         self._waiting_bytes = 0
         self._batches: set[asyncio.Task[None]] = set()
-        self._scheduled = False
+        self._timer: asyncio.TimerHandle | asyncio.Handle | None = None
 
     async def classify(self, request: pb.ClassifyRequest) -> pb.ClassifyBatchItem:
         """The outcome of one request. Cancelled before its batch has left, it never leaves.
@@ -99,22 +100,22 @@ class Coalescer:
         future: asyncio.Future[pb.ClassifyBatchItem] = loop.create_future()
         self._waiting.append((request, size, future))
         self._waiting_bytes += size
-        if not self._scheduled:
-            # After whatever else has come in this turn of the event loop.
-            self._scheduled = True
-            loop.call_soon(self._flush)
+        if len(self._waiting) >= GATHER_REQUESTS:
+            self._flush()
+        elif self._timer is None:
+            # At the soonest after whatever else has come in this turn of the event loop.
+            later = loop.call_later(GATHER_SECONDS, self._flush) if self._batches else loop.call_soon(self._flush)
+            self._timer = later
         return await future
 
     def _flush(self) -> None:
-        self._scheduled = False
-        while self._waiting and len(self._batches) < MAX_BATCHES:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        while self._waiting:
             task = asyncio.get_running_loop().create_task(self._run(*self._take()))
             self._batches.add(task)
-            task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._batches.discard(task)
-        self._flush()
+            task.add_done_callback(self._batches.discard)
 
     def _take(self) -> tuple[list[pb.ClassifyRequest], list[asyncio.Future[pb.ClassifyBatchItem]]]:
         requests: list[pb.ClassifyRequest] = []
@@ -213,7 +214,8 @@ class FrontEnd:
         return grpc.method_handlers_generic_handler(CLASSIFIER.full_name, handlers)
 
     async def _classify(self, request: pb.ClassifyRequest, context: grpc.aio.ServicerContext) -> pb.ClassifyResponse:
-        async with self._call(context):
+        self._begin()
+        try:
             if len(request.text) > MAX_TEXT_CHARS:
                 raise InvalidRequest(
                     f"The text has {len(request.text)} characters; at most {MAX_TEXT_CHARS} are taken. Split or "
@@ -226,42 +228,47 @@ class FrontEnd:
             item = await self._coalescer.classify(request)
             if item.HasField("error"):
                 raise from_status(item.error)
-        return item.response
+            return item.response
+        except (ClasserError, grpc.aio.AioRpcError) as error:
+            await _refuse(context, error)
+            raise
+        finally:
+            self._end()
 
     def _unary(self, call: Any) -> Callable[[bytes, grpc.aio.ServicerContext], Awaitable[bytes]]:
         async def handle(request: bytes, context: grpc.aio.ServicerContext) -> bytes:
-            async with self._call(context):
+            self._begin()
+            try:
                 return await call(request, timeout=context.time_remaining())
-            raise AssertionError("unreachable")
+            except grpc.aio.AioRpcError as error:
+                await _refuse(context, error)
+                raise
+            finally:
+                self._end()
 
         return handle
 
     def _stream(self, call: Any) -> Callable[[AsyncIterator[bytes], grpc.aio.ServicerContext], AsyncIterator[bytes]]:
         async def handle(requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
-            async with self._call(context):
+            self._begin()
+            try:
                 async for response in call(requests, timeout=context.time_remaining()):
                     yield response
+            except grpc.aio.AioRpcError as error:
+                await _refuse(context, error)
+            finally:
+                self._end()
 
         return handle
 
-    @contextlib.asynccontextmanager
-    async def _call(self, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
-        """Counts a call as in flight, and hands on the engine's refusals with their details."""
+    def _begin(self) -> None:
         self._in_flight += 1
         self._idle.clear()
-        try:
-            yield
-        except ClasserError as error:
-            await context.abort(code_of(error), str(error), trailing_metadata(error))
-        except grpc.aio.AioRpcError as error:
-            code, details = error.code(), error.details() or ""
-            if code is grpc.StatusCode.UNAVAILABLE and not details.startswith("The server"):
-                details = "The server's engine does not answer; it is starting, or has ended."
-            await context.abort(code, details, tuple(error.trailing_metadata() or ()))
-        finally:
-            self._in_flight -= 1
-            if not self._in_flight:
-                self._idle.set()
+
+    def _end(self) -> None:
+        self._in_flight -= 1
+        if not self._in_flight:
+            self._idle.set()
 
     async def _watch(self) -> None:
         """Says what the engine's health says, and that it is not well while it does not answer."""
@@ -276,6 +283,17 @@ class FrontEnd:
     async def _say(self, status: Health.ServingStatus) -> None:
         for name in ("", CLASSIFIER.full_name):
             await self._health.set(name, status)
+
+
+async def _refuse(context: grpc.aio.ServicerContext, error: ClasserError | grpc.aio.AioRpcError) -> None:
+    """Ends a call as the engine did, with its details."""
+    if isinstance(error, ClasserError):
+        await context.abort(code_of(error), str(error), trailing_metadata(error))
+        return
+    code, details = error.code(), error.details() or ""
+    if code is grpc.StatusCode.UNAVAILABLE and not details.startswith("The server"):
+        details = "The server's engine does not answer; it is starting, or has ended."
+    await context.abort(code, details, tuple(error.trailing_metadata() or ()))
 
 
 def run_front_end(config: FrontEndConfig, *, orphaned: bool = False) -> None:

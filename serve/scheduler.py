@@ -40,6 +40,8 @@ BULK_PATIENCE = 2.0
 # How fast predictions follow what batches really take, and within which factors of the warm-up's measurements.
 DRIFT_RATE = 0.2
 DRIFT_RANGE = (0.25, 8.0)
+# By how much a predicted wait is taken as longer, against deadlines: predictions are as noisy as the machine.
+DEADLINE_MARGIN = 1.1
 # A refusal's hint is no shorter: a caller who comes back sooner finds the same queue.
 MIN_RETRY_SECONDS = 0.02
 
@@ -222,11 +224,14 @@ class Scheduler:
         bucket = bucket_for(len(work.ids), buckets)
         self._check_room(work, bucket, now)
         full = work.device.batch_for(bucket, self._max_waiting_tokens)
-        seconds = work.device.seconds(bucket, full) / full
+        batch_seconds = work.device.seconds(bucket, full)
+        seconds = batch_seconds / full
         busy = self._running or self.waiting_tokens
         wait = self._backlog(work.priority, now)
         # With nothing else to do the device may as well try: predictions can be wrong, and only runs mend them.
-        if work.deadline is not None and busy and now + wait + self._drift * seconds > work.deadline:
+        # An answer comes with its batch's end. What is admitted beyond what can be met would be run in vain.
+        needed = wait * DEADLINE_MARGIN + self._drift * batch_seconds
+        if work.deadline is not None and busy and now + needed > work.deadline:
             raise DeadlineExceeded(
                 f"The deadline is {work.deadline - now:.3f} seconds away, but the text's turn would come in about "
                 f"{wait:.3f}; it was not run.",

@@ -46,7 +46,7 @@ class Calls:
             yield
         except ClasserError as error:
             await context.abort(code_of(error), str(error), trailing_metadata(error))
-        except grpc.aio.AbortError:
+        except grpc.aio.BaseError:  # abort's own, or gRPC's where the caller has gone meanwhile
             raise
         except Exception as error:
             log_failure("A request failed", error)

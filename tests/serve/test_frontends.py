@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from classer.data.errors import InputError
 from classer.serve.client import Client, DeadlineExceeded, InvalidRequest, UnknownTask
-from classer.serve.frontend import MAX_BATCHES, Coalescer
+from classer.serve.frontend import GATHER_REQUESTS, Coalescer
 from classer.serve.proto import classifier_pb2 as pb
 from classer.serve.proto.classifier_pb2_grpc import ClassifierStub
 
@@ -155,7 +155,7 @@ def run(scenario) -> None:
     asyncio.run(asyncio.wait_for(scenario, TIMEOUT))
 
 
-def test_what_comes_together_leaves_together_and_the_rest_while_all_are_under_way() -> None:
+def test_the_first_goes_at_once_and_those_after_it_together() -> None:
     async def scenario() -> None:
         sizes: list[int] = []
         go_on = asyncio.Event()
@@ -167,17 +167,21 @@ def test_what_comes_together_leaves_together_and_the_rest_while_all_are_under_wa
             return pb.ClassifyBatchResponse(items=items)
 
         coalescer = Coalescer(send)
-        tasks = []
-        for i in range(MAX_BATCHES + 2):
-            tasks += [asyncio.create_task(coalescer.classify(pb.ClassifyRequest(text=f"{i}-{j}"))) for j in range(3)]
-            await asyncio.sleep(0.001)
-        assert sizes == [3] * MAX_BATCHES
+
+        def ask(name: int) -> asyncio.Task[pb.ClassifyBatchItem]:
+            return asyncio.create_task(coalescer.classify(pb.ClassifyRequest(text=str(name))))
+
+        tasks = [ask(0)]
+        while not sizes:
+            await asyncio.sleep(0)
+        tasks += [ask(name) for name in range(1, GATHER_REQUESTS + 4)]
         tasks[-1].cancel()
-        await asyncio.sleep(0)
+        while len(sizes) < 3:
+            await asyncio.sleep(0.001)
+        assert sizes == [1, GATHER_REQUESTS, 2]  # the one that gave up has left
         go_on.set()
         items = await asyncio.gather(*tasks[:-1])
-        assert sizes == [3] * MAX_BATCHES + [5]  # all that waited, but for the one that gave up
-        assert [item.response.task for item in items] == [f"{i // 3}-{i % 3}" for i in range(len(items))]
+        assert [item.response.task for item in items] == [str(name) for name in range(len(items))]
 
     run(scenario())
 
