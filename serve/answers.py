@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ..data.taxonomy import Task, Taxonomy
+from ..data.taxonomy import Task, TaskKind, Taxonomy
 from ..model.decode import Calibration, choose_all, probabilities
 from ..model.evidence import evidence_spans
 from .errors import InternalError, InvalidRequest, UnknownTask
@@ -76,7 +76,8 @@ class Answers:
           scored: what the device said of each.
           top_k: how many labels to give, best first (0: `DEFAULT_TOP_K`); the chosen ones are given in any case.
           threshold: the score from which a label is chosen, instead of the model's own; of labels that exclude one
-            another the best one is then chosen only if it reaches that.
+            another the best one is then chosen only if it reaches that; in a tree, the first from the best leaf upwards
+            that does.
           evidence: whether to say what was kept of each; the tokens must have their spans.
 
         Returns:
@@ -88,8 +89,9 @@ class Answers:
         logits_NL = np.stack([one.output.logits_L for one in scored])[:, self._slices[task.name]]
         finite_N = np.asarray(np.isfinite(logits_NL).all(axis=1))
         probs_NL = probabilities(task, np.where(finite_N[:, None], logits_NL, 0.0), calibration)
-        chosen_NL = choose_all(task, probs_NL, calibration)
-        if threshold is not None:
+        chosen_NL = choose_all(task, probs_NL, calibration, threshold)
+        tree = task.kind is TaskKind.HIERARCHICAL
+        if threshold is not None and not tree:
             reach_NL = probs_NL >= np.float32(threshold)
             chosen_NL = chosen_NL & reach_NL if task.kind.exclusive else reach_NL
         ranked_NL = np.argsort(-probs_NL, axis=1, kind="stable")
@@ -102,7 +104,10 @@ class Answers:
             ranks = [label for rank, label in enumerate(ranked_NL[i].tolist()) if rank < shown or chosen_NL[i, label]]
             labels = [
                 pb.ScoredLabel(
-                    name=task.label_names[label], score=float(probs_NL[i, label]), chosen=bool(chosen_NL[i, label])
+                    name=task.label_names[label],
+                    score=float(probs_NL[i, label]),
+                    chosen=bool(chosen_NL[i, label]),
+                    path=task.path(label) if tree else (),
                 )
                 for label in ranks
             ]

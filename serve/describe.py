@@ -19,7 +19,11 @@ def task_message(task: taxonomy.Task, model: Model, *, labels: bool) -> pb.Task:
         model_version=model.version,
     )
     if labels:
-        message.labels.extend(pb.Label(name=one.name, description=one.description or "") for one in task.labels)
+        tree = task.kind is taxonomy.TaskKind.HIERARCHICAL
+        message.labels.extend(
+            pb.Label(name=one.name, description=one.description or "", path=task.path(i) if tree else ())
+            for i, one in enumerate(task.labels)
+        )
     return message
 
 

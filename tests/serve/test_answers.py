@@ -71,3 +71,18 @@ def test_tasks_are_found_by_name() -> None:
     with pytest.raises(InvalidRequest, match="name one of: topic, tags"):
         ANSWERS.task("")
     assert Answers(Taxonomy((TAGS,)), {}, "m", "v1").task("") is TAGS
+
+
+def test_a_tree_s_labels_have_paths_and_an_unsure_answer_stops_higher_up() -> None:
+    labels = (Label("pets"), Label("cat", parent="pets"), Label("dog", parent="pets"), Label("cars"))
+    tree = Task("tree", TaskKind.HIERARCHICAL, labels)
+    answers = Answers(Taxonomy((tree,)), {}, "m", "v1")
+
+    def chosen(threshold: float | None) -> list[tuple[str, list[str]]]:
+        scored = [Scored(Output(np.array([2.0, 0.1, 0.0, 0.0], np.float32)), 0.0, 0.0)]
+        (response,) = answers.answer(tree, [TOKENS], scored, 1, threshold=threshold)
+        assert isinstance(response, pb.ClassifyResponse)
+        return [(label.name, list(label.path)) for label in response.labels if label.chosen]
+
+    assert chosen(None) == [("cat", ["pets", "cat"])]
+    assert chosen(0.8) == chosen(1.0) == [("pets", ["pets"])]
