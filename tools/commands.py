@@ -123,7 +123,7 @@ def serve(argv: Sequence[str]) -> None:
 
     @dataclasses.dataclass(frozen=True)
     class Arguments(ServeConfig):
-        bundles: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="BUNDLE [BUNDLE …]")] = ()
+        bundles: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="BUNDLE")] = ()
 
     more, argv = from_environment(Arguments, argv, os.environ)
     description = f"{serve.__doc__} Every option is also an environment variable: --max-waiting-tokens is " + (
@@ -133,6 +133,13 @@ def serve(argv: Sequence[str]) -> None:
     default: dict[str, Any] = {"default": Arguments(**more)} if more else {}
     arguments = tyro.cli(Arguments, prog="classer serve", args=argv, description=description, **default)
     run_server(ServeConfig(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(ServeConfig)}))
+
+
+def frontend(argv: Sequence[str]) -> None:
+    """Run a front end, on this machine or another, before an engine that `classer serve` runs."""
+    from classer.serve.frontend import FrontEndConfig, run_front_end
+
+    run_front_end(_parse(FrontEndConfig, argv, "classer frontend", frontend.__doc__))
 
 
 MAX_TIMEOUT = 86_400
