@@ -40,8 +40,8 @@ BULK_PATIENCE = 2.0
 # How fast predictions follow what batches really take, and within which factors of the warm-up's measurements.
 DRIFT_RATE = 0.2
 DRIFT_RANGE = (0.25, 8.0)
-# By how much a predicted wait is taken as longer, against deadlines: predictions are as noisy as the machine.
-DEADLINE_MARGIN = 1.1
+# What a deadline must leave beyond the prediction, as a factor of it.
+MARGIN = 1.2
 # A refusal's hint is no shorter: a caller who comes back sooner finds the same queue.
 MIN_RETRY_SECONDS = 0.02
 
@@ -224,13 +224,13 @@ class Scheduler:
         bucket = bucket_for(len(work.ids), buckets)
         self._check_room(work, bucket, now)
         full = work.device.batch_for(bucket, self._max_waiting_tokens)
-        batch_seconds = work.device.seconds(bucket, full)
-        seconds = batch_seconds / full
+        seconds = work.device.seconds(bucket, full) / full
         busy = self._running or self.waiting_tokens
         wait = self._backlog(work.priority, now)
         # With nothing else to do the device may as well try: predictions can be wrong, and only runs mend them.
-        # An answer comes with its batch's end. What is admitted beyond what can be met would be run in vain.
-        needed = wait * DEADLINE_MARGIN + self._drift * batch_seconds
+        # A text is answered with its batch, not before; and what was predicted is never exact.
+        mates = min(full, 1 + len(self._lanes.get((work.device, bucket, work.priority), ())))
+        needed = MARGIN * (wait + self._drift * work.device.seconds(bucket, mates))
         if work.deadline is not None and busy and now + needed > work.deadline:
             raise DeadlineExceeded(
                 f"The deadline is {work.deadline - now:.3f} seconds away, but the text's turn would come in about "

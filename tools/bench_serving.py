@@ -90,6 +90,9 @@ from classer.serve.proto.classifier_pb2_grpc import ClassifierServicer, add_Clas
 LABELS = [pb.ScoredLabel(name=f"label number {i}", score=0.2, chosen=i == 0) for i in range(5)]
 
 class Null(ClassifierServicer):
+    async def Classify(self, request, context):
+        return pb.ClassifyResponse(task="null", labels=LABELS, tokens=12, model="null", model_version="0123456789ab")
+
     async def ClassifyBatch(self, request, context):
         count = len(request.requests) or len(request.texts)
         answer = pb.ClassifyResponse(task="null", labels=LABELS, tokens=12, model="null", model_version="0123456789ab")
@@ -103,6 +106,10 @@ async def main():
     print("ready", flush=True)
     await server.wait_for_termination()
 
+try:
+    import uvloop; uvloop.install()
+except ImportError:
+    pass
 asyncio.run(main())
 """
 
@@ -191,16 +198,17 @@ def front_end(a: FrontEndBench) -> None:
             address = front.stdout.readline().split()[-1]
             texts = ["my card has not arrived, and I have been waiting for two weeks now"] * 1024
             call(address, 4, 0, 1.0, texts)
-            for what, callers, batch in (
-                ("unary calls", a.callers, 0),
-                (f"texts in ClassifyBatch({a.batch})", 4, a.batch),
+            for what, to, process, callers, batch in (
+                ("a Python gRPC handler that does nothing, unary calls", engine, processes[0], a.callers, 0),
+                ("front end, unary calls", address, front, a.callers, 0),
+                (f"front end, texts in ClassifyBatch({a.batch})", address, front, 4, a.batch),
             ):
-                begin = cpu_seconds(front.pid)
-                rate, p50, p99 = call(address, callers, batch, a.seconds, texts)
-                used = cpu_seconds(front.pid) - begin
+                begin = cpu_seconds(process.pid)
+                rate, p50, p99 = call(to, callers, batch, a.seconds, texts)
+                used = cpu_seconds(process.pid) - begin
                 print(
-                    f"{what}: {rate:,.0f} a second here; {rate * a.seconds / used:,.0f} a second of the front end's "
-                    f"CPU time; p50 {p50 * 1e3:.1f} ms, p99 {p99 * 1e3:.1f} ms"
+                    f"{what}: {rate:,.0f} a second here; {rate * a.seconds / used:,.0f} a second of its CPU time; "
+                    f"p50 {p50 * 1e3:.1f} ms, p99 {p99 * 1e3:.1f} ms"
                 )
         finally:
             for process in processes:

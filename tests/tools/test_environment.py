@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -18,7 +18,8 @@ class Arguments(ServeConfig):
 
 def parsed(argv: list[str], **environment: str) -> Arguments:
     more, rest = from_environment(Arguments, argv, environment)
-    return tyro.cli(Arguments, args=rest, **({"default": Arguments(**more)} if more else {}))
+    default: dict[str, Any] = {"default": Arguments(**more)} if more else {}
+    return tyro.cli(Arguments, args=rest, **default)
 
 
 def test_every_option_of_the_server_is_a_variable() -> None:
