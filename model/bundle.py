@@ -198,7 +198,7 @@ def load_bundle(path: Path) -> Bundle:
 
 _WEIGHTS = "weights.safetensors"
 _LICENCES = ("LICENSE", "NOTICE")
-_GOLDEN_LENGTH = 64  # golden texts are cut to this many tokens: one small program checks them all
+GOLDEN_LENGTH = 64  # golden texts are cut to this many tokens: one small program checks them all
 
 
 def quantize(bundle: Bundle) -> Bundle:
@@ -330,7 +330,7 @@ def _read_golden(file: Path, taxonomy: Taxonomy) -> list[dict[str, Any]]:
 def _golden_probabilities(bundle: Bundle) -> list[dict[str, list[float]]]:
     """Task name → probabilities, for each golden text."""
     texts = bundle.golden_texts
-    length = min(_GOLDEN_LENGTH, bundle.max_length)
+    length = min(GOLDEN_LENGTH, bundle.max_length)
     ids = bundle.tokenizer.encode(texts, length).ids
     logits_NL = bundle.predictor().logits(ids, batch_size=max(1, len(texts)), buckets=(length,))
     by_task = {task.name: bundle.probabilities(task.name, logits_NL) for task in bundle.taxonomy.tasks}

@@ -6,6 +6,7 @@ Axes: B batch, S sequence, N texts, L all labels of the taxonomy.
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -25,6 +26,14 @@ from .quantize import Precision, Quantization, Weights, variables
 # 64 texts of 512 tokens and 12 heads in float32.
 MAX_BATCH = 64
 MAX_BATCH_TOKENS = 8192
+
+
+class Executables(dict[tuple[int, int], jax.stages.Compiled]):
+    """What was compiled for one kind of classifier, by (batch size, length); not bound to weights."""
+
+
+# Classifiers of the same kind share what is compiled, as long as one of them (or who holds its executables) lives.
+_SHARED: weakref.WeakValueDictionary[tuple, Executables] = weakref.WeakValueDictionary()
 
 
 class Program:
@@ -49,14 +58,29 @@ class Program:
         logits_BL, _ = self._executable(self._variables, tokens_BS, lengths_B)
         return np.asarray(logits_BL)
 
+    def launch(self, tokens_BS: np.ndarray, lengths_B: np.ndarray) -> Callable[[], np.ndarray]:
+        """Starts one full batch as `__call__` does; the function returned waits for its logits."""
+        logits_BL, _ = self._executable(self._variables, tokens_BS, lengths_B)
+        return lambda: np.asarray(logits_BL)
+
     def explain(self, tokens_BS: np.ndarray, lengths_B: np.ndarray) -> tuple[np.ndarray, list[Kept]]:
         """Runs one full batch as `__call__` does; also what each row's last layer kept, all of it without a focus."""
+        return self.launch_explain(tokens_BS, lengths_B)()
+
+    def launch_explain(
+        self, tokens_BS: np.ndarray, lengths_B: np.ndarray
+    ) -> Callable[[], tuple[np.ndarray, list[Kept]]]:
+        """Starts what `explain` gives; the function returned waits for it."""
         logits_BL, evidence = self._executable(self._variables, tokens_BS, lengths_B)
-        kept_BK, positions_BK, scores_BK = map(np.asarray, evidence)
-        rows = zip(kept_BK, positions_BK, scores_BK, strict=True)
-        return np.asarray(logits_BL), [
-            Kept(positions_K[kept_K], scores_K[kept_K]) for kept_K, positions_K, scores_K in rows
-        ]
+
+        def collect() -> tuple[np.ndarray, list[Kept]]:
+            kept_BK, positions_BK, scores_BK = map(np.asarray, evidence)
+            rows = zip(kept_BK, positions_BK, scores_BK, strict=True)
+            return np.asarray(logits_BL), [
+                Kept(positions_K[kept_K], scores_K[kept_K]) for kept_K, positions_K, scores_K in rows
+            ]
+
+        return collect
 
     def as_text(self) -> str:
         """The optimised HLO, to check what became of it (int8 products, say)."""
@@ -97,7 +121,14 @@ class Predictor:
         self._model = TextClassifier(config, num_labels, jnp.dtype(compute_dtype), quantization, focus=focus)
         self._precision: Precision = precision
         self._variables = jax.device_put(variables(weights, precision))
-        self._executables: dict[tuple[int, int], jax.stages.Compiled] = {}
+        shapes = tuple(sorted((name, str(value.dtype)) for name, value in weights.items()))
+        kind = (config, num_labels, shapes, precision, jnp.dtype(compute_dtype).name, focus, jax.default_backend())
+        self._executables = _SHARED.setdefault(kind, Executables())
+
+    @property
+    def executables(self) -> Executables:
+        """What was compiled so far; keep them, and a classifier of the same kind need not compile them again."""
+        return self._executables
 
     @property
     def focused(self) -> bool:

@@ -90,6 +90,18 @@ def convert(model: nn.Module, weights: Weights) -> Weights:
     return converted
 
 
+def dequantize(weights: Weights) -> Weights:
+    """The float32 weights that `convert`'s stand for: int8 × scale."""
+    floats = {}
+    for name, value in weights.items():
+        if value.dtype == np.int8:
+            scale = weights[f"{name}_scale"]
+            floats[name] = value.astype(np.float32) * (scale if name.endswith(".kernel") else scale[:, None])
+        elif not name.endswith(("kernel_scale", "table_scale")):
+            floats[name] = value
+    return floats
+
+
 def count_products(hlo: str) -> collections.Counter[str]:
     """What the matrix products of a compiled program take and give, such as {"s8×s8→s32": 24, "f32×f32→f32": 13}.
 

@@ -7,3 +7,5 @@ MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 MAX_TEXTS = 1024
 # What `top_k = 0` means.
 DEFAULT_TOP_K = 5
+# Characters of a request id.
+MAX_REQUEST_ID = 128

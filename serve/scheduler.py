@@ -1,9 +1,16 @@
 """Turbine's scheduler: what waits, in which order, and the one loop that feeds the device.
 
-No gRPC and no JAX: it sees token ids, a `Device` and a clock. Texts wait in one queue for each length bucket. Whenever
-the device is free, the bucket with the oldest text gives the next batch; there is no timer, because batches form by
-themselves while the device is busy. Taking the oldest first, a text is overtaken only by those that share its batch or
-came before it, so neither long nor short ones starve.
+No gRPC and no JAX: it sees token ids, `Device`s (one a model and focus, all on the same hardware) and a clock. Whenever
+the hardware is free, the oldest text that waits decides what runs next: its model and its length bucket. There is no
+timer, because batches form by themselves while the hardware is busy.
+
+Order. A text ranks by its arrival, a bulk one as if it had come `BULK_PATIENCE` seconds later. It is overtaken only by
+texts that rank before it, share a batch with one that does, or fill rows that would have stood empty: so neither long
+nor short ones starve, nor bulk ones.
+
+Deadlines. What a batch takes is predicted from the warm-up's measurements, times how the last batches compared with
+theirs. A text whose deadline would pass before its turn is refused at once; one whose deadline has passed, or is nearer
+than its batch would take, is not run.
 
 All times are seconds of the scheduler's clock.
 """
@@ -15,78 +22,59 @@ import dataclasses
 import itertools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from typing import NamedTuple, Protocol
-
-import numpy as np
 
 from ..data.buckets import bucket_for
-from ..model.evidence import Kept
 from .errors import ClasserError, DeadlineExceeded, InternalError, InvalidRequest, Overloaded, Unavailable
 from .log import log_failure
+from .work import BatchRun, Device, Output, Priority, Scored, Work
 
 # About four thousand texts of 256 tokens. Twice what the largest batch call can bring (1,024 texts of 512 tokens), so
-# that one such call alone is never refused.
+# that one such call alone is never refused, bulk or not.
 MAX_WAITING_TOKENS = 1 << 20
-
-
-class Device(Protocol):
-    """What the scheduler needs of an engine. Called by one thread at a time."""
-
-    @property
-    def buckets(self) -> tuple[int, ...]:
-        """The lengths, in tokens and ascending, that texts are padded to."""
-        ...
-
-    def batch_for(self, bucket: int, waiting: int) -> int:
-        """How many of `waiting` texts of a bucket to run next: 1 … `waiting`."""
-        ...
-
-    def run(self, ids: Sequence[np.ndarray], bucket: int) -> Sequence[Output]:
-        """What N texts give, at most as many as `batch_for` said. Whatever it raises is these texts' failure."""
-        ...
-
-    def check(self) -> None:
-        """Runs something known to work; whatever it raises means that the device is lost."""
-        ...
-
-
-class Output(NamedTuple):
-    """What the device says of one text.
-
-    Attributes:
-      logits_L: (L,) float32, over all labels of the model.
-      kept: the tokens that it read to the end; None where nothing is left out.
-    """
-
-    logits_L: np.ndarray
-    kept: Kept | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Scored:
-    """What became of one text.
-
-    Attributes:
-      output: what the device said.
-      queue_seconds: from `submit` until its batch began.
-      compute_seconds: what the device took over its batch.
-    """
-
-    output: Output
-    queue_seconds: float
-    compute_seconds: float
+# The part of what may wait that bulk texts may fill: the rest is kept for those for which someone waits.
+BULK_SHARE = 0.5
+# By how many seconds a bulk text's arrival counts as later; also how long a stream of interactive ones can hold it up.
+BULK_PATIENCE = 2.0
+# How fast predictions follow what batches really take, and within which factors of the warm-up's measurements.
+DRIFT_RATE = 0.2
+DRIFT_RANGE = (0.25, 8.0)
+# What a deadline must leave beyond the prediction, as a factor of it.
+MARGIN = 1.2
+# A refusal's hint is no shorter: a caller who comes back sooner finds the same queue.
+MIN_RETRY_SECONDS = 0.02
 
 
 @dataclasses.dataclass(eq=False)
 class _Entry:
-    ids: np.ndarray
+    work: Work
     bucket: int
-    deadline: float | None
     enqueued: float
     order: int
+    rank: tuple[float, int]
+    seconds: float  # its share of the warm-up's time for a full batch
     future: Future[Scored]
+
+    def late(self, now: float) -> bool:
+        return self.work.deadline is not None and self.work.deadline <= now
+
+
+# The queue of one model, bucket and priority, in the order of arrival.
+_Lane = collections.OrderedDict[int, _Entry]
+
+
+@dataclasses.dataclass(eq=False)
+class _Batch:
+    entries: list[_Entry]
+    bucket: int
+    collect: Callable[[], Sequence[Output]]
+    started: float
+    expected: float  # seconds, as the warm-up measured
+
+    @property
+    def device(self) -> Device:
+        return self.entries[0].work.device
 
 
 class Scheduler:
@@ -95,26 +83,34 @@ class Scheduler:
     Every future it hands out ends: with a `Scored`, with a `ClasserError`, or cancelled by its owner.
 
     Args:
-      device: what runs the batches.
       max_waiting_tokens: how many tokens (each text counted as its bucket's length) may wait before more is refused.
+      depth: how many batches may be on the device at once. With 2 the next batch is prepared and sent while one runs,
+        which an accelerator needs to stay busy; on a CPU two would share the cores.
       clock: seconds, monotonic; deadlines are on the same clock.
       on_death: called once, from the loop's thread, if the loop dies. It must not raise.
+      on_batch: called in the loop's thread after each batch. It must be quick, and not raise.
     """
 
     def __init__(
         self,
-        device: Device,
         *,
         max_waiting_tokens: int = MAX_WAITING_TOKENS,
+        depth: int = 1,
         clock: Callable[[], float] = time.monotonic,
         on_death: Callable[[], None] = lambda: None,
+        on_batch: Callable[[BatchRun], None] = lambda _: None,
     ) -> None:
-        self._device = device
         self._max_waiting_tokens = max_waiting_tokens
+        self._depth = depth
         self._clock = clock
         self._on_death = on_death
-        self._queues = {bucket: collections.OrderedDict[int, _Entry]() for bucket in device.buckets}
-        self._waiting_tokens = 0
+        self._on_batch = on_batch
+        self._lanes: dict[tuple[Device, int, Priority], _Lane] = {}
+        self._tokens = dict.fromkeys(Priority, 0)  # that wait
+        self._seconds = dict.fromkeys(Priority, 0.0)  # that what waits will take
+        self._running: collections.deque[_Batch] = collections.deque()
+        self._drift = 1.0
+        self._collected = clock()
         self._orders = itertools.count()
         self._refusal: str | None = None  # why nothing more is taken on: closing, or dead
         self._dead = False
@@ -128,12 +124,28 @@ class Scheduler:
     @property
     def waiting_tokens(self) -> int:
         """Tokens in the queues now, each text counted as its bucket's length."""
-        return self._waiting_tokens
+        return sum(self._tokens.values())
+
+    @property
+    def max_waiting_tokens(self) -> int:
+        return self._max_waiting_tokens
+
+    @property
+    def backlog_seconds(self) -> float:
+        """How long the device is expected to need for all that it has been given."""
+        with self._changed:
+            return self._backlog(Priority.BULK, self._clock())
 
     @property
     def alive(self) -> bool:
         """False once the loop has died; such a scheduler refuses all work."""
         return not self._dead
+
+    @property
+    def running_seconds(self) -> float:
+        """For how long the oldest batch on the device has been there; 0 if there is none."""
+        with self._changed:
+            return self._clock() - self._running[0].started if self._running else 0.0
 
     def start(self) -> None:
         """Starts the device loop."""
@@ -147,31 +159,28 @@ class Scheduler:
         if self._thread.ident is not None:
             self._thread.join(timeout)
 
-    def submit(self, ids: np.ndarray, *, deadline: float | None = None) -> Future[Scored]:
+    def submit(self, work: Work) -> Future[Scored]:
         """`submit_all` for one text."""
-        return self.submit_all([ids], deadline=deadline)[0]
+        return self.submit_all([work])[0]
 
-    def submit_all(self, ids: Sequence[np.ndarray], *, deadline: float | None = None) -> list[Future[Scored]]:
+    def submit_all(self, works: Iterable[Work]) -> list[Future[Scored]]:
         """Queues texts, together, so that they can share batches.
-
-        Args:
-          ids: the token ids of each text, (S_i,).
-          deadline: when the answer is of no more use. A text whose deadline has passed is never run.
 
         Returns:
           A future for each text; cancelling it takes the text out of its queue, unless it is already running. A
           refusal is the future's exception, and never touches the texts beside it: InvalidRequest (longer than every
-          bucket), DeadlineExceeded, Overloaded (now or never: nothing is computed), Unavailable (closing or dead).
+          bucket), DeadlineExceeded (passed, or cannot be met), Overloaded (now or never: nothing is computed),
+          Unavailable (closing or dead).
         """
         now = self._clock()
         futures: list[Future[Scored]] = []
         refused: list[tuple[Future[Scored], ClasserError]] = []
         with self._changed:
-            for text_ids in ids:
+            for work in works:
                 future: Future[Scored] = Future()
                 futures.append(future)
                 try:
-                    self._enqueue(text_ids, deadline, now, future)
+                    self._enqueue(work, now, future)
                 except ClasserError as error:
                     refused.append((future, error))
             self._changed.notify()
@@ -180,94 +189,184 @@ class Scheduler:
             future.set_exception(error)
         return futures
 
-    def step(self) -> int:
-        """Runs one batch of what waits; the number of texts taken from the queues (0: nothing waits)."""
-        batch, expired = self._take()
-        for entry in expired:
-            _deliver(
-                entry, DeadlineExceeded("The deadline passed while the text waited for the device; it was not run.")
-            )
-        if batch:
-            try:
-                self._run(batch)
-            except BaseException:
-                for entry in batch:
-                    if not entry.future.done():
-                        _deliver(entry, Unavailable("The server lost its device while it ran the text."))
-                raise
-        return len(batch) + len(expired)
+    def step(self) -> bool:
+        """Starts a batch of what waits, and waits for the oldest one that runs unless more can be started.
 
-    def _enqueue(self, ids: np.ndarray, deadline: float | None, now: float, future: Future[Scored]) -> None:
+        Returns:
+          Whether there was anything to do.
+        """
+        entries, expired = self._take()
+        for entry in expired:
+            _deliver(entry, DeadlineExceeded("The deadline passed, or was too near, when the text's turn came."))
+        try:
+            if entries:
+                self._launch(entries)
+            full = len(self._running) >= self._depth or not self.waiting_tokens
+            if self._running and (full or not entries):
+                self._collect()
+        except BaseException:
+            for entry in (*entries, *(entry for batch in self._running for entry in batch.entries)):
+                if not entry.future.done():
+                    _deliver(entry, Unavailable("The server lost its device while it ran the text."))
+            raise
+        return bool(entries or expired or self._running)
+
+    def _enqueue(self, work: Work, now: float, future: Future[Scored]) -> None:
         if self._refusal is not None:
             raise Unavailable(self._refusal)
-        if len(ids) > self._device.buckets[-1]:
-            raise InvalidRequest(f"The text has {len(ids)} tokens; the model reads {self._device.buckets[-1]} at most.")
-        if deadline is not None and deadline <= now:
+        buckets = work.device.buckets
+        if len(work.ids) > buckets[-1]:
+            raise InvalidRequest(f"The text has {len(work.ids)} tokens; the model reads {buckets[-1]} at most.")
+        if work.deadline is not None and work.deadline <= now:
             raise DeadlineExceeded(
                 "The deadline had passed before the text reached the device's queue; it was not run."
             )
-        bucket = bucket_for(len(ids), self._device.buckets)
-        if self._waiting_tokens + bucket > self._max_waiting_tokens:
-            raise Overloaded(
-                f"The server has {self._waiting_tokens} tokens waiting and takes on {self._max_waiting_tokens} at "
-                "most; try again in a moment."
+        bucket = bucket_for(len(work.ids), buckets)
+        self._check_room(work, bucket, now)
+        full = work.device.batch_for(bucket, self._max_waiting_tokens)
+        seconds = work.device.seconds(bucket, full) / full
+        busy = self._running or self.waiting_tokens
+        wait = self._backlog(work.priority, now)
+        # With nothing else to do the device may as well try: predictions can be wrong, and only runs mend them.
+        # A text is answered with its batch, not before; and what was predicted is never exact.
+        mates = min(full, 1 + len(self._lanes.get((work.device, bucket, work.priority), ())))
+        needed = MARGIN * (wait + self._drift * work.device.seconds(bucket, mates))
+        if work.deadline is not None and busy and now + needed > work.deadline:
+            raise DeadlineExceeded(
+                f"The deadline is {work.deadline - now:.3f} seconds away, but the text's turn would come in about "
+                f"{wait:.3f}; it was not run.",
+                retry_seconds=max(wait, MIN_RETRY_SECONDS),
             )
-        entry = _Entry(ids, bucket, deadline, now, next(self._orders), future)
-        self._queues[bucket][entry.order] = entry
-        self._waiting_tokens += bucket
+        order = next(self._orders)
+        rank = (now + (BULK_PATIENCE if work.priority is Priority.BULK else 0.0), order)
+        entry = _Entry(work, bucket, now, order, rank, seconds, future)
+        self._lanes.setdefault((work.device, bucket, work.priority), _Lane())[order] = entry
+        self._tokens[work.priority] += bucket
+        self._seconds[work.priority] += seconds
         future.add_done_callback(lambda _: self._forget(entry))
+
+    def _check_room(self, work: Work, bucket: int, now: float) -> None:
+        waiting, bound, whose = self.waiting_tokens, self._max_waiting_tokens, "tokens"
+        if work.priority is Priority.BULK:
+            waiting, bound, whose = self._tokens[Priority.BULK], int(bound * BULK_SHARE), "tokens in bulk"
+        if waiting + bucket > bound or self.waiting_tokens + bucket > self._max_waiting_tokens:
+            raise Overloaded(
+                f"The server has {waiting} {whose} waiting and takes on {bound} at most; try again in a moment.",
+                # By then half of what waits is done; all callers at once would not fit into less.
+                retry_seconds=max(self._backlog(Priority.BULK, now) / 2, MIN_RETRY_SECONDS),
+            )
+
+    def _backlog(self, priority: Priority, now: float) -> float:
+        """Predicted seconds until a text that comes now would have its turn."""
+        running = sum(batch.expected for batch in self._running) * self._drift
+        if self._running:
+            running = max(running - (now - max(self._running[0].started, self._collected)), 0.0)
+        ahead = sum(self._seconds[other] for other in Priority if other <= priority)
+        return running + ahead * self._drift
 
     def _forget(self, entry: _Entry) -> None:
         """Takes a cancelled text out of its queue (any other that is done has left it before)."""
         with self._changed:
-            if self._queues[entry.bucket].pop(entry.order, None) is not None:
-                self._waiting_tokens -= entry.bucket
+            self._pop((entry.work.device, entry.bucket, entry.work.priority), entry.order)
+
+    def _pop(self, key: tuple[Device, int, Priority], order: int) -> _Entry | None:
+        lane = self._lanes.get(key)
+        entry = lane.pop(order, None) if lane is not None else None
+        if entry is not None:
+            self._tokens[entry.work.priority] -= entry.bucket
+            self._seconds[entry.work.priority] -= entry.seconds
+            if not lane:
+                del self._lanes[key]
+        if not self._lanes:
+            self._seconds = dict.fromkeys(Priority, 0.0)  # else sums of floats would drift off zero
+        return entry
 
     def _take(self) -> tuple[list[_Entry], list[_Entry]]:
-        """The next batch, and the texts before it whose deadlines have passed."""
+        """The next batch, and the texts before it whose deadlines have passed or are too near."""
         batch: list[_Entry] = []
         expired: list[_Entry] = []
         with self._changed:
-            waiting = [queue for queue in self._queues.values() if queue]
-            if not waiting:
+            head = self._first(self._lanes)
+            if head is None:
                 return batch, expired
-            queue = min(waiting, key=lambda queue: next(iter(queue)))
-            bucket = queue[next(iter(queue))].bucket
-            count = self._device.batch_for(bucket, len(queue))
+            device, bucket = head.work.device, head.bucket
+            own = [(device, bucket, priority) for priority in Priority]
+            count = device.batch_for(bucket, sum(len(self._lanes.get(key, ())) for key in own))
+            rows = device.rows(bucket, count)
             now = self._clock()
-            while queue and len(batch) < count:
-                _, entry = queue.popitem(last=False)
-                self._waiting_tokens -= bucket
-                # From here on the owner can no longer cancel; False means that it just has.
-                if not entry.future.set_running_or_notify_cancel():
-                    continue
-                late = entry.deadline is not None and entry.deadline <= now
-                (expired if late else batch).append(entry)
+            ready = now + self._drift * device.seconds(bucket, count)
+            shorter = [(device, b, priority) for b in device.buckets if b < bucket for priority in Priority]
+            # Rows that would stand empty are the shorter texts' for nothing.
+            for keys, most in ((own, count), (shorter, rows)):
+                while len(batch) < most and (entry := self._first(keys)) is not None:
+                    self._pop((device, entry.bucket, entry.work.priority), entry.order)
+                    # From here on the owner can no longer cancel; False means that it just has.
+                    if not entry.future.set_running_or_notify_cancel():
+                        continue
+                    hopeless = entry.late(ready) and (bool(batch) or bool(self._lanes))
+                    (expired if entry.late(now) or hopeless else batch).append(entry)
         return batch, expired
 
-    def _run(self, batch: list[_Entry]) -> None:
-        started = self._clock()
-        try:
-            outputs = self._device.run([entry.ids for entry in batch], batch[0].bucket)
-        except Exception as error:
-            log_failure(f"A batch of {len(batch)} texts failed", error)
-            self._run_apart(batch)
-            return
-        seconds = self._clock() - started
-        for entry, output in zip(batch, outputs, strict=True):
-            _deliver(entry, Scored(output, started - entry.enqueued, seconds))
+    def _first(self, keys: Iterable[tuple[Device, int, Priority]]) -> _Entry | None:
+        """The entry of the lowest rank in some lanes."""
+        heads = [next(iter(lane.values())) for key in keys if (lane := self._lanes.get(key))]
+        return min(heads, key=lambda entry: entry.rank) if heads else None
 
-    def _run_apart(self, batch: list[_Entry]) -> None:
-        """After a failed batch: one text's failure is not its batch-mates', and a lost device is not one text's."""
-        if len(batch) > 1:
-            for entry in batch:
-                if entry.deadline is not None and entry.deadline <= self._clock():
-                    _deliver(entry, DeadlineExceeded("The deadline passed while the text was tried again."))
-                else:
-                    self._run([entry])
+    def _launch(self, entries: list[_Entry]) -> None:
+        bucket = max(entry.bucket for entry in entries)
+        device = entries[0].work.device
+        batch = _Batch(entries, bucket, tuple, self._clock(), device.seconds(bucket, len(entries)))
+        with self._changed:
+            self._running.append(batch)
+        try:
+            batch.collect = device.launch([entry.work.ids for entry in entries], bucket)
+        except Exception as error:
+            batch.collect = _raising(error)
+
+    def _collect(self) -> None:
+        batch = self._running[0]
+        try:
+            outputs = batch.collect()
+        except Exception as error:
+            log_failure(f"A batch of {len(batch.entries)} texts failed", error)
+            self._run_apart(batch)
+            with self._changed:
+                self._running.popleft()
             return
-        self._device.check()
-        _deliver(batch[0], InternalError("The server failed on this text; its log says why."))
+        now = self._clock()
+        # With several on the device, one begins when the one before it ends.
+        began = max(batch.started, self._collected)
+        with self._changed:
+            self._running.popleft()
+            self._collected = now
+            ratio = (now - began) / max(batch.expected, 1e-9)
+            low, high = DRIFT_RANGE
+            self._drift += DRIFT_RATE * (min(max(ratio, low), high) - self._drift)
+        for entry, output in zip(batch.entries, outputs, strict=True):
+            _deliver(entry, Scored(output, began - entry.enqueued, now - began))
+        self._on_batch(_account(batch, began, now))
+
+    def _run_apart(self, batch: _Batch) -> None:
+        """After a failed batch: one text's failure is not its batch-mates', and a lost device is not one text's."""
+        for entry in batch.entries:
+            began = self._clock()
+            if entry.late(began):
+                _deliver(entry, DeadlineExceeded("The deadline passed while the text was tried again."))
+                continue
+            output = self._try_again(batch, entry) if len(batch.entries) > 1 else None
+            if output is None:
+                batch.device.check()
+                _deliver(entry, InternalError("The server failed on this text; its log says why."))
+            else:
+                _deliver(entry, Scored(output, began - entry.enqueued, self._clock() - began))
+
+    def _try_again(self, batch: _Batch, entry: _Entry) -> Output | None:
+        """What one text of a failed batch gives by itself; None if it fails again."""
+        try:
+            return batch.device.launch([entry.work.ids], batch.bucket)()[0]
+        except Exception as error:
+            log_failure("A text of it failed again", error)
+            return None
 
     def _loop(self) -> None:
         try:
@@ -278,24 +377,32 @@ class Scheduler:
             self._die()
 
     def _wait(self) -> bool:
-        """Blocks until something waits (True), or nothing ever will again (False)."""
+        """Blocks until something waits or runs (True), or nothing ever will again (False)."""
         with self._changed:
-            while not self._waiting_tokens and self._refusal is None:
+            while not self._lanes and not self._running and self._refusal is None:
                 self._changed.wait()
-            return self._waiting_tokens > 0
+            return bool(self._lanes or self._running)
 
     def _die(self) -> None:
         with self._changed:
             self._dead = True
             self._refusal = "The server has lost its device and needs a restart; send the text to another one."
-            left = [entry for queue in self._queues.values() for entry in queue.values()]
-            for queue in self._queues.values():
-                queue.clear()
-            self._waiting_tokens = 0
+            left = [entry for lane in self._lanes.values() for entry in lane.values()]
+            self._lanes.clear()
+            self._running.clear()
+            self._tokens = dict.fromkeys(Priority, 0)
+            self._seconds = dict.fromkeys(Priority, 0.0)
         for entry in left:
             if entry.future.set_running_or_notify_cancel():
                 _deliver(entry, Unavailable(self._refusal))
         self._on_death()
+
+
+def _raising(error: Exception) -> Callable[[], Sequence[Output]]:
+    def collect() -> Sequence[Output]:
+        raise error
+
+    return collect
 
 
 def _deliver(entry: _Entry, result: Scored | ClasserError) -> None:
@@ -303,3 +410,15 @@ def _deliver(entry: _Entry, result: Scored | ClasserError) -> None:
         entry.future.set_result(result)
     else:
         entry.future.set_exception(result)
+
+
+def _account(batch: _Batch, began: float, ended: float) -> BatchRun:
+    return BatchRun(
+        batch.device,
+        batch.bucket,
+        batch.device.rows(batch.bucket, len(batch.entries)),
+        len(batch.entries),
+        sum(len(entry.work.ids) for entry in batch.entries),
+        ended - began,
+        [began - entry.enqueued for entry in batch.entries],
+    )

@@ -1,15 +1,14 @@
-"""`classer serve`: one process that loads a bundle, compiles its programs, and answers over gRPC until told to stop."""
+"""`classer serve`: loads bundles, compiles their programs, and answers over gRPC until told to stop."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import dataclasses
+import os
 import signal
-import socket
 from pathlib import Path
 
-import grpc.aio
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import SERVICE_NAME as HEALTH_NAME
 from grpc_health.v1.health import aio as health_aio  # pyright: ignore[reportAttributeAccessIssue]
@@ -18,43 +17,71 @@ from grpc_reflection.v1alpha import reflection
 from tqdm import tqdm
 
 from ..data.errors import InputError
-from ..model.bundle import load_bundle
-from ..model.focus import Focus
-from .answers import Answers
-from .engine import Engine, Warmed
-from .limits import MAX_MESSAGE_BYTES
+from .admin import ModelAdminService
+from .cache import check_private
+from .engine import Warmed
+from .errors import NotPossible
+from .frontends import MAX_FRONT_ENDS, FrontEnds
+from .listening import listen, make_server
+from .log import logger
+from .models import AUTO, Model, Models, ModelSettings, named_folders
 from .proto import classifier_pb2 as pb
-from .proto.classifier_pb2_grpc import add_ClassifierServicer_to_server
+from .proto.classifier_pb2_grpc import add_ClassifierServicer_to_server, add_ModelAdminServicer_to_server
+from .report import describe
 from .scheduler import MAX_WAITING_TOKENS, Scheduler
 from .service import ClassifierService
-from .tokenizing import TokenizerStage
 
 CLASSIFIER_NAME = pb.DESCRIPTOR.services_by_name["Classifier"].full_name
+ADMIN_NAME = pb.DESCRIPTOR.services_by_name["ModelAdmin"].full_name
 Health = health_pb2.HealthCheckResponse
 # How long the last answers may take onto the wire, once they are given.
 _SEND_SECONDS = 0.5
+# How often the device loop is looked after.
+_WATCH_SECONDS = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
 class ServeConfig:
-    """How to serve a bundle.
+    """How to serve bundles.
 
     Attributes:
-      bundle: the folder of the bundle.
+      bundles: the folders of the bundles, each FOLDER or NAME=FOLDER.
+      loadable: further bundles, likewise, that are not loaded at the start but may be through the admin port.
       host: the address to listen on; the default is reachable from this machine only.
       port: 0 picks a free one, which the last line printed names.
+      admin_port: where ModelAdmin (load, unload, list, default version) answers, on this machine only; 0 picks a free
+        one; by default nowhere.
       drain_seconds: how long requests in flight may still take after SIGTERM or SIGINT.
+      stall_seconds: after how long in one batch the device counts as stuck, and the server as not healthy.
       focus: the share of all tokens to keep on the mean over layers, or one share a layer with commas between; 1 is
-        all. The bundle must have been trained with --focus-epochs.
+        all. The bundle must have been trained with --focus-epochs. With several, requests choose; the first is their
+        default.
+      precision: what to compute in: float32, bfloat16 or int8; auto measures which is fastest for each length.
       max_waiting_tokens: how many tokens may wait for the device before requests are refused as RESOURCE_EXHAUSTED.
+      frontends: how many processes take the requests and hand them to the one with the device, in batches. One Python
+        process takes some thousands of calls a second; 0 is that one process for everything.
     """
 
-    bundle: Path
+    bundles: tuple[str, ...]
+    loadable: tuple[str, ...] = ()
     host: str = "127.0.0.1"
     port: int = 50051
+    admin_port: int | None = None
     drain_seconds: float = 30.0
-    focus: str = "1"
+    stall_seconds: float = 60.0
+    focus: tuple[str, ...] = ("1",)
+    precision: str = AUTO
     max_waiting_tokens: int = MAX_WAITING_TOKENS
+    frontends: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.bundles:
+            raise InputError("No bundle was named; give the folder of at least one. `classer train` writes them.")
+        if not 0 <= self.frontends <= MAX_FRONT_ENDS:
+            raise InputError(f"--frontends is {self.frontends}; it lies between 0 and {MAX_FRONT_ENDS}.")
+        for name in ("drain_seconds", "stall_seconds", "max_waiting_tokens"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be above 0.")
 
 
 def serve(config: ServeConfig) -> None:
@@ -63,7 +90,7 @@ def serve(config: ServeConfig) -> None:
     If the device is lost meanwhile it stays, with its health NOT_SERVING, for whoever watches that to replace it.
 
     Raises:
-      InputError: the bundle cannot be used, or the address not be listened on.
+      InputError: a bundle cannot be used, or an address not be listened on.
     """
     asyncio.run(_serve(config))
 
@@ -89,75 +116,122 @@ class Server:
       config: what to serve, and where.
 
     Raises:
-      InputError: the address cannot be listened on, or the bundle not be used.
+      InputError: an address cannot be listened on, or a bundle has no name.
 
     Attributes:
       address: "host:port" as it really is.
+      admin_address: likewise, of ModelAdmin; None if it is not offered.
     """
 
     def __init__(self, config: ServeConfig) -> None:
         self._config = config
-        # Two servers on one port would share its requests at random; refuse the second one instead.
-        options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
-        self._grpc = grpc.aio.server(options=options)
-        self.address = _listen(self._grpc, config.host, config.port)  # first, because it fails fastest
-        print(f"Loading {config.bundle} …", flush=True)
-        self._bundle = load_bundle(config.bundle)
-        focus = Focus.parse(config.focus, self._bundle.encoder.num_layers)
-        self._engine = Engine(
-            self._bundle.predictor(focus=focus),
-            max_length=self._bundle.max_length,
-            pad_id=self._bundle.tokenizer.pad_id,
-        )
-        self._tokenizer = TokenizerStage(self._bundle.tokenizer, self._bundle.max_length)
+        self._grpc = make_server()
+        self._front_ends = None
+        # Ports come first, because they fail fastest.
+        if config.frontends:
+            self._front_ends = FrontEnds(config.frontends, config.host, config.port, config.drain_seconds)
+            self.address = self._front_ends.address
+            self._grpc.add_insecure_port(self._front_ends.engine)
+        else:
+            self.address = listen(self._grpc, config.host, config.port, "--port")
+        self._admin_grpc = make_server()
+        self.admin_address = None
+        if config.admin_port is not None:
+            self.admin_address = listen(self._admin_grpc, "127.0.0.1", config.admin_port, "--admin-port")
+        if cache := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+            check_private(Path(cache))
+        self._first = list(named_folders(config.bundles))
+        folders = named_folders([*config.bundles, *config.loadable])
+        self.models = Models(folders, ModelSettings(config.focus, config.precision))
         self._loop = asyncio.get_running_loop()
-        self.scheduler = Scheduler(
-            self._engine,
-            max_waiting_tokens=config.max_waiting_tokens,
-            on_death=self._device_lost,
-        )
-        answers = Answers(self._bundle.taxonomy, self._bundle.calibration, self._bundle.version)
-        self._service = ClassifierService(self._tokenizer, self.scheduler, answers, focused=self._engine.focused)
+        self.scheduler = Scheduler(max_waiting_tokens=config.max_waiting_tokens, on_death=self._device_lost)
+        self._service = ClassifierService(self.models, self.scheduler)
+        self._admin = ModelAdminService(self.models)
         self._health = health_aio.HealthServicer()
+        self._watching: asyncio.Task[None] | None = None
         add_ClassifierServicer_to_server(self._service, self._grpc)
         add_HealthServicer_to_server(self._health, self._grpc)
         reflection.enable_server_reflection((CLASSIFIER_NAME, HEALTH_NAME, reflection.SERVICE_NAME), self._grpc)
+        add_ModelAdminServicer_to_server(self._admin, self._admin_grpc)
+        reflection.enable_server_reflection((ADMIN_NAME, reflection.SERVICE_NAME), self._admin_grpc)
 
     async def start(self) -> None:
         """Answers from now on: that it is not ready, until `warm_up` is through."""
         await self._say(Health.NOT_SERVING)
         await self._grpc.start()
+        await self._admin_grpc.start()
+        if self._front_ends is not None:
+            await self._front_ends.start()
 
     async def warm_up(self, stop: asyncio.Event) -> bool:
-        """Compiles and runs every program, then says SERVING; False if `stop` was set before that."""
-        await asyncio.to_thread(self._bundle.tokenizer.encode, ["warm up"], self._bundle.max_length)
-        programs = self._engine.warm_up()
-        with tqdm(total=len(self._engine.shapes), desc="Compiling programs", unit="program") as bar:
-            while not stop.is_set() and (warmed := await asyncio.to_thread(next, programs, None)):
-                bar.set_postfix_str(f"{warmed.batch_size} × {warmed.length} tokens")
-                bar.update()
-        if stop.is_set():
-            return False
-        print(_describe(self._engine.programs), flush=True)
+        """Loads every bundle, compiles and runs its programs, then says SERVING; False if `stop` was set before that.
+
+        Raises:
+          InputError: a bundle cannot be used.
+        """
+        for name in self._first:
+            print(f"Loading {self.models.folders[name]} …", flush=True)
+            try:
+                model = await self._load(name, stop)
+            except NotPossible:
+                if not stop.is_set():
+                    raise
+            if stop.is_set():
+                return False
+            print(describe(model), flush=True)
         self.scheduler.start()
-        self._service.ready = True
+        self._service.ready = self._admin.ready = True
+        self._watching = asyncio.create_task(self._watch())
         await self._say(Health.SERVING)
-        tasks = ", ".join(f"{task.name} ({len(task.labels)} labels)" for task in self._bundle.taxonomy.tasks)
-        bundle = self._bundle
-        print(f"Serving {tasks}, {bundle.precision}, version {bundle.version}, on {self.address}", flush=True)
+        if self.admin_address:
+            print(f"ModelAdmin answers on {self.admin_address}", flush=True)
+        tasks = [
+            f"{task.name} ({len(task.labels)} labels)" for one in self.models for task in one.answers.tasks.values()
+        ]
+        print(f"Serving {', '.join(tasks)} on {self.address}", flush=True)
         return True
 
     async def stop(self) -> None:
         """Takes on nothing more, lets what is in flight finish for `drain_seconds`, and ends every thread."""
+        if self._watching is not None:
+            self._watching.cancel()
         await self._health.enter_graceful_shutdown()
-        stopping = asyncio.create_task(self._grpc.stop(self._config.drain_seconds))
+        if self._front_ends is not None:
+            await self._front_ends.stop()  # they are let finish what they have taken on, which the engine answers
+        stopping = [asyncio.create_task(one.stop(self._config.drain_seconds)) for one in (self._grpc, self._admin_grpc)]
         # gRPC would wait for those who watch the health too, and they never leave: only classifying counts.
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._service.idle.wait(), self._config.drain_seconds)
-        await self._grpc.stop(_SEND_SECONDS)
-        await stopping
+            await asyncio.wait_for(self._service.calls.idle.wait(), self._config.drain_seconds)
+        for one in (self._grpc, self._admin_grpc):
+            await one.stop(_SEND_SECONDS)
+        await asyncio.gather(*stopping)
         await asyncio.to_thread(self.scheduler.close, self._config.drain_seconds)
-        self._tokenizer.close()
+        self.models.close()
+
+    async def _load(self, name: str, stop: asyncio.Event) -> Model:
+        with tqdm(desc="Compiling programs", unit="program") as bar:
+
+            def progress(model: Model, warmed: Warmed | None) -> bool:
+                bar.total = sum(engine.steps for engine in model.engines.values())
+                if warmed is not None:
+                    bar.set_postfix_str(
+                        f"{warmed.batch_size} × {warmed.length} tokens, {warmed.precision}", refresh=False
+                    )
+                    bar.update()
+                return not stop.is_set()
+
+            return await self.models.load(name, progress=progress)
+
+    async def _watch(self) -> None:
+        """Keeps the health true: red while a batch hangs, green again if it ends."""
+        healthy = True
+        while self.scheduler.alive:
+            await asyncio.sleep(_WATCH_SECONDS)
+            stuck = self.scheduler.running_seconds > self._config.stall_seconds
+            if healthy == stuck:
+                healthy = not stuck
+                logger.warning("the device %s", "is stuck" if stuck else "goes on")
+                await self._say(Health.SERVING if healthy else Health.NOT_SERVING)
 
     async def _say(self, status: Health.ServingStatus) -> None:
         for name in ("", CLASSIFIER_NAME):
@@ -166,43 +240,3 @@ class Server:
     def _device_lost(self) -> None:
         """Called in the scheduler's thread."""
         asyncio.run_coroutine_threadsafe(self._say(Health.NOT_SERVING), self._loop)
-
-
-def _listen(server: grpc.aio.Server, host: str, port: int) -> str:
-    """Binds the server's port; the real address.
-
-    Raises:
-      InputError: it cannot be bound.
-    """
-    if not 0 <= port <= 65535:
-        raise InputError(f"--port is {port}; a port is a number from 0 (pick a free one) to 65535.")
-    name = f"[{host}]" if ":" in host else host
-    try:
-        return f"{name}:{server.add_insecure_port(f'{name}:{port}')}"
-    except RuntimeError:
-        raise InputError(
-            f"Cannot listen on {name}:{port}: {_why_not(host, port)}. "
-            "Choose another --port (0 picks a free one) or --host."
-        ) from None
-
-
-def _why_not(host: str, port: int) -> str:
-    """The operating system's reason why an address cannot be bound, which gRPC only logs."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        return (error.strerror or str(error)).lower()
-    return "gRPC refused it"
-
-
-def _describe(programs: list[Warmed]) -> str:
-    """What was compiled, and what to expect of it, in a sentence."""
-    seconds = sum(warmed.compile_seconds for warmed in programs)
-    rates = []
-    for length in sorted({warmed.length for warmed in programs}):
-        rate = max(warmed.batch_size / warmed.run_seconds for warmed in programs if warmed.length == length)
-        rates.append(f"{rate:,.0f} of up to {length} tokens")
-    return f"Compiled {len(programs)} programs in {seconds:.0f} s. Expect, texts a second: {', '.join(rates)}."

@@ -1,48 +1,82 @@
-"""The gRPC service: validate → tokenise → schedule → decode → respond. What it rests on knows no gRPC."""
+"""The gRPC service `classer.v1.Classifier`. What it rests on knows no gRPC."""
 
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 
 import grpc
 import grpc.aio
 
-from ..data.readers import MAX_TEXT_CHARS
-from .answers import Answers
-from .errors import ClasserError, InternalError, InvalidRequest, Unavailable
+from .classifying import Asked, Classifying, Outcome
+from .describe import model_message, task_message
+from .errors import ClasserError, InternalError, InvalidRequest, Overloaded, Unavailable
 from .limits import MAX_TEXTS
 from .log import log_failure
+from .models import Models
 from .proto import classifier_pb2 as pb
 from .proto.classifier_pb2_grpc import ClassifierServicer
 from .scheduler import Scheduler
-from .status import code_of, to_status
-from .tokenizing import TokenizerStage, Tokens
+from .status import code_of, to_status, trailing_metadata
+from .work import Priority
+
+# How many messages of one stream are worked on at a time: enough that the device finds the next ones waiting.
+STREAM_AHEAD = 2
 
 
-class ClassifierService(ClassifierServicer):
-    """`classer.v1.Classifier` over one model, on one event loop.
+class Calls:
+    """Counts calls in flight, and ends each with the status of whatever it raises; no text gets into that.
 
     Attributes:
-      ready: False until the engine is warm; every call is then UNAVAILABLE.
       idle: set while no call is in flight.
     """
 
-    def __init__(self, tokenizer: TokenizerStage, scheduler: Scheduler, answers: Answers, *, focused: bool) -> None:
-        """`focused` says whether the model leaves tokens out, so that there is evidence to show."""
-        self._focused = focused
-        self._tokenizer = tokenizer
-        self._scheduler = scheduler
-        self._answers = answers
-        self.ready = False
+    def __init__(self) -> None:
         self.idle = asyncio.Event()
         self.idle.set()
-        self._in_flight = 0
+        self.in_flight = 0
+
+    @contextlib.asynccontextmanager
+    async def call(self, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
+        self.in_flight += 1
+        self.idle.clear()
+        try:
+            yield
+        except ClasserError as error:
+            await context.abort(code_of(error), str(error), trailing_metadata(error))
+        except grpc.aio.BaseError:  # abort's own, or gRPC's where the caller has gone meanwhile
+            raise
+        except Exception as error:
+            log_failure("A request failed", error)
+            failure = InternalError("The server failed on this request; its log says why.")
+            await context.abort(code_of(failure), str(failure), trailing_metadata(failure))
+        finally:
+            self.in_flight -= 1
+            if not self.in_flight:
+                self.idle.set()
+
+
+class ClassifierService(ClassifierServicer):
+    """`classer.v1.Classifier` over the models of a server, on one event loop.
+
+    Attributes:
+      calls: those in flight.
+      ready: False until the models are warm; every call is then UNAVAILABLE.
+    """
+
+    def __init__(self, models: Models, scheduler: Scheduler) -> None:
+        self._models = models
+        self._classifying = Classifying(models, scheduler)
+        self.calls = Calls()
+        self.ready = False
 
     async def Classify(self, request: pb.ClassifyRequest, context: grpc.aio.ServicerContext) -> pb.ClassifyResponse:
-        async with self._call(context):
-            (outcome,) = await self._classify([request.text], request, context.time_remaining())
+        async with self.calls.call(context):
+            self._check_ready()
+            asked = self._classifying.ask(request, context.time_remaining())
+            (outcome,) = await self._classifying.classify([request.text], [asked])
             if isinstance(outcome, ClasserError):
                 raise outcome
         return outcome
@@ -50,83 +84,96 @@ class ClassifierService(ClassifierServicer):
     async def ClassifyBatch(
         self, request: pb.ClassifyBatchRequest, context: grpc.aio.ServicerContext
     ) -> pb.ClassifyBatchResponse:
-        async with self._call(context):
-            count = len(request.texts)
-            if not 1 <= count <= MAX_TEXTS:
-                raise InvalidRequest(f"The field `texts` holds {count} texts; one call takes 1 to {MAX_TEXTS}.")
-            outcomes = await self._classify(request.texts, request, context.time_remaining())
-        return pb.ClassifyBatchResponse(items=[_item(outcome) for outcome in outcomes])
+        async with self.calls.call(context):
+            self._check_ready()
+            outcomes = await self._batch(request, context.time_remaining(), Priority.INTERACTIVE)
+        return _batch_response(outcomes)
 
-    @contextlib.asynccontextmanager
-    async def _call(self, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
-        """Counts a call as in flight, and ends it with the status of whatever it raises; no text gets into that."""
-        self._in_flight += 1
-        self.idle.clear()
-        try:
-            yield
-        except ClasserError as error:
-            await context.abort(code_of(error), str(error))
-        except Exception as error:
-            log_failure("A request failed", error)
-            failure = InternalError("The server failed on this request; its log says why.")
-            await context.abort(code_of(failure), str(failure))
-        finally:
-            self._in_flight -= 1
-            if not self._in_flight:
-                self.idle.set()
+    async def ClassifyStream(
+        self, requests: AsyncIterator[pb.ClassifyBatchRequest], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.ClassifyBatchResponse]:
+        async with self.calls.call(context):
+            self._check_ready()
+            working: collections.deque[asyncio.Task[list[Outcome]]] = collections.deque()
+            try:
+                async for request in requests:
+                    working.append(asyncio.create_task(self._patient_batch(request, context)))
+                    if len(working) >= STREAM_AHEAD:
+                        yield _batch_response(await working.popleft())
+                while working:
+                    yield _batch_response(await working.popleft())
+            finally:
+                for task in working:
+                    task.cancel()
+                await asyncio.gather(*working, return_exceptions=True)
 
-    async def _classify(
-        self,
-        texts: Sequence[str],
-        request: pb.ClassifyRequest | pb.ClassifyBatchRequest,
-        seconds: float | None,
-    ) -> list[pb.ClassifyResponse | ClasserError]:
-        """One outcome a text; raises what is wrong with all of them. `seconds` is how long the caller will wait."""
+    async def ListTasks(self, request: pb.ListTasksRequest, context: grpc.aio.ServicerContext) -> pb.ListTasksResponse:
+        async with self.calls.call(context):
+            self._check_ready()
+            models = [self._models.find(request.model)] if request.model else self._models.defaults
+        tasks = [(task, model) for model in models for task in model.bundle.taxonomy.tasks]
+        return pb.ListTasksResponse(tasks=[task_message(task, model, labels=False) for task, model in tasks])
+
+    async def GetModel(self, request: pb.GetModelRequest, context: grpc.aio.ServicerContext) -> pb.Model:
+        async with self.calls.call(context):
+            self._check_ready()
+            model = self._models.find(request.name, request.version)
+        return model_message(model, self._models, labels=True)
+
+    def _check_ready(self) -> None:
         if not self.ready:
             raise Unavailable("The server is still compiling its programs; wait until its health says SERVING.")
-        task = self._answers.task(request.task)
-        if request.evidence and not self._focused:
+
+    async def _batch(
+        self, request: pb.ClassifyBatchRequest, seconds: float | None, priority: Priority
+    ) -> list[Outcome]:
+        """One outcome a text or request; raises what is wrong with all of them."""
+        if request.texts and request.requests:
+            raise InvalidRequest("A batch holds either `texts` or `requests`, not both.", field="requests")
+        field = "requests" if request.requests else "texts"
+        count = len(request.requests) or len(request.texts)
+        if not 1 <= count <= MAX_TEXTS:
             raise InvalidRequest(
-                "The field `evidence` is set, but this server reads every token, so that none stands out; start it "
-                "with a focus below 1."
+                f"The field `{field}` holds {count} {field}; one call takes 1 to {MAX_TEXTS}.", field=field
             )
-        deadline = None if seconds is None else self._scheduler.clock() + seconds
-        outcomes: dict[int, pb.ClassifyResponse | ClasserError] = {}
+        if request.texts:
+            asked = self._classifying.ask(request, seconds, priority)
+            return await self._classifying.classify(request.texts, [asked] * count)
+        outcomes: dict[int, Outcome] = {}
+        ready: dict[int, Asked] = {}
+        for i, one in enumerate(request.requests):
+            try:
+                ready[i] = self._classifying.ask(one, seconds, priority)
+            except ClasserError as error:
+                outcomes[i] = error
+        texts = [request.requests[i].text for i in ready]
+        outcomes.update(zip(ready, await self._classifying.classify(texts, list(ready.values())), strict=True))
+        return [outcomes[i] for i in range(count)]
 
-        for i, text in enumerate(texts):
-            if len(text) > MAX_TEXT_CHARS:
-                outcomes[i] = InvalidRequest(
-                    f"The text has {len(text)} characters; at most {MAX_TEXT_CHARS} are taken. Split or shorten it."
-                )
-        rest = [i for i in range(len(texts)) if i not in outcomes]
-
-        tokens: dict[int, Tokens] = {}
-        encoded_texts = await self._tokenizer.tokenize([texts[i] for i in rest], spans=request.evidence)
-        for i, encoded in zip(rest, encoded_texts, strict=True):
-            if isinstance(encoded, Tokens):
-                tokens[i] = encoded
-            else:
-                outcomes[i] = encoded
-
-        futures = self._scheduler.submit_all([one.ids for one in tokens.values()], deadline=deadline)
-        # Cancelling this coroutine (the caller has gone, or its deadline has passed) cancels all of them.
-        results = await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
-        scored = {}
-        for i, result in zip(tokens, results, strict=True):
-            if isinstance(result, ClasserError):
-                outcomes[i] = result
-            elif isinstance(result, BaseException):
-                raise result
-            else:
-                scored[i] = result
-
-        read = [tokens[i] for i in scored]
-        answers = self._answers.answer(task, read, list(scored.values()), request.top_k, request.evidence)
-        outcomes.update(zip(scored, answers, strict=True))
-        return [outcomes[i] for i in range(len(texts))]
+    async def _patient_batch(
+        self, request: pb.ClassifyBatchRequest, context: grpc.aio.ServicerContext
+    ) -> list[Outcome]:
+        """A batch of a stream: what is refused because too much waits is tried again, until the call ends."""
+        outcomes = await self._batch(request, context.time_remaining(), Priority.BULK)
+        while refused := {i: one for i, one in enumerate(outcomes) if isinstance(one, Overloaded)}:
+            await asyncio.sleep(max(one.retry_seconds or 0.0 for one in refused.values()) or 0.1)
+            again = pb.ClassifyBatchRequest()
+            again.CopyFrom(request)
+            for field in ("texts", "requests"):
+                if left := [value for i, value in enumerate(getattr(request, field)) if i in refused]:
+                    again.ClearField(field)
+                    getattr(again, field).extend(left)
+            retried = await self._batch(again, context.time_remaining(), Priority.BULK)
+            for i, outcome in zip(refused, retried, strict=True):
+                outcomes[i] = outcome
+        return outcomes
 
 
-def _item(outcome: pb.ClassifyResponse | ClasserError) -> pb.ClassifyBatchItem:
+def _batch_response(outcomes: Sequence[Outcome]) -> pb.ClassifyBatchResponse:
+    return pb.ClassifyBatchResponse(items=[_item(outcome) for outcome in outcomes])
+
+
+def _item(outcome: Outcome) -> pb.ClassifyBatchItem:
     if isinstance(outcome, ClasserError):
         return pb.ClassifyBatchItem(error=to_status(outcome))
     return pb.ClassifyBatchItem(response=outcome)

@@ -1,9 +1,14 @@
-"""Which gRPC status each error is on the wire; the one table that the server writes by and the client reads by."""
+"""Which gRPC status each error is on the wire, with which details; the one table that the server writes by and the
+client reads by.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import grpc
-from google.rpc import status_pb2
+from google.protobuf.duration_pb2 import Duration
+from google.rpc import error_details_pb2, status_pb2
 
 from .errors import (
     Cancelled,
@@ -11,6 +16,7 @@ from .errors import (
     DeadlineExceeded,
     InternalError,
     InvalidRequest,
+    NotPossible,
     Overloaded,
     Unavailable,
     UnknownTask,
@@ -24,9 +30,13 @@ _CODES: dict[type[ClasserError], grpc.StatusCode] = {
     DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     Cancelled: grpc.StatusCode.CANCELLED,
     InternalError: grpc.StatusCode.INTERNAL,
+    NotPossible: grpc.StatusCode.FAILED_PRECONDITION,
 }
 _ERRORS = {code: error for error, code in _CODES.items()}
 _NUMBERS = {code.value[0]: code for code in grpc.StatusCode}
+# Where gRPC carries a google.rpc.Status beside a call's code and sentence.
+_DETAILS_KEY = "grpc-status-details-bin"
+_DOMAIN = "classer"
 
 
 def code_of(error: ClasserError) -> grpc.StatusCode:
@@ -34,16 +44,43 @@ def code_of(error: ClasserError) -> grpc.StatusCode:
     return _CODES.get(type(error), grpc.StatusCode.INTERNAL)
 
 
-def error_of(code: grpc.StatusCode, sentence: str) -> ClasserError:
+def error_of(code: grpc.StatusCode, sentence: str, *, retry_seconds: float | None = None) -> ClasserError:
     """The error of a status code; a code that no Classer server sends is an InternalError."""
-    return _ERRORS.get(code, InternalError)(sentence)
+    return _ERRORS.get(code, InternalError)(sentence, retry_seconds=retry_seconds)
 
 
 def to_status(error: ClasserError) -> status_pb2.Status:
-    """An error as the google.rpc.Status of one text of a batch."""
-    return status_pb2.Status(code=code_of(error).value[0], message=str(error))
+    """An error as a google.rpc.Status, with ErrorInfo, and BadRequest or RetryInfo where there is something to say."""
+    status = status_pb2.Status(code=code_of(error).value[0], message=str(error))
+    status.details.add().Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=_DOMAIN))
+    if error.field:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=str(error))
+        status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+    if error.retry_seconds is not None:
+        delay = Duration()
+        delay.FromNanoseconds(round(error.retry_seconds * 1e9))
+        status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
+    return status
 
 
 def from_status(status: status_pb2.Status) -> ClasserError:
-    """The error of one text of a batch; the reverse of `to_status`."""
-    return error_of(_NUMBERS.get(status.code, grpc.StatusCode.INTERNAL), status.message)
+    """The reverse of `to_status`."""
+    retry_seconds, info = None, error_details_pb2.RetryInfo()
+    for detail in status.details:
+        if detail.Unpack(info):
+            retry_seconds = info.retry_delay.ToNanoseconds() / 1e9
+    code = _NUMBERS.get(status.code, grpc.StatusCode.INTERNAL)
+    return error_of(code, status.message, retry_seconds=retry_seconds)
+
+
+def trailing_metadata(error: ClasserError) -> tuple[tuple[str, bytes], ...]:
+    """What carries an error's details beside a failed call."""
+    return ((_DETAILS_KEY, to_status(error).SerializeToString()),)
+
+
+def retry_seconds_of(metadata: Any) -> float | None:
+    """After how long the server says that a failed call may be tried again, from its trailing metadata."""
+    for key, value in metadata or ():
+        if key == _DETAILS_KEY:
+            return from_status(status_pb2.Status.FromString(value)).retry_seconds
+    return None

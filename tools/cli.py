@@ -17,6 +17,7 @@ from classer.tools import commands
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": commands.train,
     "serve": commands.serve,
+    "frontend": commands.frontend,
     "classify": commands.classify,
     "evaluate": commands.evaluate,
     "focus-report": commands.focus_report,

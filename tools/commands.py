@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import os
 import pkgutil
 import shlex
 import sys
@@ -115,16 +116,30 @@ def _megabytes(bundle: Bundle) -> float:
 
 
 def serve(argv: Sequence[str]) -> None:
-    """Serve a bundle over gRPC."""
+    """Serve bundles over gRPC."""
     from classer.serve.server import ServeConfig
     from classer.serve.server import serve as run_server
+    from classer.tools.environment import from_environment
 
     @dataclasses.dataclass(frozen=True)
     class Arguments(ServeConfig):
-        bundle: BundleArgument
+        bundles: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="BUNDLE")] = ()
 
-    arguments = _parse(Arguments, argv, "classer serve", serve.__doc__, ServeConfig.__doc__)
-    run_server(ServeConfig(**dataclasses.asdict(arguments)))
+    more, argv = from_environment(Arguments, argv, os.environ)
+    description = f"{serve.__doc__} Every option is also an environment variable: --max-waiting-tokens is " + (
+        "CLASSER_MAX_WAITING_TOKENS, the bundles are CLASSER_BUNDLES; the command line goes before it."
+    )
+    Arguments.__doc__ = ServeConfig.__doc__
+    default: dict[str, Any] = {"default": Arguments(**more)} if more else {}
+    arguments = tyro.cli(Arguments, prog="classer serve", args=argv, description=description, **default)
+    run_server(ServeConfig(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(ServeConfig)}))
+
+
+def frontend(argv: Sequence[str]) -> None:
+    """Run a front end, on this machine or another, before an engine that `classer serve` runs."""
+    from classer.serve.frontend import FrontEndConfig, run_front_end
+
+    run_front_end(_parse(FrontEndConfig, argv, "classer frontend", frontend.__doc__))
 
 
 MAX_TIMEOUT = 86_400

@@ -25,27 +25,59 @@ _sym_db = _symbol_database.Default()
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$classer/serve/proto/classifier.proto\x12\nclasser.v1\x1a\x17google/rpc/status.proto\"N\n\x0f\x43lassifyRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x10\n\x08\x65vidence\x18\x04 \x01(\x08\":\n\x0bScoredLabel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x02\x12\x0e\n\x06\x63hosen\x18\x03 \x01(\x08\"9\n\x0c\x45videnceSpan\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0b\n\x03\x65nd\x18\x02 \x01(\r\x12\r\n\x05score\x18\x03 \x01(\x02\"\xdd\x01\n\x10\x43lassifyResponse\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\'\n\x06labels\x18\x02 \x03(\x0b\x32\x17.classer.v1.ScoredLabel\x12\x11\n\ttruncated\x18\x03 \x01(\x08\x12\x0e\n\x06tokens\x18\x04 \x01(\r\x12\x14\n\x0cqueue_micros\x18\x05 \x01(\x04\x12\x16\n\x0e\x63ompute_micros\x18\x06 \x01(\x04\x12\x15\n\rmodel_version\x18\x07 \x01(\t\x12*\n\x08\x65vidence\x18\x08 \x03(\x0b\x32\x18.classer.v1.EvidenceSpan\"T\n\x14\x43lassifyBatchRequest\x12\r\n\x05texts\x18\x01 \x03(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x10\n\x08\x65vidence\x18\x04 \x01(\x08\"t\n\x11\x43lassifyBatchItem\x12\x30\n\x08response\x18\x01 \x01(\x0b\x32\x1c.classer.v1.ClassifyResponseH\x00\x12#\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\x08\n\x06result\"E\n\x15\x43lassifyBatchResponse\x12,\n\x05items\x18\x01 \x03(\x0b\x32\x1d.classer.v1.ClassifyBatchItem2\xa9\x01\n\nClassifier\x12\x45\n\x08\x43lassify\x12\x1b.classer.v1.ClassifyRequest\x1a\x1c.classer.v1.ClassifyResponse\x12T\n\rClassifyBatch\x12 .classer.v1.ClassifyBatchRequest\x1a!.classer.v1.ClassifyBatchResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$classer/serve/proto/classifier.proto\x12\nclasser.v1\x1a\x17google/rpc/status.proto\"\xfd\x01\n\x0f\x43lassifyRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x10\n\x08\x65vidence\x18\x04 \x01(\x08\x12\r\n\x05model\x18\x05 \x01(\t\x12\x15\n\rmodel_version\x18\x06 \x01(\t\x12\x16\n\tthreshold\x18\x07 \x01(\x02H\x00\x88\x01\x01\x12\r\n\x05\x66ocus\x18\x08 \x01(\t\x12&\n\x08priority\x18\t \x01(\x0e\x32\x14.classer.v1.Priority\x12\x12\n\nrequest_id\x18\n \x01(\t\x12\x16\n\x0etimeout_micros\x18\x0b \x01(\x04\x42\x0c\n\n_threshold\"H\n\x0bScoredLabel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x02\x12\x0e\n\x06\x63hosen\x18\x03 \x01(\x08\x12\x0c\n\x04path\x18\x04 \x03(\t\"9\n\x0c\x45videnceSpan\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0b\n\x03\x65nd\x18\x02 \x01(\r\x12\r\n\x05score\x18\x03 \x01(\x02\"\x80\x02\n\x10\x43lassifyResponse\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\'\n\x06labels\x18\x02 \x03(\x0b\x32\x17.classer.v1.ScoredLabel\x12\x11\n\ttruncated\x18\x03 \x01(\x08\x12\x0e\n\x06tokens\x18\x04 \x01(\r\x12\x14\n\x0cqueue_micros\x18\x05 \x01(\x04\x12\x16\n\x0e\x63ompute_micros\x18\x06 \x01(\x04\x12\x15\n\rmodel_version\x18\x07 \x01(\t\x12*\n\x08\x65vidence\x18\x08 \x03(\x0b\x32\x18.classer.v1.EvidenceSpan\x12\r\n\x05model\x18\t \x01(\t\x12\x12\n\nrequest_id\x18\n \x01(\t\"\xb2\x02\n\x14\x43lassifyBatchRequest\x12\r\n\x05texts\x18\x01 \x03(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x10\n\x08\x65vidence\x18\x04 \x01(\x08\x12\r\n\x05model\x18\x05 \x01(\t\x12\x15\n\rmodel_version\x18\x06 \x01(\t\x12\x16\n\tthreshold\x18\x07 \x01(\x02H\x00\x88\x01\x01\x12\r\n\x05\x66ocus\x18\x08 \x01(\t\x12&\n\x08priority\x18\t \x01(\x0e\x32\x14.classer.v1.Priority\x12\x12\n\nrequest_id\x18\n \x01(\t\x12\x16\n\x0etimeout_micros\x18\x0b \x01(\x04\x12-\n\x08requests\x18\x0c \x03(\x0b\x32\x1b.classer.v1.ClassifyRequestB\x0c\n\n_threshold\"t\n\x11\x43lassifyBatchItem\x12\x30\n\x08response\x18\x01 \x01(\x0b\x32\x1c.classer.v1.ClassifyResponseH\x00\x12#\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\x08\n\x06result\"E\n\x15\x43lassifyBatchResponse\x12,\n\x05items\x18\x01 \x03(\x0b\x32\x1d.classer.v1.ClassifyBatchItem\"!\n\x10ListTasksRequest\x12\r\n\x05model\x18\x01 \x01(\t\"4\n\x11ListTasksResponse\x12\x1f\n\x05tasks\x18\x01 \x03(\x0b\x32\x10.classer.v1.Task\"\x7f\n\x04Task\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x12\n\nnum_labels\x18\x03 \x01(\r\x12!\n\x06labels\x18\x04 \x03(\x0b\x32\x11.classer.v1.Label\x12\r\n\x05model\x18\x05 \x01(\t\x12\x15\n\rmodel_version\x18\x06 \x01(\t\"8\n\x05Label\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x0c\n\x04path\x18\x03 \x03(\t\"0\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"\x87\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x12\n\nis_default\x18\x03 \x01(\x08\x12%\n\x05state\x18\x04 \x01(\x0e\x32\x16.classer.v1.ModelState\x12\x11\n\tprecision\x18\x05 \x01(\t\x12\x12\n\nmax_length\x18\x06 \x01(\r\x12\x0f\n\x07\x66ocuses\x18\x07 \x03(\t\x12\x1f\n\x05tasks\x18\x08 \x03(\x0b\x32\x10.classer.v1.Task\x12%\n\x08programs\x18\t \x03(\x0b\x32\x13.classer.v1.Program\x12\x11\n\tin_flight\x18\n \x01(\r\x12\x11\n\tloaded_at\x18\x0b \x01(\x01\"c\n\x07Program\x12\x0e\n\x06\x62ucket\x18\x01 \x01(\r\x12\x12\n\nbatch_size\x18\x02 \x01(\r\x12\x11\n\tprecision\x18\x03 \x01(\t\x12\r\n\x05\x66ocus\x18\x04 \x01(\t\x12\x12\n\nrun_micros\x18\x05 \x01(\x04\"\x13\n\x11ListModelsRequest\"H\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.classer.v1.Model\x12\x0f\n\x07\x62undles\x18\x02 \x03(\t\"W\n\x10LoadModelRequest\x12\x0e\n\x06\x62undle\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x13\n\x0bnot_default\x18\x03 \x01(\x08\x12\x10\n\x08keep_old\x18\x04 \x01(\x08\"3\n\x12UnloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"\x15\n\x13UnloadModelResponse\"9\n\x18SetDefaultVersionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t*?\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x0f\n\x0bINTERACTIVE\x10\x01\x12\x08\n\x04\x42ULK\x10\x02*O\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x0b\n\x07LOADING\x10\x01\x12\t\n\x05READY\x10\x02\x12\x0c\n\x08RETIRING\x10\x03\x32\x8a\x03\n\nClassifier\x12\x45\n\x08\x43lassify\x12\x1b.classer.v1.ClassifyRequest\x1a\x1c.classer.v1.ClassifyResponse\x12T\n\rClassifyBatch\x12 .classer.v1.ClassifyBatchRequest\x1a!.classer.v1.ClassifyBatchResponse\x12Y\n\x0e\x43lassifyStream\x12 .classer.v1.ClassifyBatchRequest\x1a!.classer.v1.ClassifyBatchResponse(\x01\x30\x01\x12H\n\tListTasks\x12\x1c.classer.v1.ListTasksRequest\x1a\x1d.classer.v1.ListTasksResponse\x12:\n\x08GetModel\x12\x1b.classer.v1.GetModelRequest\x1a\x11.classer.v1.Model2\xb5\x02\n\nModelAdmin\x12K\n\nListModels\x12\x1d.classer.v1.ListModelsRequest\x1a\x1e.classer.v1.ListModelsResponse\x12<\n\tLoadModel\x12\x1c.classer.v1.LoadModelRequest\x1a\x11.classer.v1.Model\x12N\n\x0bUnloadModel\x12\x1e.classer.v1.UnloadModelRequest\x1a\x1f.classer.v1.UnloadModelResponse\x12L\n\x11SetDefaultVersion\x12$.classer.v1.SetDefaultVersionRequest\x1a\x11.classer.v1.Modelb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'classer.serve.proto.classifier_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CLASSIFYREQUEST']._serialized_start=77
-  _globals['_CLASSIFYREQUEST']._serialized_end=155
-  _globals['_SCOREDLABEL']._serialized_start=157
-  _globals['_SCOREDLABEL']._serialized_end=215
-  _globals['_EVIDENCESPAN']._serialized_start=217
-  _globals['_EVIDENCESPAN']._serialized_end=274
-  _globals['_CLASSIFYRESPONSE']._serialized_start=277
-  _globals['_CLASSIFYRESPONSE']._serialized_end=498
-  _globals['_CLASSIFYBATCHREQUEST']._serialized_start=500
-  _globals['_CLASSIFYBATCHREQUEST']._serialized_end=584
-  _globals['_CLASSIFYBATCHITEM']._serialized_start=586
-  _globals['_CLASSIFYBATCHITEM']._serialized_end=702
-  _globals['_CLASSIFYBATCHRESPONSE']._serialized_start=704
-  _globals['_CLASSIFYBATCHRESPONSE']._serialized_end=773
-  _globals['_CLASSIFIER']._serialized_start=776
-  _globals['_CLASSIFIER']._serialized_end=945
+  _globals['_PRIORITY']._serialized_start=2235
+  _globals['_PRIORITY']._serialized_end=2298
+  _globals['_MODELSTATE']._serialized_start=2300
+  _globals['_MODELSTATE']._serialized_end=2379
+  _globals['_CLASSIFYREQUEST']._serialized_start=78
+  _globals['_CLASSIFYREQUEST']._serialized_end=331
+  _globals['_SCOREDLABEL']._serialized_start=333
+  _globals['_SCOREDLABEL']._serialized_end=405
+  _globals['_EVIDENCESPAN']._serialized_start=407
+  _globals['_EVIDENCESPAN']._serialized_end=464
+  _globals['_CLASSIFYRESPONSE']._serialized_start=467
+  _globals['_CLASSIFYRESPONSE']._serialized_end=723
+  _globals['_CLASSIFYBATCHREQUEST']._serialized_start=726
+  _globals['_CLASSIFYBATCHREQUEST']._serialized_end=1032
+  _globals['_CLASSIFYBATCHITEM']._serialized_start=1034
+  _globals['_CLASSIFYBATCHITEM']._serialized_end=1150
+  _globals['_CLASSIFYBATCHRESPONSE']._serialized_start=1152
+  _globals['_CLASSIFYBATCHRESPONSE']._serialized_end=1221
+  _globals['_LISTTASKSREQUEST']._serialized_start=1223
+  _globals['_LISTTASKSREQUEST']._serialized_end=1256
+  _globals['_LISTTASKSRESPONSE']._serialized_start=1258
+  _globals['_LISTTASKSRESPONSE']._serialized_end=1310
+  _globals['_TASK']._serialized_start=1312
+  _globals['_TASK']._serialized_end=1439
+  _globals['_LABEL']._serialized_start=1441
+  _globals['_LABEL']._serialized_end=1497
+  _globals['_GETMODELREQUEST']._serialized_start=1499
+  _globals['_GETMODELREQUEST']._serialized_end=1547
+  _globals['_MODEL']._serialized_start=1550
+  _globals['_MODEL']._serialized_end=1813
+  _globals['_PROGRAM']._serialized_start=1815
+  _globals['_PROGRAM']._serialized_end=1914
+  _globals['_LISTMODELSREQUEST']._serialized_start=1916
+  _globals['_LISTMODELSREQUEST']._serialized_end=1935
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1937
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2009
+  _globals['_LOADMODELREQUEST']._serialized_start=2011
+  _globals['_LOADMODELREQUEST']._serialized_end=2098
+  _globals['_UNLOADMODELREQUEST']._serialized_start=2100
+  _globals['_UNLOADMODELREQUEST']._serialized_end=2151
+  _globals['_UNLOADMODELRESPONSE']._serialized_start=2153
+  _globals['_UNLOADMODELRESPONSE']._serialized_end=2174
+  _globals['_SETDEFAULTVERSIONREQUEST']._serialized_start=2176
+  _globals['_SETDEFAULTVERSIONREQUEST']._serialized_end=2233
+  _globals['_CLASSIFIER']._serialized_start=2382
+  _globals['_CLASSIFIER']._serialized_end=2776
+  _globals['_MODELADMIN']._serialized_start=2779
+  _globals['_MODELADMIN']._serialized_end=3088
 # @@protoc_insertion_point(module_scope)

@@ -26,13 +26,14 @@ if _version_not_supported:
 
 
 class ClassifierStub:
-    """Classifies texts with the tasks of one model.
+    """Classifies texts with the tasks of the models that a server has loaded.
 
-    Errors of both methods:
+    Errors of all methods, each with google.rpc details (ErrorInfo with a reason of the domain "classer"; and as said):
     INVALID_ARGUMENT    a field is out of its limits; the message says which and the limit, never what the text was
-    NOT_FOUND           the model has no such task; the message names those it has
-    RESOURCE_EXHAUSTED  more waits than the server takes on; nothing was computed, so try again in a moment
-    DEADLINE_EXCEEDED   the deadline passed first; a text whose deadline has passed is never computed
+    (BadRequest names the field)
+    NOT_FOUND           there is no such task or model; the message names those there are
+    RESOURCE_EXHAUSTED  more waits than the server takes on; nothing was computed (RetryInfo says when to try again)
+    DEADLINE_EXCEEDED   the deadline passed first, or cannot be met; such a text is never computed
     UNAVAILABLE         the server is starting, stopping or has lost its device
     INTERNAL            the server failed on this text; its log says why
     """
@@ -53,16 +54,32 @@ class ClassifierStub:
                 request_serializer=classer_dot_serve_dot_proto_dot_classifier__pb2.ClassifyBatchRequest.SerializeToString,
                 response_deserializer=classer_dot_serve_dot_proto_dot_classifier__pb2.ClassifyBatchResponse.FromString,
                 _registered_method=True)
+        self.ClassifyStream = channel.stream_stream(
+                '/classer.v1.Classifier/ClassifyStream',
+                request_serializer=classer_dot_serve_dot_proto_dot_classifier__pb2.ClassifyBatchRequest.SerializeToString,
+                response_deserializer=classer_dot_serve_dot_proto_dot_classifier__pb2.ClassifyBatchResponse.FromString,
+                _registered_method=True)
+        self.ListTasks = channel.unary_unary(
+                '/classer.v1.Classifier/ListTasks',
+                request_serializer=classer_dot_serve_dot_proto_dot_classifier__pb2.ListTasksRequest.SerializeToString,
+                response_deserializer=classer_dot_serve_dot_proto_dot_classifier__pb2.ListTasksResponse.FromString,
+                _registered_method=True)
+        self.GetModel = channel.unary_unary(
+                '/classer.v1.Classifier/GetModel',
+                request_serializer=classer_dot_serve_dot_proto_dot_classifier__pb2.GetModelRequest.SerializeToString,
+                response_deserializer=classer_dot_serve_dot_proto_dot_classifier__pb2.Model.FromString,
+                _registered_method=True)
 
 
 class ClassifierServicer:
-    """Classifies texts with the tasks of one model.
+    """Classifies texts with the tasks of the models that a server has loaded.
 
-    Errors of both methods:
+    Errors of all methods, each with google.rpc details (ErrorInfo with a reason of the domain "classer"; and as said):
     INVALID_ARGUMENT    a field is out of its limits; the message says which and the limit, never what the text was
-    NOT_FOUND           the model has no such task; the message names those it has
-    RESOURCE_EXHAUSTED  more waits than the server takes on; nothing was computed, so try again in a moment
-    DEADLINE_EXCEEDED   the deadline passed first; a text whose deadline has passed is never computed
+    (BadRequest names the field)
+    NOT_FOUND           there is no such task or model; the message names those there are
+    RESOURCE_EXHAUSTED  more waits than the server takes on; nothing was computed (RetryInfo says when to try again)
+    DEADLINE_EXCEEDED   the deadline passed first, or cannot be met; such a text is never computed
     UNAVAILABLE         the server is starting, stopping or has lost its device
     INTERNAL            the server failed on this text; its log says why
     """
@@ -75,9 +92,31 @@ class ClassifierServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ClassifyBatch(self, request, context):
-        """Classifies up to 1,024 texts with one task. Each text has an answer or an error of its own: one that cannot be
-        classified does not fail the others. The call itself fails only for what is wrong with the whole of it: no texts,
-        too many, no such task.
+        """Classifies up to 1,024 texts. Each has an answer or an error of its own: one that cannot be classified does not
+        fail the others. The call itself fails only for what is wrong with the whole of it: no texts, too many, no such
+        task.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ClassifyStream(self, request_iterator, context):
+        """Classifies any number of texts, in bulk: each message is answered by one, in order. The server reads on only as it
+        gets work done; what elsewhere is refused with RESOURCE_EXHAUSTED waits here.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListTasks(self, request, context):
+        """The tasks that can be asked for.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetModel(self, request, context):
+        """One model: its tasks with all their labels, and its programs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -96,6 +135,21 @@ def add_ClassifierServicer_to_server(servicer, server):
                     request_deserializer=classer_dot_serve_dot_proto_dot_classifier__pb2.ClassifyBatchRequest.FromString,
                     response_serializer=classer_dot_serve_dot_proto_dot_classifier__pb2.ClassifyBatchResponse.SerializeToString,
             ),
+            'ClassifyStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.ClassifyStream,
+                    request_deserializer=classer_dot_serve_dot_proto_dot_classifier__pb2.ClassifyBatchRequest.FromString,
+                    response_serializer=classer_dot_serve_dot_proto_dot_classifier__pb2.ClassifyBatchResponse.SerializeToString,
+            ),
+            'ListTasks': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListTasks,
+                    request_deserializer=classer_dot_serve_dot_proto_dot_classifier__pb2.ListTasksRequest.FromString,
+                    response_serializer=classer_dot_serve_dot_proto_dot_classifier__pb2.ListTasksResponse.SerializeToString,
+            ),
+            'GetModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetModel,
+                    request_deserializer=classer_dot_serve_dot_proto_dot_classifier__pb2.GetModelRequest.FromString,
+                    response_serializer=classer_dot_serve_dot_proto_dot_classifier__pb2.Model.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'classer.v1.Classifier', rpc_method_handlers)
@@ -105,13 +159,14 @@ def add_ClassifierServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Classifier:
-    """Classifies texts with the tasks of one model.
+    """Classifies texts with the tasks of the models that a server has loaded.
 
-    Errors of both methods:
+    Errors of all methods, each with google.rpc details (ErrorInfo with a reason of the domain "classer"; and as said):
     INVALID_ARGUMENT    a field is out of its limits; the message says which and the limit, never what the text was
-    NOT_FOUND           the model has no such task; the message names those it has
-    RESOURCE_EXHAUSTED  more waits than the server takes on; nothing was computed, so try again in a moment
-    DEADLINE_EXCEEDED   the deadline passed first; a text whose deadline has passed is never computed
+    (BadRequest names the field)
+    NOT_FOUND           there is no such task or model; the message names those there are
+    RESOURCE_EXHAUSTED  more waits than the server takes on; nothing was computed (RetryInfo says when to try again)
+    DEADLINE_EXCEEDED   the deadline passed first, or cannot be met; such a text is never computed
     UNAVAILABLE         the server is starting, stopping or has lost its device
     INTERNAL            the server failed on this text; its log says why
     """
@@ -160,6 +215,308 @@ class Classifier:
             '/classer.v1.Classifier/ClassifyBatch',
             classer_dot_serve_dot_proto_dot_classifier__pb2.ClassifyBatchRequest.SerializeToString,
             classer_dot_serve_dot_proto_dot_classifier__pb2.ClassifyBatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ClassifyStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/classer.v1.Classifier/ClassifyStream',
+            classer_dot_serve_dot_proto_dot_classifier__pb2.ClassifyBatchRequest.SerializeToString,
+            classer_dot_serve_dot_proto_dot_classifier__pb2.ClassifyBatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListTasks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/classer.v1.Classifier/ListTasks',
+            classer_dot_serve_dot_proto_dot_classifier__pb2.ListTasksRequest.SerializeToString,
+            classer_dot_serve_dot_proto_dot_classifier__pb2.ListTasksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/classer.v1.Classifier/GetModel',
+            classer_dot_serve_dot_proto_dot_classifier__pb2.GetModelRequest.SerializeToString,
+            classer_dot_serve_dot_proto_dot_classifier__pb2.Model.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class ModelAdminStub:
+    """Changes which models a server answers with, while it runs. It listens on a port of its own, which `classer serve
+    --admin-port` opens. Bundles are named, never given by a path: a server knows the folders of those names from its
+    start (`--bundles`, `--loadable`).
+
+    Errors: as of Classifier; FAILED_PRECONDITION where a bundle cannot be used or a version not be unloaded.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.ListModels = channel.unary_unary(
+                '/classer.v1.ModelAdmin/ListModels',
+                request_serializer=classer_dot_serve_dot_proto_dot_classifier__pb2.ListModelsRequest.SerializeToString,
+                response_deserializer=classer_dot_serve_dot_proto_dot_classifier__pb2.ListModelsResponse.FromString,
+                _registered_method=True)
+        self.LoadModel = channel.unary_unary(
+                '/classer.v1.ModelAdmin/LoadModel',
+                request_serializer=classer_dot_serve_dot_proto_dot_classifier__pb2.LoadModelRequest.SerializeToString,
+                response_deserializer=classer_dot_serve_dot_proto_dot_classifier__pb2.Model.FromString,
+                _registered_method=True)
+        self.UnloadModel = channel.unary_unary(
+                '/classer.v1.ModelAdmin/UnloadModel',
+                request_serializer=classer_dot_serve_dot_proto_dot_classifier__pb2.UnloadModelRequest.SerializeToString,
+                response_deserializer=classer_dot_serve_dot_proto_dot_classifier__pb2.UnloadModelResponse.FromString,
+                _registered_method=True)
+        self.SetDefaultVersion = channel.unary_unary(
+                '/classer.v1.ModelAdmin/SetDefaultVersion',
+                request_serializer=classer_dot_serve_dot_proto_dot_classifier__pb2.SetDefaultVersionRequest.SerializeToString,
+                response_deserializer=classer_dot_serve_dot_proto_dot_classifier__pb2.Model.FromString,
+                _registered_method=True)
+
+
+class ModelAdminServicer:
+    """Changes which models a server answers with, while it runs. It listens on a port of its own, which `classer serve
+    --admin-port` opens. Bundles are named, never given by a path: a server knows the folders of those names from its
+    start (`--bundles`, `--loadable`).
+
+    Errors: as of Classifier; FAILED_PRECONDITION where a bundle cannot be used or a version not be unloaded.
+    """
+
+    def ListModels(self, request, context):
+        """Every version that is loaded, loading, or retired and still answering its last requests.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LoadModel(self, request, context):
+        """Loads a bundle, and returns once it is warm. Requests that name no version then go to it, if it was made the
+        default; those before it are answered by the version that they began with. One bundle is loaded at a time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadModel(self, request, context):
+        """Takes a version out. Requests that it has begun are answered; its memory is freed after the last of them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetDefaultVersion(self, request, context):
+        """Makes a loaded version the one that answers requests which name none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_ModelAdminServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'ListModels': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListModels,
+                    request_deserializer=classer_dot_serve_dot_proto_dot_classifier__pb2.ListModelsRequest.FromString,
+                    response_serializer=classer_dot_serve_dot_proto_dot_classifier__pb2.ListModelsResponse.SerializeToString,
+            ),
+            'LoadModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadModel,
+                    request_deserializer=classer_dot_serve_dot_proto_dot_classifier__pb2.LoadModelRequest.FromString,
+                    response_serializer=classer_dot_serve_dot_proto_dot_classifier__pb2.Model.SerializeToString,
+            ),
+            'UnloadModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadModel,
+                    request_deserializer=classer_dot_serve_dot_proto_dot_classifier__pb2.UnloadModelRequest.FromString,
+                    response_serializer=classer_dot_serve_dot_proto_dot_classifier__pb2.UnloadModelResponse.SerializeToString,
+            ),
+            'SetDefaultVersion': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetDefaultVersion,
+                    request_deserializer=classer_dot_serve_dot_proto_dot_classifier__pb2.SetDefaultVersionRequest.FromString,
+                    response_serializer=classer_dot_serve_dot_proto_dot_classifier__pb2.Model.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'classer.v1.ModelAdmin', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('classer.v1.ModelAdmin', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class ModelAdmin:
+    """Changes which models a server answers with, while it runs. It listens on a port of its own, which `classer serve
+    --admin-port` opens. Bundles are named, never given by a path: a server knows the folders of those names from its
+    start (`--bundles`, `--loadable`).
+
+    Errors: as of Classifier; FAILED_PRECONDITION where a bundle cannot be used or a version not be unloaded.
+    """
+
+    @staticmethod
+    def ListModels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/classer.v1.ModelAdmin/ListModels',
+            classer_dot_serve_dot_proto_dot_classifier__pb2.ListModelsRequest.SerializeToString,
+            classer_dot_serve_dot_proto_dot_classifier__pb2.ListModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/classer.v1.ModelAdmin/LoadModel',
+            classer_dot_serve_dot_proto_dot_classifier__pb2.LoadModelRequest.SerializeToString,
+            classer_dot_serve_dot_proto_dot_classifier__pb2.Model.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/classer.v1.ModelAdmin/UnloadModel',
+            classer_dot_serve_dot_proto_dot_classifier__pb2.UnloadModelRequest.SerializeToString,
+            classer_dot_serve_dot_proto_dot_classifier__pb2.UnloadModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetDefaultVersion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/classer.v1.ModelAdmin/SetDefaultVersion',
+            classer_dot_serve_dot_proto_dot_classifier__pb2.SetDefaultVersionRequest.SerializeToString,
+            classer_dot_serve_dot_proto_dot_classifier__pb2.Model.FromString,
             options,
             channel_credentials,
             insecure,

@@ -57,8 +57,12 @@ class Running:
     async def _start(config: ServeConfig, warm: bool) -> Server:
         server = Server(config)
         await server.start()
-        if warm:
-            assert await server.warm_up(asyncio.Event())
+        try:
+            if warm:
+                assert await server.warm_up(asyncio.Event())
+        except BaseException:
+            await server.stop()
+            raise
         return server
 
     def _end(self) -> None:
@@ -69,11 +73,15 @@ class Running:
 
 @pytest.fixture(scope="session")
 def start_server() -> Callable[..., contextlib.AbstractContextManager[Running]]:
-    """Starts a server of a bundle: `with start_server(bundle, warm=True, **ServeConfig fields) as running`."""
+    """Starts a server of bundles: `with start_server(bundle, …, warm=True, **ServeConfig fields) as running`.
+
+    It computes in float32 unless told otherwise, so that little is compiled.
+    """
 
     @contextlib.contextmanager
-    def start(bundle: Path, *, warm: bool = True, **fields: Any) -> Iterator[Running]:
-        running = Running(ServeConfig(bundle=bundle, **{"port": 0, "drain_seconds": 5.0, **fields}), warm=warm)
+    def start(*bundles: Path | str, warm: bool = True, **fields: Any) -> Iterator[Running]:
+        given = {"port": 0, "drain_seconds": 5.0, "precision": "float32", **fields}
+        running = Running(ServeConfig(bundles=tuple(map(str, bundles)), **given), warm=warm)
         try:
             yield running
         finally:

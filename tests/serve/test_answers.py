@@ -10,12 +10,14 @@ from classer.model.decode import Calibration
 from classer.serve.answers import Answers
 from classer.serve.errors import InternalError, InvalidRequest, UnknownTask
 from classer.serve.proto import classifier_pb2 as pb
-from classer.serve.scheduler import Output, Scored
 from classer.serve.tokenizing import Tokens
+from classer.serve.work import Output, Scored
 
 TOPIC = Task("topic", TaskKind.MULTICLASS, tuple(Label(name) for name in "abcdefg"))
 TAGS = Task("tags", TaskKind.MULTILABEL, (Label("x"), Label("y"), Label("z")))
-ANSWERS = Answers(Taxonomy((TOPIC, TAGS)), {"topic": Calibration(2.0), "tags": Calibration(1.0, (0.9, 0.1, 0.5))}, "v1")
+ANSWERS = Answers(
+    Taxonomy((TOPIC, TAGS)), {"topic": Calibration(2.0), "tags": Calibration(1.0, (0.9, 0.1, 0.5))}, "m", "v1"
+)
 TOKENS = Tokens(np.arange(5, dtype=np.int32), truncated=True)
 
 
@@ -68,4 +70,19 @@ def test_tasks_are_found_by_name() -> None:
     assert "secret" not in str(unknown.value)
     with pytest.raises(InvalidRequest, match="name one of: topic, tags"):
         ANSWERS.task("")
-    assert Answers(Taxonomy((TAGS,)), {}, "v1").task("") is TAGS
+    assert Answers(Taxonomy((TAGS,)), {}, "m", "v1").task("") is TAGS
+
+
+def test_a_tree_s_labels_have_paths_and_an_unsure_answer_stops_higher_up() -> None:
+    labels = (Label("pets"), Label("cat", parent="pets"), Label("dog", parent="pets"), Label("cars"))
+    tree = Task("tree", TaskKind.HIERARCHICAL, labels)
+    answers = Answers(Taxonomy((tree,)), {}, "m", "v1")
+
+    def chosen(threshold: float | None) -> list[tuple[str, list[str]]]:
+        scored = [Scored(Output(np.array([2.0, 0.1, 0.0, 0.0], np.float32)), 0.0, 0.0)]
+        (response,) = answers.answer(tree, [TOKENS], scored, 1, threshold=threshold)
+        assert isinstance(response, pb.ClassifyResponse)
+        return [(label.name, list(label.path)) for label in response.labels if label.chosen]
+
+    assert chosen(None) == [("cat", ["pets", "cat"])]
+    assert chosen(0.8) == chosen(1.0) == [("pets", ["pets"])]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
+from classer.data.errors import InputError
 from classer.model.evidence import Kept
-from classer.serve.engine import Engine
+from classer.serve.engine import Engine, Golden
 
 PAD = 9
 
@@ -21,6 +23,7 @@ class Programs:
         self.cost = cost
         self.focused = focused
         self.now = 0.0
+        self.wrong = 0.0
         self.compiled: list[tuple[int, int]] = []
         self.ran: list[tuple[int, int]] = []
 
@@ -31,7 +34,7 @@ class Programs:
         self.compiled.append((batch_size, length))
         self.now += 2.0
 
-        def explain(tokens_BS: np.ndarray, lengths_B: np.ndarray) -> tuple[np.ndarray, list[Kept]]:
+        def launch_explain(tokens_BS: np.ndarray, lengths_B: np.ndarray) -> Any:
             assert tokens_BS.shape == (batch_size, length)
             assert tokens_BS.dtype == lengths_B.dtype == np.int32
             self.ran.append((batch_size, length))
@@ -39,13 +42,28 @@ class Programs:
             real_BS = np.arange(length) < lengths_B[:, None]
             assert (tokens_BS[~real_BS] == PAD).all()
             sums_B1 = np.where(real_BS, tokens_BS, 0).sum(axis=1, keepdims=True).astype(np.float32)
-            return sums_B1, [Kept(np.flatnonzero(row), np.zeros(row.sum())) for row in real_BS]
+            kept = [Kept(np.flatnonzero(row), np.zeros(row.sum())) for row in real_BS]
+            return lambda: (sums_B1 + self.wrong, kept)
 
-        return types.SimpleNamespace(explain=explain)
+        def launch(tokens_BS: np.ndarray, lengths_B: np.ndarray) -> Any:
+            outputs = launch_explain(tokens_BS, lengths_B)()
+            return lambda: outputs[0]
+
+        return types.SimpleNamespace(launch=launch, launch_explain=launch_explain)
 
 
 def engine_of(programs: Programs, max_length: int = 100, **options) -> Engine:
-    return Engine(programs, max_length=max_length, pad_id=PAD, clock=programs.clock, **options)
+    return Engine({"float32": programs}, max_length=max_length, pad_id=PAD, clock=programs.clock, **options)
+
+
+GOLDEN_IDS = [np.arange(1, n, dtype=np.int32) for n in (4, 6, 60)]
+
+
+def off(texts: Sequence[int], logits_NL: np.ndarray) -> float:
+    return float(np.abs(logits_NL[:, 0] - [GOLDEN_IDS[i].sum() for i in texts]).max())
+
+
+GOLDEN = Golden(GOLDEN_IDS, off, tolerance=0.5)
 
 
 def test_programs_are_those_that_the_model_can_fill() -> None:
@@ -121,3 +139,55 @@ def test_a_focused_model_says_what_it_kept_of_each_text() -> None:
     list(engine.warm_up())
     outputs = engine.run([np.ones(5, np.int32), np.ones(2, np.int32)], 32)
     assert [len(output.kept.positions_K) for output in outputs if output.kept] == [5, 2]
+
+
+class Precisions:
+    """Three precisions with one clock: fast but wrong, fast for short texts, fast for long ones."""
+
+    def __init__(self) -> None:
+        self.short = Programs(lambda size, length: size * (1e-3 if length < 50 else 1e-2))
+        self.long = Programs(lambda size, length: size * (1e-2 if length < 50 else 1e-3))
+        self.wrong = Programs(lambda size, length: size * 1e-6)
+        self.wrong.wrong = 1.0
+        self.all = {"float32": self.short, "bfloat16": self.long, "int8": self.wrong}
+
+    def clock(self) -> float:
+        return sum(programs.now for programs in self.all.values())
+
+    def engine(self, **options) -> Engine:
+        return Engine(self.all, max_length=100, pad_id=PAD, clock=self.clock, **{"golden": GOLDEN, **options})
+
+
+def test_each_bucket_runs_in_the_fastest_precision_that_computes_the_golden_outputs() -> None:
+    precisions = Precisions()
+    engine = precisions.engine()
+    assert len(list(engine.warm_up())) == engine.steps == 3 * (3 + 2)
+    assert engine.plan == {32: "float32", 64: "bfloat16", 100: "bfloat16"}
+    # Smaller batches are compiled in the chosen precision only.
+    assert precisions.short.compiled == [(32, 32), (1, 32), (8, 32), (32, 64), (32, 100)]
+    assert precisions.wrong.compiled == [(32, 32), (32, 64), (32, 100)]
+    assert {warmed.precision: warmed.off for warmed in engine.measured if warmed.length == 32} == {
+        "float32": 0,
+        "bfloat16": 0,
+        "int8": 1,
+    }
+    (output,) = engine.run([np.arange(1, 5, dtype=np.int32)], 32)
+    assert output.logits_L == [10]
+
+
+def test_a_plan_is_followed_but_still_checked() -> None:
+    precisions = Precisions()
+    engine = precisions.engine(plan={32: "bfloat16", 64: "float32", 100: "float32"})
+    assert len(list(engine.warm_up())) == engine.steps == 9
+    assert engine.plan == {32: "bfloat16", 64: "float32", 100: "float32"}
+    assert precisions.wrong.compiled == []
+    with pytest.raises(InputError, match=r"No precision reproduces .* int8 is off by 1\.0000"):
+        list(Precisions().engine(plan={32: "int8"}).warm_up())
+
+
+@pytest.mark.parametrize("wrong", [1.0, np.nan])
+def test_a_model_that_computes_something_else_everywhere_is_refused(wrong: float) -> None:
+    programs = Programs()
+    programs.wrong = wrong
+    with pytest.raises(InputError, match="broken"):
+        list(engine_of(programs, golden=GOLDEN).warm_up())

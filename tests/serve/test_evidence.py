@@ -27,7 +27,7 @@ def gated_path(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Bundle) ->
 
 @pytest.fixture(scope="module")
 def focused(start_server, gated_path: Path):
-    with start_server(gated_path, focus="0.6") as running:
+    with start_server(gated_path, focus=("0.6",)) as running:
         yield running
 
 
@@ -71,12 +71,12 @@ def test_a_server_that_reads_everything_has_none(start_server, gated_path: Path)
 
 @pytest.mark.parametrize("focus", ["0", "1.5", "half", "1,0.5,0.4,0.3,0.2,0.1,0.1,0.1"])
 def test_a_focus_that_is_none_is_refused(start_server, gated_path: Path, focus: str) -> None:
-    with pytest.raises(InputError, match="A focus is"), start_server(gated_path, focus=focus):
+    with pytest.raises(InputError, match="A focus is"), start_server(gated_path, focus=(focus,)):
         pass
 
 
 def test_a_bundle_without_gates_cannot_be_focused(start_server, bundle_path: Path) -> None:
-    with pytest.raises(InputError, match="not trained for focus"), start_server(bundle_path, focus="0.6"):
+    with pytest.raises(InputError, match="not trained for focus"), start_server(bundle_path, focus=("0.6",)):
         pass
 
 

@@ -14,9 +14,8 @@ from classer.serve.client import Client
 TIMEOUT = 90
 CODE = """
 import sys
-from pathlib import Path
 from classer.serve.server import ServeConfig, serve
-serve(ServeConfig(bundle=Path(sys.argv[1]), port=0))
+serve(ServeConfig(bundles=(sys.argv[1],), port=0, precision="float32"))
 """
 
 

@@ -2,72 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
-from collections.abc import Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from classer.serve.errors import (
-    ClasserError,
     DeadlineExceeded,
     InternalError,
     InvalidRequest,
     Overloaded,
     Unavailable,
 )
-from classer.serve.scheduler import Output, Scheduler, Scored
-
-BUCKETS = (4, 8, 16)
-MAX_BATCH = 3
-POISON = 666
-RUN_SECONDS = 1.0
-
-
-class FakeClock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-class FakeDevice:
-    """Answers each text with its first id, which the tests make unique; fails on texts that begin with POISON."""
-
-    buckets = BUCKETS
-
-    def __init__(self, clock: FakeClock) -> None:
-        self.clock = clock
-        self.batches: list[tuple[int, list[int], float]] = []  # bucket, first ids, when
-        self.lost = False
-
-    def batch_for(self, bucket: int, waiting: int) -> int:
-        return min(waiting, MAX_BATCH)
-
-    def run(self, ids: Sequence[np.ndarray], bucket: int) -> Sequence[Output]:
-        self.batches.append((bucket, [int(one[0]) for one in ids], self.clock()))
-        self.clock.now += RUN_SECONDS
-        if self.lost or any(len(one) > 1 and one[1] == POISON for one in ids):
-            raise RuntimeError("the device cannot run this")
-        return [Output(np.full(2, one[0], np.float32)) for one in ids]
-
-    def check(self) -> None:
-        if self.lost:
-            raise RuntimeError("the device is lost")
-
-
-def text(name: int, length: int = 2, *, poison: bool = False) -> np.ndarray:
-    ids = np.zeros(length, np.int32)
-    ids[0] = name
-    if poison:
-        ids[1] = POISON
-    return ids
+from classer.serve.scheduler import BULK_PATIENCE, Scheduler
+from classer.serve.work import BatchRun, Output, Priority
+from classer.tests.serve.fakes import RUN_SECONDS, FakeClock, FakeDevice, names
 
 
 @pytest.fixture
@@ -81,160 +31,299 @@ def device(clock: FakeClock) -> FakeDevice:
 
 
 @pytest.fixture
-def scheduler(device: FakeDevice, clock: FakeClock) -> Scheduler:
-    return Scheduler(device, max_waiting_tokens=64, clock=clock)
+def scheduler(clock: FakeClock) -> Scheduler:
+    return Scheduler(max_waiting_tokens=64, clock=clock)
 
 
-def names(futures: Sequence[Future[Scored]]) -> list[float]:
-    return [future.result(0).output.logits_L[0] for future in futures]
+def run_all(scheduler: Scheduler) -> None:
+    while scheduler.step():
+        pass
 
 
 def test_what_waits_runs_together_and_each_gets_its_own_answer(scheduler: Scheduler, device: FakeDevice) -> None:
-    futures = scheduler.submit_all([text(name) for name in range(5)])
-    assert scheduler.step() == 3
-    assert scheduler.step() == 2
-    assert scheduler.step() == 0
+    futures = scheduler.submit_all(device.work(name) for name in range(5))
+    assert scheduler.step()
+    assert [future.done() for future in futures] == [True] * 3 + [False] * 2
+    assert scheduler.step()
+    assert not scheduler.step()
     assert names(futures) == [0, 1, 2, 3, 4]
-    assert [batch for _, batch, _ in device.batches] == [[0, 1, 2], [3, 4]]
+    assert device.ran == [[0, 1, 2], [3, 4]]
 
 
 def test_the_oldest_text_decides_which_bucket_runs(scheduler: Scheduler, device: FakeDevice) -> None:
-    for name, length in enumerate((16, 2, 2, 6, 16, 2)):
-        scheduler.submit(text(name, length))
-    while scheduler.step():
-        pass
-    assert [batch for _, batch, _ in device.batches] == [[0, 4], [1, 2, 5], [3]]
+    for name, length in enumerate((16, 4, 16, 8, 16, 4)):
+        scheduler.submit(device.work(name, length))
+    run_all(scheduler)
+    assert device.ran == [[0, 2, 4], [1, 5], [3]]
     assert [bucket for bucket, _, _ in device.batches] == [16, 4, 8]
 
 
-def test_times_are_those_of_the_clock(scheduler: Scheduler, clock: FakeClock) -> None:
-    future = scheduler.submit(text(1))
+def test_rows_that_would_stand_empty_are_for_shorter_texts(scheduler: Scheduler, device: FakeDevice) -> None:
+    for name, length in enumerate((8, 16, 2, 2, 8)):
+        scheduler.submit(device.work(name, length))
+    run_all(scheduler)
+    assert device.ran == [[0, 4, 2], [1, 3]]
+    assert [bucket for bucket, _, _ in device.batches] == [8, 16]
+
+
+def test_models_do_not_share_batches_and_the_oldest_goes_first(scheduler: Scheduler, clock: FakeClock) -> None:
+    one, other = FakeDevice(clock), FakeDevice(clock)
+    futures = scheduler.submit_all([one.work(0), other.work(1), one.work(2), other.work(3)])
+    run_all(scheduler)
+    assert names(futures) == [0, 1, 2, 3]
+    assert (one.ran, other.ran) == ([[0, 2]], [[1, 3]])
+    assert one.batches[0][2] < other.batches[0][2]
+
+
+def test_bulk_texts_wait_but_not_for_ever(scheduler: Scheduler, device: FakeDevice, clock: FakeClock) -> None:
+    bulk = scheduler.submit(device.work(0, 16, priority=Priority.BULK))
+    order: list[float] = []
+    bulk.add_done_callback(lambda future: order.append(0))
+    for name in range(1, 6):
+        future = scheduler.submit(device.work(name))
+        future.add_done_callback(lambda future, name=name: order.append(name))
+        scheduler.step()
+    run_all(scheduler)
+    # A second a batch: the bulk text counts as having come after those of its first seconds.
+    assert order.index(0) == BULK_PATIENCE / RUN_SECONDS
+    assert order == [1, 2, 0, 3, 4, 5]
+
+
+def test_interactive_and_bulk_texts_share_a_batch(scheduler: Scheduler, device: FakeDevice) -> None:
+    scheduler.submit(device.work(0, priority=Priority.BULK))
+    scheduler.submit(device.work(1))
+    run_all(scheduler)
+    assert device.ran == [[1, 0]]
+
+
+def test_times_are_those_of_the_clock(scheduler: Scheduler, device: FakeDevice, clock: FakeClock) -> None:
+    future = scheduler.submit(device.work(1))
     clock.now += 5
     scheduler.step()
     assert (future.result(0).queue_seconds, future.result(0).compute_seconds) == (5.0, RUN_SECONDS)
 
 
+def test_batches_are_accounted_for(device: FakeDevice, clock: FakeClock) -> None:
+    runs: list[BatchRun] = []
+    scheduler = Scheduler(clock=clock, on_batch=runs.append)
+    scheduler.submit_all([device.work(0, 3), device.work(1, 4)])
+    run_all(scheduler)
+    assert runs == [BatchRun(device, bucket=4, rows=3, texts=2, tokens=7, seconds=RUN_SECONDS, queue_seconds=[0, 0])]
+
+
+def test_with_two_on_the_device_the_next_one_starts_before_the_first_ends(device: FakeDevice, clock: FakeClock) -> None:
+    scheduler = Scheduler(depth=2, clock=clock)
+    futures = scheduler.submit_all(device.work(name) for name in range(7))
+    assert scheduler.step()  # starts the first
+    assert not futures[0].done()
+    assert scheduler.step()  # starts the second, waits for the first
+    assert (futures[0].done(), futures[3].done()) == (True, False)
+    assert [when for _, _, when in device.batches] == [100.0, 100.0]
+    run_all(scheduler)
+    assert names(futures) == list(range(7))
+    assert [futures[i].result(0).compute_seconds for i in (0, 3, 6)] == [RUN_SECONDS] * 3
+
+
 def test_a_passed_deadline_is_never_run(scheduler: Scheduler, device: FakeDevice, clock: FakeClock) -> None:
-    late = scheduler.submit(text(1), deadline=clock.now + 1)
-    good = scheduler.submit(text(2), deadline=clock.now + 2)
+    late = scheduler.submit(device.work(1, deadline=clock.now + 1))
+    good = scheduler.submit(device.work(2, deadline=clock.now + 4))
     clock.now += 1
     scheduler.step()
     assert isinstance(late.exception(0), DeadlineExceeded)
     assert names([good]) == [2]
-    assert [batch for _, batch, _ in device.batches] == [[2]]
-    at_the_door = scheduler.submit(text(3), deadline=clock.now)
+    assert device.ran == [[2]]
+    at_the_door = scheduler.submit(device.work(3, deadline=clock.now))
     assert isinstance(at_the_door.exception(0), DeadlineExceeded)
     assert scheduler.waiting_tokens == 0
 
 
+def test_a_deadline_that_cannot_be_met_is_refused_at_once(
+    scheduler: Scheduler, device: FakeDevice, clock: FakeClock
+) -> None:
+    """Six texts are two batches, two seconds."""
+    scheduler.submit_all(device.work(name) for name in range(6))
+    refused = scheduler.submit(device.work(6, deadline=clock.now + 2)).exception(0)
+    assert isinstance(refused, DeadlineExceeded)
+    assert refused.retry_seconds == pytest.approx(2)
+    assert scheduler.backlog_seconds == pytest.approx(2)
+    met = scheduler.submit(device.work(7, deadline=clock.now + 4))
+    run_all(scheduler)
+    assert names([met]) == [7]
+
+
+def test_bulk_texts_ahead_do_not_count_for_an_interactive_deadline(
+    scheduler: Scheduler, device: FakeDevice, clock: FakeClock
+) -> None:
+    scheduler.submit_all(device.work(name, priority=Priority.BULK) for name in range(6))
+    assert not scheduler.submit(device.work(6, deadline=clock.now + 1.5)).done()
+    assert scheduler.submit(device.work(7, deadline=clock.now + 1.5, priority=Priority.BULK)).exception(0)
+
+
+def test_an_idle_device_tries_even_what_it_thinks_hopeless(
+    scheduler: Scheduler, device: FakeDevice, clock: FakeClock
+) -> None:
+    """Else a warm-up on a busy machine would have all short deadlines refused for ever."""
+    device.run_seconds = 0.01
+    for name in range(30):
+        future = scheduler.submit(device.work(name, deadline=clock.now + 0.1))
+        run_all(scheduler)
+        assert names([future]) == [name]
+    # By now it knows better.
+    scheduler.submit_all(device.work(name) for name in range(30, 33))
+    assert not scheduler.submit(device.work(33, deadline=clock.now + 0.9)).done()
+
+
+def test_a_text_whose_deadline_is_nearer_than_its_batch_would_take_is_not_run(
+    scheduler: Scheduler, device: FakeDevice, clock: FakeClock
+) -> None:
+    near, far = scheduler.submit_all([device.work(0, deadline=clock.now + 3), device.work(1)])
+    clock.now += 2.5
+    run_all(scheduler)
+    assert isinstance(near.exception(0), DeadlineExceeded)
+    assert device.ran == [[1]]
+    assert names([far]) == [1]
+
+
 def test_a_cancelled_text_leaves_its_queue_at_once(scheduler: Scheduler, device: FakeDevice) -> None:
-    first, second = scheduler.submit_all([text(1, 16), text(2, 16)])
+    first, second = scheduler.submit_all([device.work(1, 16), device.work(2, 16)])
     assert scheduler.waiting_tokens == 32
     assert first.cancel()
     assert scheduler.waiting_tokens == 16
     scheduler.step()
     assert names([second]) == [2]
-    assert [batch for _, batch, _ in device.batches] == [[2]]
+    assert device.ran == [[2]]
 
 
 def test_cancelling_while_it_runs_changes_nothing(scheduler: Scheduler, device: FakeDevice, monkeypatch) -> None:
-    futures = scheduler.submit_all([text(1), text(2)])
+    futures = scheduler.submit_all([device.work(1), device.work(2)])
     cancelled = []
 
-    def run(ids: Sequence[np.ndarray], bucket: int) -> Sequence[Output]:
+    def collect(ids: Sequence[np.ndarray]) -> Sequence[Output]:
         cancelled.extend(future.cancel() for future in futures)
         return [Output(np.full(2, one[0], np.float32)) for one in ids]
 
-    monkeypatch.setattr(device, "run", run)
+    monkeypatch.setattr(device, "collect", collect)
     scheduler.step()
     assert cancelled == [False, False]
     assert names(futures) == [1, 2]
 
 
-def test_more_than_the_bound_is_refused_and_nothing_else_is(scheduler: Scheduler) -> None:
-    futures = scheduler.submit_all([text(name, 16) for name in range(5)])  # 64 tokens fit four
-    assert isinstance(futures[4].exception(0), Overloaded)
-    assert "64" in str(futures[4].exception(0))
-    assert isinstance(scheduler.submit(text(9)).exception(0), Overloaded)
+def test_more_than_the_bound_is_refused_and_nothing_else_is(scheduler: Scheduler, device: FakeDevice) -> None:
+    futures = scheduler.submit_all(device.work(name, 16) for name in range(5))  # 64 tokens fit four
+    refused = futures[4].exception(0)
+    assert isinstance(refused, Overloaded)
+    assert "64" in str(refused)
+    assert refused.retry_seconds == pytest.approx(RUN_SECONDS * 4 / 3 / 2)  # half of four texts, three a batch
+    assert isinstance(scheduler.submit(device.work(9)).exception(0), Overloaded)
     scheduler.step()
-    again = scheduler.submit(text(10, 16))
-    while scheduler.step():
-        pass
+    again = scheduler.submit(device.work(10, 16))
+    run_all(scheduler)
     assert names([*futures[:4], again]) == [0, 1, 2, 3, 10]
 
 
-def test_a_text_longer_than_every_bucket_is_refused_at_the_door(scheduler: Scheduler) -> None:
-    long, short = scheduler.submit_all([text(1, 17), text(2, 16)])
+def test_bulk_texts_leave_room_for_others(scheduler: Scheduler, device: FakeDevice) -> None:
+    bulk = scheduler.submit_all(device.work(name, 16, priority=Priority.BULK) for name in range(3))
+    assert isinstance(bulk[2].exception(0), Overloaded)
+    assert "in bulk" in str(bulk[2].exception(0))
+    futures = scheduler.submit_all(device.work(name, 16) for name in range(3, 5))
+    run_all(scheduler)
+    assert names([*bulk[:2], *futures]) == [0, 1, 3, 4]
+
+
+def test_a_text_longer_than_every_bucket_is_refused_at_the_door(scheduler: Scheduler, device: FakeDevice) -> None:
+    long, short = scheduler.submit_all([device.work(1, 17), device.work(2, 16)])
     assert isinstance(long.exception(0), InvalidRequest)
     scheduler.step()
     assert names([short]) == [2]
 
 
-def test_one_failure_does_not_fail_its_batch_mates(scheduler: Scheduler) -> None:
-    before, poison, after = scheduler.submit_all([text(1), text(2, poison=True), text(3)])
-    scheduler.step()
+@pytest.mark.parametrize("depth", [1, 2])
+def test_one_failure_does_not_fail_its_batch_mates(device: FakeDevice, clock: FakeClock, depth: int) -> None:
+    scheduler = Scheduler(clock=clock, depth=depth)
+    before, poison, after, *later = scheduler.submit_all(
+        device.work(name, poison=name in (2, 7)) for name in range(1, 8)
+    )
+    run_all(scheduler)
     assert isinstance(poison.exception(0), InternalError)
-    assert names([before, after]) == [1, 3]
+    assert names([before, after, *later[:-1]]) == [1, 3, 4, 5, 6]
+    assert isinstance(later[-1].exception(0), InternalError)
     assert scheduler.alive
+
+
+def test_what_cannot_be_started_fails_like_what_cannot_be_run(
+    scheduler: Scheduler, device: FakeDevice, monkeypatch
+) -> None:
+    def launch(ids: Sequence[np.ndarray], bucket: int) -> Callable[[], Sequence[Output]]:
+        raise RuntimeError("no memory for it")
+
+    monkeypatch.setattr(device, "launch", launch)
+    futures = scheduler.submit_all(device.work(name) for name in range(2))
+    run_all(scheduler)
+    assert all(isinstance(future.exception(0), InternalError) for future in futures)
 
 
 def test_a_deadline_that_passes_during_the_second_try_is_not_run(
     scheduler: Scheduler, device: FakeDevice, clock: FakeClock
 ) -> None:
-    poison, late = scheduler.submit_all([text(1, poison=True), text(2)], deadline=clock.now + 1.5)
+    poison, late = scheduler.submit_all(
+        device.work(name, poison=name == 1, deadline=clock.now + 1.8) for name in (1, 2)
+    )
     scheduler.step()
     assert isinstance(poison.exception(0), InternalError)
     assert isinstance(late.exception(0), DeadlineExceeded)
-    assert [batch for _, batch, _ in device.batches] == [[1, 2], [1]]
+    assert device.ran == [[1, 2], [1]]
 
 
 def test_closing_finishes_what_waits_and_refuses_the_rest(device: FakeDevice, monkeypatch) -> None:
-    scheduler = Scheduler(device)
+    scheduler = Scheduler()
     running, go_on = threading.Event(), threading.Event()
-    real = device.run
+    real = device.launch
 
-    def run(ids: Sequence[np.ndarray], bucket: int) -> Sequence[Output]:
+    def launch(ids: Sequence[np.ndarray], bucket: int) -> Callable[[], Sequence[Output]]:
         running.set()
         assert go_on.wait(30)
         return real(ids, bucket)
 
-    monkeypatch.setattr(device, "run", run)
-    waiting = scheduler.submit_all([text(name) for name in range(7)])
+    monkeypatch.setattr(device, "launch", launch)
+    waiting = scheduler.submit_all(device.work(name) for name in range(7))
     scheduler.start()
     assert running.wait(30)
+    assert scheduler.running_seconds > 0
     scheduler.close(timeout=0)  # while one batch runs and two wait
-    assert isinstance(scheduler.submit(text(9)).exception(0), Unavailable)
+    assert isinstance(scheduler.submit(device.work(9)).exception(0), Unavailable)
     go_on.set()
     scheduler.close(timeout=30)
     assert names(waiting) == list(range(7))
     assert scheduler.alive
+    assert scheduler.running_seconds == 0
 
 
 def test_a_scheduler_that_never_started_closes(scheduler: Scheduler) -> None:
     scheduler.close(timeout=1)
 
 
-def test_a_lost_device_fails_all_who_wait_and_is_told(device: FakeDevice) -> None:
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_lost_device_fails_all_who_wait_and_is_told(device: FakeDevice, depth: int) -> None:
     died = threading.Event()
-    scheduler = Scheduler(device, on_death=died.set)
+    scheduler = Scheduler(on_death=died.set, depth=depth)
     device.lost = True
-    futures = scheduler.submit_all([text(name, 2 + 6 * (name % 2)) for name in range(10)])
+    futures = scheduler.submit_all(device.work(name, 2 + 6 * (name % 2)) for name in range(10))
     scheduler.start()
     assert died.wait(30)
     assert not scheduler.alive
     assert all(isinstance(future.exception(30), Unavailable) for future in futures)
-    assert isinstance(scheduler.submit(text(11)).exception(0), Unavailable)
+    assert isinstance(scheduler.submit(device.work(11)).exception(0), Unavailable)
     assert scheduler.waiting_tokens == 0
     scheduler.close(timeout=30)
 
 
 def test_the_loop_survives_cancellations_from_other_threads(device: FakeDevice) -> None:
     """Futures are cancelled while the loop takes, runs and answers them; every other one is answered."""
-    scheduler = Scheduler(device, max_waiting_tokens=1 << 30)
+    scheduler = Scheduler(max_waiting_tokens=1 << 30)
     scheduler.start()
     kept, cancelled = [], []
     for name in range(300):
-        keep, drop = scheduler.submit_all([text(name), text(name)])
+        keep, drop = scheduler.submit_all([device.work(name), device.work(name)])
         drop.cancel()
         kept.append(keep)
         cancelled.append(drop)
@@ -243,124 +332,3 @@ def test_the_loop_survives_cancellations_from_other_threads(device: FakeDevice) 
     assert scheduler.alive
     scheduler.close(timeout=30)
     assert scheduler.waiting_tokens == 0
-
-
-@dataclasses.dataclass
-class Sent:
-    future: Future[Scored]
-    length: int
-    bucket: int
-    deadline: float | None
-    poison: bool
-    calls: int = 0
-
-
-class SchedulerMachine(RuleBasedStateMachine):
-    """Any order of submitting, cancelling, waiting and running; see the invariants for what must hold."""
-
-    @initialize(bound=st.sampled_from([16, 40, 200]))
-    def begin(self, bound: int) -> None:
-        self.clock = FakeClock()
-        self.device = FakeDevice(self.clock)
-        self.bound = bound
-        self.scheduler = Scheduler(self.device, max_waiting_tokens=bound, clock=self.clock)
-        self.sent: list[Sent] = []
-
-    @rule(
-        lengths=st.lists(st.integers(2, 18), max_size=6),
-        patience=st.none() | st.integers(-1, 6),
-        poison=st.sets(st.integers(0, 5), max_size=1),
-    )
-    def submit(self, lengths: list[int], patience: int | None, poison: set[int]) -> None:
-        deadline = None if patience is None else self.clock.now + patience
-        ids = [text(len(self.sent) + i, length, poison=i in poison) for i, length in enumerate(lengths)]
-        futures = self.scheduler.submit_all(ids, deadline=deadline)
-        for i, (future, length) in enumerate(zip(futures, lengths, strict=True)):
-            bucket = next((bucket for bucket in BUCKETS if bucket >= length), 0)
-            sent = Sent(future, length, bucket, deadline, i in poison)
-            future.add_done_callback(lambda _, sent=sent: self.count(sent))
-            self.sent.append(sent)
-
-    @staticmethod
-    def count(sent: Sent) -> None:
-        sent.calls += 1
-
-    @precondition(lambda self: self.sent)
-    @rule(data=st.data())
-    def cancel(self, data: st.DataObject) -> None:
-        data.draw(st.sampled_from(self.sent)).future.cancel()
-
-    @rule(seconds=st.integers(0, 4))
-    def wait(self, seconds: int) -> None:
-        self.clock.now += seconds
-
-    @rule()
-    def run_one_batch(self) -> None:
-        waiting = [i for i, sent in enumerate(self.sent) if not sent.future.done()]
-        before = len(self.device.batches)
-        now = self.clock.now
-        self.scheduler.step()
-        # The oldest that waited is the first to be run, or was too late.
-        if waiting:
-            oldest = self.sent[waiting[0]]
-            assert oldest.future.done()
-            if oldest.deadline is None or oldest.deadline > now:
-                assert self.device.batches[before][1][0] == waiting[0]
-
-    @invariant()
-    def waiting_tokens_are_counted_and_bounded(self) -> None:
-        waiting = sum(sent.bucket for sent in self.sent if not sent.future.done())
-        assert self.scheduler.waiting_tokens == waiting <= self.bound
-
-    @invariant()
-    def batches_are_within_their_size_and_bucket(self) -> None:
-        for bucket, batch, now in self.device.batches:
-            assert 1 <= len(batch) <= MAX_BATCH
-            assert {self.sent[name].bucket for name in batch} == {bucket}
-            for name in batch:
-                deadline = self.sent[name].deadline
-                assert deadline is None or deadline > now
-
-    @invariant()
-    def each_is_answered_once_and_rightly(self) -> None:
-        for name, sent in enumerate(self.sent):
-            assert sent.calls == int(sent.future.done())
-            if not sent.future.done() or sent.future.cancelled():
-                continue
-            error = sent.future.exception(0)
-            if error is None:
-                assert sent.future.result(0).output.logits_L.tolist() == [name, name]
-                assert not sent.poison
-            else:
-                assert isinstance(error, ClasserError)
-                assert isinstance(error, InternalError) <= sent.poison
-                assert isinstance(error, InvalidRequest) == (sent.length > BUCKETS[-1])
-                assert not isinstance(error, DeadlineExceeded) or sent.deadline is not None
-
-    def teardown(self) -> None:
-        while self.scheduler.step():
-            pass
-        assert all(sent.future.done() for sent in self.sent)
-        self.each_is_answered_once_and_rightly()
-
-
-TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
-
-
-@given(lengths=st.lists(st.integers(2, 16), min_size=1, max_size=40))
-@settings(max_examples=40, deadline=None)
-def test_no_length_starves(lengths: list[int]) -> None:
-    """Whatever the mix, every batch begins with the oldest text, so none waits for later ones again and again."""
-    clock = FakeClock()
-    device = FakeDevice(clock)
-    scheduler = Scheduler(device, clock=clock)
-    scheduler.submit_all([text(name, length) for name, length in enumerate(lengths)])
-    while scheduler.step():
-        pass
-    done: list[int] = []
-    for _, batch, _ in device.batches:
-        head = batch[0]
-        assert head == min(set(range(len(lengths))) - set(done))
-        done += batch
-    assert sorted(done) == list(range(len(lengths)))

@@ -32,7 +32,7 @@ from classer.serve.client import (
 from classer.serve.engine import Engine
 from classer.serve.proto import classifier_pb2 as pb
 from classer.serve.proto.classifier_pb2_grpc import ClassifierStub
-from classer.serve.scheduler import Output
+from classer.serve.work import Output
 
 TIMEOUT = 60.0
 TEXTS = ["my card has not arrived", "where is my money ?", "card", "", "the money is here. " * 8]
@@ -226,15 +226,15 @@ class Valve:
     def __init__(self, monkeypatch) -> None:
         self.closed, self.open = threading.Event(), threading.Event()
         self.ran: list[int] = []
-        real = Engine.run
+        real = Engine.launch
 
-        def run(engine: Engine, ids: Sequence[np.ndarray], bucket: int) -> list[Output]:
+        def launch(engine: Engine, ids: Sequence[np.ndarray], bucket: int) -> Callable[[], list[Output]]:
             self.closed.set()
             assert self.open.wait(TIMEOUT)
             self.ran.append(len(ids))
             return real(engine, ids, bucket)
 
-        monkeypatch.setattr(Engine, "run", run)
+        monkeypatch.setattr(Engine, "launch", launch)
 
 
 @pytest.fixture
@@ -296,13 +296,14 @@ def test_too_much_waiting_is_refused(start_server, bundle_path, monkeypatch) -> 
 
 
 def test_scores_that_are_no_numbers_fail_their_text_only(client: Client, monkeypatch) -> None:
-    real = Engine.run
+    real = Engine.launch
 
-    def run(engine: Engine, ids: Sequence[np.ndarray], bucket: int) -> list[Output]:
-        outputs = real(engine, ids, bucket)
-        return [Output(x.logits_L * np.nan) if len(one) == 2 else x for one, x in zip(ids, outputs, strict=True)]
+    def launch(engine: Engine, ids: Sequence[np.ndarray], bucket: int) -> Callable[[], list[Output]]:
+        outputs = real(engine, ids, bucket)()
+        spoilt = [Output(x.logits_L * np.nan) if len(one) == 2 else x for one, x in zip(ids, outputs, strict=True)]
+        return lambda: spoilt
 
-    monkeypatch.setattr(Engine, "run", run)
+    monkeypatch.setattr(Engine, "launch", launch)
     first, empty, last = client.classify_batch(["card", "", "money"], "topic")
     assert isinstance(empty, InternalError)
     assert isinstance(first, Classification)
@@ -323,12 +324,12 @@ def test_it_is_not_healthy_before_its_programs_are_warm(start_server, bundle_pat
 
 
 def test_health_goes_red_when_the_device_is_lost(start_server, bundle_path, monkeypatch) -> None:
-    def lost(engine: Engine, ids: Sequence[np.ndarray], bucket: int) -> np.ndarray:
+    def lost(engine: Engine, ids: Sequence[np.ndarray], bucket: int) -> Callable[[], list[Output]]:
         raise RuntimeError("device lost")
 
     with start_server(bundle_path) as running, Client(running.address) as client:
         assert client.healthy()
-        monkeypatch.setattr(Engine, "run", lost)
+        monkeypatch.setattr(Engine, "launch", lost)
         with pytest.raises(Unavailable, match="lost its device"):
             client.classify("card", "topic")
         assert eventually(lambda: not client.healthy())

@@ -1,0 +1,211 @@
+"""From requests to responses: resolve → check → tokenise → schedule → decode. On one event loop, without gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import TypeVar
+
+from ..data.readers import MAX_TEXT_CHARS
+from ..data.taxonomy import Task
+from .engine import Engine
+from .errors import ClasserError, InvalidRequest
+from .limits import MAX_REQUEST_ID
+from .models import Model, Models
+from .proto import classifier_pb2 as pb
+from .scheduler import Scheduler
+from .tokenizing import Tokens
+from .work import Priority, Scored, Work
+
+Options = pb.ClassifyRequest | pb.ClassifyBatchRequest
+Outcome = pb.ClassifyResponse | ClasserError
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What the options of a request come to. Texts of equal ones are decoded together."""
+
+    model: Model
+    task: Task
+    engine: Engine
+    top_k: int
+    threshold: float | None
+    evidence: bool
+    priority: Priority
+    deadline: float | None
+    request_id: str
+
+
+class Classifying:
+    """Classifies texts with whatever models there are.
+
+    Args:
+      models: who answers.
+      scheduler: runs them.
+    """
+
+    def __init__(self, models: Models, scheduler: Scheduler) -> None:
+        self._models = models
+        self._scheduler = scheduler
+
+    def ask(self, options: Options, seconds: float | None, priority: Priority = Priority.INTERACTIVE) -> Asked:
+        """Checks the options of a request.
+
+        Args:
+          options: the request.
+          seconds: how long the caller will wait; None for ever.
+          priority: what it is if the request does not say.
+
+        Raises:
+          InvalidRequest, UnknownTask: what is wrong with them.
+        """
+        model, task = self._models.resolve(options.task, options.model, options.model_version)
+        engine = model.engine(options.focus)
+        if options.evidence and not engine.focused:
+            raise InvalidRequest(
+                "The field `evidence` is set, but this model reads every token, so that none stands out; ask for a "
+                f"focus below 1 (there are: {', '.join(model.engines)}), or start it with a focus below 1.",
+                field="evidence",
+            )
+        threshold = options.threshold if options.HasField("threshold") else None
+        if threshold is not None and not 0 <= threshold <= 1:  # also when NaN
+            raise InvalidRequest("The field `threshold` must lie between 0 and 1.", field="threshold")
+        if options.priority not in (pb.PRIORITY_UNSPECIFIED, pb.INTERACTIVE, pb.BULK):
+            raise InvalidRequest("The field `priority` is none of INTERACTIVE and BULK.", field="priority")
+        if options.priority != pb.PRIORITY_UNSPECIFIED:
+            priority = Priority.BULK if options.priority == pb.BULK else Priority.INTERACTIVE
+        name = options.request_id
+        if len(name) > MAX_REQUEST_ID or not (name.isascii() and (name.isprintable() or not name)):
+            raise InvalidRequest(
+                f"The field `request_id` takes at most {MAX_REQUEST_ID} characters of printable ASCII.",
+                field="request_id",
+            )
+        if options.timeout_micros:
+            own = options.timeout_micros / 1e6
+            seconds = own if seconds is None else min(own, seconds)
+        deadline = None if seconds is None else self._scheduler.clock() + seconds
+        return Asked(
+            model, task, engine, options.top_k, threshold, options.evidence, priority, deadline, options.request_id
+        )
+
+    async def classify(self, texts: Sequence[str], asked: Sequence[Asked]) -> list[Outcome]:
+        """One outcome for each text, in order. Cancelling it takes the texts out of the device's queue."""
+        with contextlib.ExitStack() as stack:
+            for model in {id(one.model): one.model for one in asked}.values():
+                stack.enter_context(model.using())
+            outcomes: dict[int, Outcome] = {}
+            for i, text in enumerate(texts):
+                if len(text) > MAX_TEXT_CHARS:
+                    outcomes[i] = InvalidRequest(
+                        f"The text has {len(text)} characters; at most {MAX_TEXT_CHARS} are taken. Split or "
+                        "shorten it.",
+                        field="text",
+                    )
+            tokens: dict[int, Tokens] = {}
+            rest = [i for i in range(len(texts)) if i not in outcomes]
+            groups = _grouped(rest, [(asked[i].model, asked[i].evidence) for i in rest])
+            await asyncio.gather(
+                *(self._tokenize(model, spans, group, texts, tokens, outcomes) for (model, spans), group in groups)
+            )
+            order = sorted(tokens)
+            scored = await self._run(order, asked, tokens, outcomes)
+            self._decode(asked, tokens, scored, outcomes)
+            return [outcomes[i] for i in range(len(texts))]
+
+    async def _tokenize(
+        self,
+        model: Model,
+        spans: bool,
+        group: list[int],
+        texts: Sequence[str],
+        tokens: dict[int, Tokens],
+        outcomes: dict[int, Outcome],
+    ) -> None:
+        try:
+            encoded = await model.tokenizer.tokenize([texts[i] for i in group], spans=spans)
+        except ClasserError as error:
+            outcomes.update(dict.fromkeys(group, error))
+            return
+        for i, one in zip(group, encoded, strict=True):
+            if isinstance(one, Tokens):
+                tokens[i] = one
+            else:
+                outcomes[i] = one
+
+    async def _run(
+        self, order: list[int], asked: Sequence[Asked], tokens: dict[int, Tokens], outcomes: dict[int, Outcome]
+    ) -> dict[int, Scored]:
+        works = [Work(asked[i].engine, tokens[i].ids, asked[i].deadline, asked[i].priority) for i in order]
+        scored: dict[int, Scored] = {}
+        for i, future in zip(order, await finished(self._scheduler.submit_all(works)), strict=True):
+            error = future.exception()
+            if error is None:
+                scored[i] = future.result()
+            elif isinstance(error, ClasserError):
+                outcomes[i] = error
+            else:
+                raise error
+        return scored
+
+    def _decode(
+        self,
+        asked: Sequence[Asked],
+        tokens: dict[int, Tokens],
+        scored: dict[int, Scored],
+        outcomes: dict[int, Outcome],
+    ) -> None:
+        done = list(scored)
+        keys = [(one.model, one.task.name, one.top_k, one.threshold, one.evidence) for one in (asked[i] for i in done)]
+        for (model, _, top_k, threshold, evidence), group in _grouped(done, keys):
+            answers = model.answers.answer(
+                asked[group[0]].task,
+                [tokens[i] for i in group],
+                [scored[i] for i in group],
+                top_k,
+                threshold=threshold,
+                evidence=evidence,
+            )
+            for i, answer in zip(group, answers, strict=True):
+                if isinstance(answer, pb.ClassifyResponse):
+                    answer.request_id = asked[i].request_id
+                outcomes[i] = answer
+
+
+async def finished(futures: Sequence[Future[T]]) -> Sequence[Future[T]]:
+    """Waits for all futures, with one call into the event loop; cancelled, it cancels them."""
+    if not futures:
+        return futures
+    loop = asyncio.get_running_loop()
+    done = loop.create_future()
+    count = itertools.count(1)  # whose `next` is atomic
+
+    def one_more(_: Future[T]) -> None:
+        if next(count) == len(futures):
+            with contextlib.suppress(RuntimeError):  # the event loop may have gone
+                loop.call_soon_threadsafe(lambda: None if done.done() else done.set_result(None))
+
+    for future in futures:
+        future.add_done_callback(one_more)
+    try:
+        await done
+    except asyncio.CancelledError:
+        for future in futures:
+            future.cancel()
+        raise
+    return futures
+
+
+K = TypeVar("K")
+
+
+def _grouped(indices: Sequence[int], keys: Sequence[K]) -> list[tuple[K, list[int]]]:
+    """The indices of equal keys together, in the order of their first."""
+    groups: dict[K, list[int]] = {}
+    for i, key in zip(indices, keys, strict=True):
+        groups.setdefault(key, []).append(i)
+    return list(groups.items())

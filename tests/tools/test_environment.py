@@ -1,0 +1,44 @@
+"""Options from environment variables."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any
+
+import tyro
+
+from classer.serve.server import ServeConfig
+from classer.tools.environment import from_environment
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments(ServeConfig):
+    bundles: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="BUNDLE")] = ()
+
+
+def parsed(argv: list[str], **environment: str) -> Arguments:
+    more, rest = from_environment(Arguments, argv, environment)
+    default: dict[str, Any] = {"default": Arguments(**more)} if more else {}
+    return tyro.cli(Arguments, args=rest, **default)
+
+
+def test_every_option_of_the_server_is_a_variable() -> None:
+    values = {
+        "bundles": ("a b", ("a", "b")),
+        "loadable": ("x=c 'd e'", ("x=c", "d e")),
+        "host": ("0.0.0.0", "0.0.0.0"),
+        "focus": ("1 0.5", ("1", "0.5")),
+        "precision": ("int8", "int8"),
+    }
+    for field in dataclasses.fields(ServeConfig):
+        text, value = values.get(field.name, ("7", 7))
+        found = parsed([], **{"CLASSER_BUNDLES": "a b", f"CLASSER_{field.name.upper()}": text})
+        assert getattr(found, field.name) == value, field.name
+
+
+def test_the_command_line_goes_before_the_environment() -> None:
+    found = parsed(
+        ["mine", "--port", "1"], CLASSER_BUNDLES="theirs", CLASSER_PORT="2", CLASSER_HOST="h", CLASSER_OTHER="?"
+    )
+    assert (found.bundles, found.port, found.host) == (("mine",), 1, "h")
+    assert parsed(["mine", "--port=1"], CLASSER_PORT="2").port == 1
