@@ -48,11 +48,8 @@ def read_examples(
     source_of_id: dict[str, str] = {}
     for row in read_rows(path):
         if label_column is None:
-            label_column = _find_label_column(path, row)
-        _check_column(row, text_column, "--text-column")
-        _check_column(row, label_column, "--label-column")
-        labels = _labels(row, label_column, in_cell=in_cell)
-        example = Example(_text(row, text_column), labels, task, id=_id(row), source=row.source)
+            label_column = find_label_column(path, row)
+        example = example_of(row, text_column=text_column, label_column=label_column, task=task, in_cell=in_cell)
         if example.id is not None:
             earlier = source_of_id.setdefault(example.id, row.source)
             if earlier != row.source:
@@ -61,6 +58,22 @@ def read_examples(
     if not examples:
         raise InputError(f"{path} is empty; at least one row of text and label was expected.")
     return examples
+
+
+def example_of(row: Row, *, text_column: str, label_column: str, task: str, in_cell: bool) -> Example:
+    """The example that one row is.
+
+    Args:
+      row, text_column, label_column, task: see `read_examples`.
+      in_cell: whether several labels stand in one cell, as in CSV and TSV.
+
+    Raises:
+      InputError: as `read_examples`, of this row.
+    """
+    _check_column(row, text_column, "--text-column")
+    _check_column(row, label_column, "--label-column")
+    labels = _labels(row, label_column, in_cell=in_cell)
+    return Example(_text(row, text_column), labels, task, id=_id(row), source=row.source)
 
 
 def read_texts(path: Path, *, text_column: str = "text") -> list[str]:
@@ -226,7 +239,8 @@ def check_labels(task: Task, examples: Sequence[Example]) -> None:
             )
 
 
-def _find_label_column(path: Path, row: Row) -> str:
+def find_label_column(path: Path, row: Row) -> str:
+    """`label` or `labels`, whichever the row has; an InputError if it has none or both."""
     there = [column for column in ("label", "labels") if column in row.fields]
     if len(there) == 1:
         return there[0]

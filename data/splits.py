@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import random
-import re
 import unicodedata
 from collections.abc import Sequence
 
@@ -70,8 +69,8 @@ def find_duplicates(train: Sequence[Example], test: Sequence[Example]) -> list[t
     """
     first_with: dict[str, Example] = {}
     for example in train:
-        first_with.setdefault(_comparable(example.text), example)
-    pairs = ((first_with.get(_comparable(example.text)), example) for example in test)
+        first_with.setdefault(comparable(example.text), example)
+    pairs = ((first_with.get(comparable(example.text)), example) for example in test)
     return [(twin, example) for twin, example in pairs if twin is not None]
 
 
@@ -91,5 +90,6 @@ def describe_duplicates(pairs: Sequence[tuple[Example, Example]], train_name: st
     return f"{sentence}. They make scores on {test_name} look better than they are."
 
 
-def _comparable(text: str) -> str:
-    return re.sub(r"\s+", " ", unicodedata.normalize("NFKC", text).casefold()).strip()
+def comparable(text: str) -> str:
+    """The text as duplicates are compared: after NFKC, case folding and collapsing of white space."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())

@@ -1,4 +1,4 @@
-"""Rows of a CSV, TSV, JSON Lines or Parquet file, each with its place in the file. Knows nothing of texts or labels."""
+"""Rows of a CSV, TSV, JSON Lines, Parquet or Arrow file, each with its place in it. Knows nothing of texts or labels."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import dataclasses
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from .errors import InputError
 
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".csv.gz", ".tsv.gz", ".jsonl.gz", ".parquet")
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".csv.gz", ".tsv.gz", ".jsonl.gz", ".parquet", ".arrow")
+
+# Told of a row that cannot be read; the rows after it are read all the same.
+OnBad = Callable[[InputError], object]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -30,8 +33,12 @@ def suffix_of(path: Path) -> str | None:
     return next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), None)
 
 
-def read_rows(path: Path) -> Iterator[Row]:
+def read_rows(path: Path, on_bad: OnBad | None = None) -> Iterator[Row]:
     """The rows of a file, by its suffix. Rows of a CSV count from 1 below the header; those of JSON Lines are lines.
+
+    Args:
+      path: the file.
+      on_bad: called with the error of a row that cannot be read, which is then left out; None raises it instead.
 
     Raises:
       InputError: no such file, an unknown suffix, or content that is not of the format that the suffix names.
@@ -43,15 +50,20 @@ def read_rows(path: Path) -> Iterator[Row]:
         raise InputError(f"There is no file {path}.")
     if suffix is None:
         raise InputError(f"{path} has none of the known suffixes ({', '.join(SUFFIXES)}); save it as one of them.")
-    if suffix == ".parquet":
-        return _parquet_rows(path)
+    if suffix in (".parquet", ".arrow"):
+        return _columnar_rows(path, suffix)
+    on_bad = on_bad or _raise
     if suffix.startswith(".jsonl"):
-        return _json_rows(path)
-    return _csv_rows(path, "\t" if suffix.startswith(".tsv") else ",")
+        return _json_rows(path, on_bad)
+    return _csv_rows(path, "\t" if suffix.startswith(".tsv") else ",", on_bad)
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """Decoded lines with their ends ("\\n" or "\\r\\n"); a byte order mark is dropped."""
+def _raise(error: InputError) -> None:
+    raise error from None
+
+
+def _lines(path: Path, on_bad: OnBad) -> Iterator[tuple[int, str]]:
+    """Numbered from 1, decoded lines with their ends ("\\n" or "\\r\\n"); a byte order mark is dropped."""
     offset = 0
     try:
         with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb") as file:
@@ -59,11 +71,10 @@ def _lines(path: Path) -> Iterator[str]:
                 try:
                     text = line.decode()
                 except UnicodeDecodeError as e:
-                    raise InputError(
-                        f"{path}, line {number}: byte 0x{line[e.start]:02x} at offset {offset + e.start} is not UTF-8; "
-                        f"save the file as UTF-8."
-                    ) from None
-                yield text.removeprefix("\ufeff") if number == 1 else text
+                    place = f"{path}, line {number}: byte 0x{line[e.start]:02x} at offset {offset + e.start}"
+                    on_bad(InputError(f"{place} is not UTF-8; save the file as UTF-8."))
+                else:
+                    yield number, text.removeprefix("\ufeff") if number == 1 else text
                 offset += len(line)
     except (gzip.BadGzipFile, EOFError, zlib.error) as e:
         raise InputError(f"{path} is no complete gzip file: {e}.") from None
@@ -71,9 +82,9 @@ def _lines(path: Path) -> Iterator[str]:
         raise InputError(f"{path} cannot be read: {e.strerror}.") from None
 
 
-def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
+def _csv_rows(path: Path, delimiter: str, on_bad: OnBad) -> Iterator[Row]:
     # Strict, because otherwise a quote that is never closed silently swallows the rest of the file.
-    reader = csv.reader(_lines(path), delimiter=delimiter, strict=True)
+    reader = csv.reader((line for _, line in _lines(path, on_bad)), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     number = 0
     first_line = 1
@@ -89,12 +100,13 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
                 number += 1
                 source = f"{path}, row {number} (line {line})"
                 if len(cells) != len(header):
-                    raise InputError(
-                        f"{source}: {len(cells)} fields, where the header has {len(header)} ({', '.join(header)}); "
-                        f"a field that holds a delimiter, a quote or a line break must stand in double quotes."
-                    )
+                    said = f"{len(cells)} fields, where the header has {len(header)} ({', '.join(header)})"
+                    quote = "a field that holds a delimiter, a quote or a line break must stand in double quotes"
+                    on_bad(InputError(f"{source}: {said}; {quote}."))
+                    continue
                 yield Row(dict(zip(header, cells, strict=True)), source)
     except csv.Error as e:
+        # The rest of the file cannot be told apart into rows, so that it is no matter of one row.
         raise InputError(
             f"{path}, row {number + 1} (line {first_line}): not valid CSV, {e}; a quoted field must end with a quote, "
             f"and a quote inside it is written twice."
@@ -118,34 +130,66 @@ def _check_header(path: Path, header: list[str]) -> list[str]:
     return header
 
 
-def _json_rows(path: Path) -> Iterator[Row]:
-    for number, line in enumerate(_lines(path), start=1):
+def _json_rows(path: Path, on_bad: OnBad) -> Iterator[Row]:
+    for number, line in _lines(path, on_bad):
         if not line.strip():
             continue
         source = f"{path}, line {number}"
         try:
             fields = json.loads(line.rstrip("\r\n"))
         except json.JSONDecodeError as e:
-            raise InputError(f"{source}: not valid JSON, {e.msg} at column {e.colno}.") from None
+            on_bad(InputError(f"{source}: not valid JSON, {e.msg} at column {e.colno}."))
         except (ValueError, RecursionError):
-            raise InputError(f"{source}: not valid JSON; a number is too long or the nesting too deep.") from None
-        if not isinstance(fields, dict):
-            raise InputError(f'{source}: not a JSON object such as {{"text": "…", "label": "…"}}.')
-        yield Row(fields, source)
+            on_bad(InputError(f"{source}: not valid JSON; a number is too long or the nesting too deep."))
+        else:
+            if isinstance(fields, dict):
+                yield Row(fields, source)
+            else:
+                on_bad(InputError(f'{source}: not a JSON object such as {{"text": "…", "label": "…"}}.'))
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
+def _columnar_rows(path: Path, suffix: str) -> Iterator[Row]:
+    """Of Parquet, or of Arrow's stream format, in which Hugging Face's datasets are saved."""
+    kind = {".parquet": "Parquet", ".arrow": "Arrow"}[suffix]
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise InputError(f"{path}: reading Parquet needs the package pyarrow (`pip install pyarrow`).") from None
+        raise InputError(f"{path}: reading {kind} needs the package pyarrow (`pip install pyarrow`).") from None
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
+        with contextlib.ExitStack() as stack:
+            if suffix == ".parquet":
+                file = stack.enter_context(pyarrow.parquet.ParquetFile(path))
+                schema, batches = file.schema_arrow, file.iter_batches()
+            else:
+                file = stack.enter_context(pyarrow.ipc.open_stream(stack.enter_context(path.open("rb"))))
+                schema, batches = file.schema, iter(file)
+            class_names = _class_names(schema.metadata)
+            for batch in batches:
                 for fields in batch.to_pylist():
                     number += 1
+                    for column in class_names.keys() & fields.keys():
+                        fields[column] = _named(fields[column], class_names[column])
                     yield Row(fields, f"{path}, row {number}")
     except (pyarrow.ArrowException, OSError) as e:
-        raise InputError(f"{path} is no readable Parquet file: {str(e).splitlines()[0]}") from None
+        raise InputError(f"{path} is no readable {kind} file: {str(e).splitlines()[0]}") from None
+
+
+def _class_names(metadata: dict[bytes, bytes] | None) -> dict[str, list[str]]:
+    """Column → names of its classes, where Hugging Face's datasets has stored numbers for names."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        elements = {column: feature.get("feature", feature) for column, feature in features.items()}
+        return {column: list(e["names"]) for column, e in elements.items() if e.get("_type") == "ClassLabel"}
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _named(value: Any, names: list[str]) -> Any:
+    """The class's name; of a list, each one's. −1 is how datasets marks a missing label."""
+    if isinstance(value, list):
+        return [_named(one, names) for one in value]
+    if isinstance(value, int):
+        return names[value] if 0 <= value < len(names) else None
+    return value

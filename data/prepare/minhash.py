@@ -1,0 +1,158 @@
+"""Near-duplicates by MinHash and locality-sensitive hashing.
+
+A text is the set of its 5-character shingles, taken from its `comparable` form: characters, because half of the
+world's scripts put no spaces between words. MinHash (Broder 1997, "On the resemblance and containment of documents")
+estimates the Jaccard similarity of two such sets; banding (Leskovec et al., "Mining of Massive Datasets", section 3.4)
+finds the pairs worth comparing; one byte of each minimum is kept (b-bit minwise hashing, Li & König 2010,
+https://arxiv.org/abs/0910.3349).
+
+Axes: N texts, P permutations, B bands.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+SHINGLE = 5
+NUM_PERMUTATIONS = 128
+# In a bucket, so many texts that resemble none before them are compared with those that follow.
+MAX_LEADERS = 64
+_CHARS_AT_ONCE = 1 << 18  # the arrays of one pass then stay in a core's cache
+
+_RNG = np.random.default_rng(0x5EED)
+_FACTORS_P = _RNG.integers(0, 1 << 32, NUM_PERMUTATIONS, dtype=np.uint32) | np.uint32(1)
+_ADDENDS_P = _RNG.integers(0, 1 << 32, NUM_PERMUTATIONS, dtype=np.uint32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sketches:
+    """What is kept of N texts.
+
+    Attributes:
+      bands_NB: uint64; texts that share one are worth comparing.
+      bytes_NP: uint8, a byte of each minimum; see `similarity`.
+    """
+
+    bands_NB: np.ndarray
+    bytes_NP: np.ndarray
+
+
+def band_rows(threshold: float) -> int:
+    """Minima a band: the most with which a pair as similar as the threshold still meets with probability 0.9.
+
+    The probability is 1 − (1 − sʳ)ᵇ for similarity s and b bands of r rows.
+    """
+    for rows in (32, 16, 8, 4, 2):
+        if 1 - (1 - threshold**rows) ** (NUM_PERMUTATIONS // rows) >= 0.9:
+            return rows
+    return 1
+
+
+def sketch(texts: Sequence[str], rows: int) -> Sketches:
+    """Sketches of N texts (in their `comparable` form; none is empty), with `rows` minima a band."""
+    minima = [_minima(chunk) for chunk in chunks(texts)]
+    minima_NP = np.concatenate(minima) if minima else np.zeros((0, NUM_PERMUTATIONS), np.uint32)
+    # A polynomial in the band's minima and its number, so that equal minima of two bands do not meet.
+    mixed_NBR = minima_NP.reshape(len(texts), -1, rows).astype(np.uint64)
+    bands_NB = np.arange(mixed_NBR.shape[1], dtype=np.uint64)[None] + np.zeros((len(texts), 1), np.uint64)
+    for row in range(rows):
+        bands_NB = mix(bands_NB * np.uint64(0x9E3779B97F4A7C15) + mixed_NBR[..., row])
+    # The low byte of a minimum is biased by the choice of the smallest less than the high one.
+    bytes_NP = (minima_NP * np.uint32(0x85EBCA6B) >> np.uint32(24)).astype(np.uint8)
+    return Sketches(bands_NB, bytes_NP)
+
+
+def mix(x: np.ndarray) -> np.ndarray:
+    """MurmurHash3's finaliser: every bit of a uint64 depends on all."""
+    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+        x = (x ^ (x >> np.uint64(33))) * np.uint64(factor)
+    return x ^ (x >> np.uint64(33))
+
+
+def similarity(bytes_NP: np.ndarray, one_P: np.ndarray) -> np.ndarray:
+    """Estimated Jaccard similarity of N texts to one, float64 (N,): unequal minima agree in their byte once in 256."""
+    agree_N = (bytes_NP == one_P).mean(axis=1)
+    return np.maximum(0.0, (agree_N - 1 / 256) / (1 - 1 / 256))
+
+
+def bucket_links(ranks_N: np.ndarray, bytes_NP: np.ndarray, threshold: float) -> Iterator[tuple[int, int, float]]:
+    """Which texts of one bucket resemble an earlier one of it.
+
+    Args:
+      ranks_N: ascending: of two near-duplicates the first is kept.
+      bytes_NP: their sketches.
+      threshold: the least similarity of near-duplicates.
+
+    Yields:
+      (rank, rank of the earlier text, their similarity), at most once a text.
+    """
+    leaders = [0]
+    for i in range(1, len(ranks_N)):
+        similar = similarity(bytes_NP[leaders], bytes_NP[i])
+        best = int(similar.argmax())
+        if similar[best] >= threshold:
+            yield int(ranks_N[i]), int(ranks_N[leaders[best]]), float(similar[best])
+        elif len(leaders) < MAX_LEADERS:
+            leaders.append(i)
+
+
+def chunks(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """The texts in runs of about so many characters that a pass over their shingles stays in a core's cache."""
+    first = chars = 0
+    for i, text in enumerate(texts):
+        chars += len(text)
+        if chars >= _CHARS_AT_ONCE:
+            yield texts[first : i + 1]
+            first, chars = i + 1, 0
+    if first < len(texts):
+        yield texts[first:]
+
+
+def _minima(texts: Sequence[str]) -> np.ndarray:
+    """The smallest hash of each text's shingles under each permutation, uint32 (N, P)."""
+    padded = [text.ljust(SHINGLE) for text in texts]
+    hashes, starts = window_hashes(padded, SHINGLE)
+    hashes = hashes.astype(np.uint32)
+    minima_NP = np.empty((len(texts), NUM_PERMUTATIONS), np.uint32)
+    for p in range(NUM_PERMUTATIONS):
+        minima_NP[:, p] = np.minimum.reduceat(hashes * _FACTORS_P[p] + _ADDENDS_P[p], starts)
+    return minima_NP
+
+
+def window_hashes(texts: Sequence[str], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes of all runs of `width` characters of each text, which has at least so many.
+
+    Returns:
+      uint64 hashes, one text's after the other's, and where each text's begin, int64 (N,).
+    """
+    lengths_N = np.fromiter(map(len, texts), np.int64, len(texts))
+    chars = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
+    # Horner's rule by doubling: the hash of 2w characters is that of the first w, times pʷ, plus that of the others.
+    base = np.uint64(0x100000001B3)
+    hashes, done, power = chars + np.uint64(1), 1, base
+    whole, whole_done = None, 0
+    for bit in itertools.takewhile(lambda bit: bit <= width, (1 << i for i in itertools.count())):
+        if width & bit:
+            if whole is None:
+                whole = hashes
+            else:
+                whole = whole[: len(hashes) - whole_done] * power + hashes[whole_done:]
+            whole_done += bit
+        if bit * 2 <= width:
+            hashes = hashes[: len(hashes) - done] * power + hashes[done:]
+            with np.errstate(over="ignore"):
+                power = power * power
+            done *= 2
+    assert whole is not None
+    counts_N = lengths_N - width + 1
+    ends_N = np.cumsum(lengths_N)
+    # Windows that reach over a text's end into the next text are left out.
+    own = np.ones(len(chars), bool)
+    for back in range(1, width):
+        own[ends_N - back] = False
+    starts_N = np.cumsum(counts_N) - counts_N
+    return mix(whole[own[: len(whole)]]), starts_N
