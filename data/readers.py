@@ -239,15 +239,15 @@ def check_labels(task: Task, examples: Sequence[Example]) -> None:
             )
 
 
-def find_label_column(path: Path, row: Row) -> str:
+def find_label_column(place: Path | str, row: Row) -> str:
     """`label` or `labels`, whichever the row has; an InputError if it has none or both."""
     there = [column for column in ("label", "labels") if column in row.fields]
     if len(there) == 1:
         return there[0]
     columns = _listed(list(row.fields))
     if there:
-        raise InputError(f"{path} has both columns 'label' and 'labels'; choose one with --label-column.")
-    raise InputError(f"{path} has no column 'label' or 'labels', only {columns}; name another with --label-column.")
+        raise InputError(f"{place} has both columns 'label' and 'labels'; choose one with --label-column.")
+    raise InputError(f"{place} has no column 'label' or 'labels', only {columns}; name another with --label-column.")
 
 
 def _check_column(row: Row, column: str, option: str) -> None:

@@ -1,4 +1,4 @@
-"""Rows of a CSV, TSV, JSON Lines, Parquet or Arrow file, each with its place in it. Knows nothing of texts or labels."""
+"""Rows of a CSV, TSV, JSON Lines, Parquet or Arrow file, each with its place in it. Knows no texts or labels."""
 
 from __future__ import annotations
 

@@ -20,8 +20,8 @@ Inputs = Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar
 @dataclasses.dataclass(frozen=True)
 class PrepareArguments(PrepareConfig):
     __doc__ = f"""{PrepareConfig.__doc__}
-      inputs: files (CSV, TSV, JSONL, Parquet, Arrow), folders of them, folders with task.json, and Hugging Face datasets
-        saved to disk; their splits other than `train` are taken as evaluation sets.
+      inputs: files (CSV, TSV, JSONL, Parquet, Arrow), folders of them, folders with task.json, and datasets of Hugging
+        Face saved to disk; splits other than `train` are taken as evaluation sets.
       out: a new folder for the shards, or one of an earlier run of the same inputs.
       evaluation: files or folders of texts that must not be trained on.
       tokenizer: a folder with vocab.txt and tokenizer_config.json, or an encoder as `classer train --encoder` takes it.
@@ -83,7 +83,7 @@ def describe(manifest: dict[str, Any]) -> str:
         lengths = found["lengths"]
         if lengths["records"]:
             lines.append(
-                f"{split}: {lengths['records']:,} texts in {len(found['shards'])} shards, {lengths['tokens']:,} tokens; "
+                f"{split}: {lengths['records']:,} texts, {len(found['shards'])} shards, {lengths['tokens']:,} tokens; "
                 f"median {lengths['median']}, 99 % up to {lengths['p99']}, {lengths['truncated']:,} cut"
             )
     return "\n".join(lines)

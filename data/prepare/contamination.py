@@ -16,6 +16,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -57,7 +58,7 @@ class EvaluationIndex:
         plain = [comparable(text) for text in texts]
         hashes_EH = np.frombuffer(b"".join(map(hash_text, plain)), np.uint8).reshape(len(plain), HASH_BYTES)
         sketches = sketch(plain, rows)
-        num_bands = sketches.bands_NB.shape[1] if len(plain) else 0
+        num_bands = sketches.bands_NB.shape[1]
         bands, band_text = _sorted(sketches.bands_NB.ravel(), np.repeat(np.arange(len(plain)), num_bands))
         long = [i for i, text in enumerate(plain) if len(text) >= WINDOW]
         windows, owners = _windows([plain[i] for i in long], STRIDE)
@@ -72,8 +73,9 @@ class EvaluationIndex:
     @classmethod
     def load(cls, path: Path) -> EvaluationIndex:
         with np.load(path, allow_pickle=False) as arrays:
-            fields = {name: arrays[name] for name in arrays.files}
-        return cls(**(fields | {"threshold": float(fields["threshold"])}))
+            fields: dict[str, Any] = {name: arrays[name] for name in arrays.files}
+        fields["threshold"] = float(fields["threshold"])
+        return cls(**fields)
 
     def find(self, rows: Sequence[SourceRow], plain: Sequence[str], sketches: Sketches) -> list[Dropped | None]:
         """For each row what makes it contaminated, or None.

@@ -203,7 +203,7 @@ class _Passes:
                 if self._plan.config.near_duplicates:
                     block = np.zeros((numbers[-1] + 1 - before, NUM_PERMUTATIONS), np.uint8)
                     block[np.asarray(numbers) - before] = kept.bytes_NP
-                    sketches.write(block)
+                    sketches.write(block.tobytes())
                     self._spill_bands(np.asarray(numbers)[clean], kept.bands_NB[clean])
                 bar.update(numbers[-1] + 1 - before)
                 before = numbers[-1] + 1

@@ -57,7 +57,7 @@ def sketch(texts: Sequence[str], rows: int) -> Sketches:
     minima = [_minima(chunk) for chunk in chunks(texts)]
     minima_NP = np.concatenate(minima) if minima else np.zeros((0, NUM_PERMUTATIONS), np.uint32)
     # A polynomial in the band's minima and its number, so that equal minima of two bands do not meet.
-    mixed_NBR = minima_NP.reshape(len(texts), -1, rows).astype(np.uint64)
+    mixed_NBR = minima_NP.reshape(len(texts), NUM_PERMUTATIONS // rows, rows).astype(np.uint64)
     bands_NB = np.arange(mixed_NBR.shape[1], dtype=np.uint64)[None] + np.zeros((len(texts), 1), np.uint64)
     for row in range(rows):
         bands_NB = mix(bands_NB * np.uint64(0x9E3779B97F4A7C15) + mixed_NBR[..., row])
@@ -137,10 +137,7 @@ def window_hashes(texts: Sequence[str], width: int) -> tuple[np.ndarray, np.ndar
     whole, whole_done = None, 0
     for bit in itertools.takewhile(lambda bit: bit <= width, (1 << i for i in itertools.count())):
         if width & bit:
-            if whole is None:
-                whole = hashes
-            else:
-                whole = whole[: len(hashes) - whole_done] * power + hashes[whole_done:]
+            whole = hashes if whole is None else whole[: len(hashes) - whole_done] * power + hashes[whole_done:]
             whole_done += bit
         if bit * 2 <= width:
             hashes = hashes[: len(hashes) - done] * power + hashes[done:]

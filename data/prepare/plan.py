@@ -26,8 +26,8 @@ class PrepareConfig:
     Attributes:
       max_length: tokens that a text is cut to, special tokens included.
       dev_fraction: the share of texts set aside for development, chosen by the hash of the text.
-      near_duplicates: similarity (Jaccard, of 5-character shingles) from which two texts of one task are near-duplicates
-        and the later one is dropped; 0 drops equal texts only.
+      near_duplicates: similarity (Jaccard, of 5-character shingles) from which the later of two texts of one task is
+        dropped; 0 drops equal texts only.
       records_per_shard: how large a shard is, about.
       text_column: the column of the texts.
       label_column: the column of the labels; by default `label` or `labels`, whichever a row has.

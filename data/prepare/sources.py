@@ -127,7 +127,7 @@ def read_source(file: int, source: SourceFile, task: int, columns: Columns) -> I
         number += len(bad) + 1
         bad.clear()
         try:
-            label_column = columns.label or find_label_column(source.path, row)
+            label_column = columns.label or find_label_column(row.source, row)
             example = example_of(
                 row, text_column=columns.text, label_column=label_column, task=source.task, in_cell=in_cell
             )

@@ -197,7 +197,9 @@ def task_from_counts(name: str, known: Task | None, counts: LabelCounts) -> Task
     labels = tuple(Label(label) for label in sorted(counts.counts))
     if counts.least == counts.most == 1:
         if len(labels) < 2:
-            raise InputError(f"All {counts.rows:,} rows of '{name}' have the label '{labels[0].name}'; give two.")
+            raise InputError(
+                f"All {counts.rows:,} rows of '{name}' have the same label; give at least two to tell apart."
+            )
         return Task(name, TaskKind.BINARY if len(labels) == 2 else TaskKind.MULTICLASS, labels)
     if not labels:
         raise InputError(f"None of the {counts.rows:,} rows of '{name}' has a label.")
