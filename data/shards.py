@@ -1,7 +1,7 @@
 """Training batches from prepared shards: shuffled, in length buckets, the same for any number of processes. On Grain.
 
-An epoch is a random order of all records, cut into windows of whole batches. Within a window, records go into
-their length bucket and cut into batches as `pipeline.TrainBatches` does it with a whole epoch. So the batch of a step is
+An epoch is a random order of all records, cut into windows of whole batches. Within a window, records go into their
+length bucket and are cut into batches as `pipeline.TrainBatches` does it with a whole epoch. So the batch of a step is
 a function of (seed, step) alone; every process works the plan out for itself, from the records' lengths, and reads its
 own rows of each batch. All processes have the same bucket at the same step, which they must, since they run one
 program. The position in the data is one number, the next step, whatever the number of processes or workers.
@@ -24,6 +24,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 
 from .buckets import BUCKETS, pad_batch
 from .errors import InputError
@@ -282,6 +283,9 @@ class ShardIterator(Iterator[Batch]):
         source = grain.MapDataset.source(_StepSource(self._batches, self._next_step))
         if not self._num_workers:
             return iter(source.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=self._ahead)))
+        # Grain's workers read flags of absl, which only absl's own `app.run` parses.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
         dataset = source.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
         options = grain.MultiprocessingOptions(self._num_workers, per_worker_buffer_size=self._ahead)
         return iter(dataset.mp_prefetch(options))

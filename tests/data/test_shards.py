@@ -1,0 +1,178 @@
+"""Batches from shards: complete, deterministic, the same for any number of processes and workers, resumable."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from classer.data.errors import InputError
+from classer.data.pipeline import Batch
+from classer.data.prepare.local import prepare
+from classer.data.prepare.plan import Plan, PrepareConfig
+from classer.data.shards import ShardBatches, Shards
+from classer.data.tokenizer import WordPieceTokenizer
+from classer.tests.helpers import VOCAB
+
+NUM_TEXTS = 230
+WORDS = [word for word in VOCAB if word.isalpha()]
+SETTINGS: dict[str, Any] = {"batch_size": 12, "seed": 3, "pad_id": 0, "num_epochs": 2, "window": 70}
+
+
+@contextlib.contextmanager
+def silent(stage: str, unit: str, total: int | None) -> Iterator[Any]:
+    yield SimpleNamespace(update=lambda n: None)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two prepared tasks in several shards; each text's first token ids tell it apart."""
+    folder = tmp_path_factory.mktemp("shards")
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(WORDS, 5 + i % 37)) for i in range(NUM_TEXTS)]
+    rows = [{"text": text, "labels": ["a", "b", "c"][: 1 + i % 3]} for i, text in enumerate(texts)]
+    (folder / "tags.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:150]))
+    rows = [{"text": row["text"], "label": f"kind {i % 4}"} for i, row in enumerate(rows)]
+    (folder / "kinds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[150:]))
+    (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in VOCAB))
+    WordPieceTokenizer(folder / "vocab.txt").save(folder / "tokenizer")
+    config = PrepareConfig(dev_fraction=0, near_duplicates=0, records_per_shard=60)
+    inputs = [folder / "tags.jsonl", folder / "kinds.jsonl"]
+    prepare(Plan.make(config, inputs, [], folder / "tokenizer", folder / "out"), progress=silent)
+    return folder / "out"
+
+
+def batches_of(folder: Path, **changes: Any) -> ShardBatches:
+    return ShardBatches(Shards(folder), **(SETTINGS | changes))
+
+
+def rows_of(batches: list[Batch]) -> list[tuple[bytes, bytes]]:
+    """(token ids, targets) of the rows that are no fillers."""
+    return [
+        (batch.tokens_BS[i, : batch.lengths_B[i]].tobytes(), batch.targets_BL[i].tobytes())
+        for batch in batches
+        for i in range(len(batch.lengths_B))
+        if batch.weights_B[i]
+    ]
+
+
+def assert_equal(left: Batch, right: Batch) -> None:
+    for field in dataclasses.fields(Batch):
+        assert np.array_equal(getattr(left, field.name), getattr(right, field.name)), field.name
+
+
+def test_each_record_comes_once_an_epoch_with_its_labels(folder: Path) -> None:
+    batches = batches_of(folder)
+    assert batches.steps_per_epoch == -(-NUM_TEXTS // 12)
+    made = list(batches.iterate())
+    assert len(made) == batches.num_steps == 2 * batches.steps_per_epoch
+    first, second = rows_of(made[: batches.steps_per_epoch]), rows_of(made[batches.steps_per_epoch :])
+    assert len(first) == len(set(first)) == NUM_TEXTS
+    assert first != second
+    assert sorted(first) == sorted(second)
+    taxonomy = Shards(folder).taxonomy
+    tags, kinds = taxonomy.slice_of("tags"), taxonomy.slice_of("kinds")
+    targets = np.array([np.frombuffer(row[1], np.float32) for row in first])
+    assert sorted(targets[:, tags].sum(axis=1)) == [0] * 80 + [1] * 50 + [2] * 50 + [3] * 50
+    assert targets[:, kinds].sum() == 80
+
+
+def test_batches_are_full_but_one_and_no_longer_than_their_bucket(folder: Path) -> None:
+    batches = batches_of(folder)
+    for step in range(batches.num_steps):
+        batch = batches.batch(step)
+        assert batch.tokens_BS.shape == (12, batches.planned(step).length)
+    sizes = [len(batches.planned(step).records) for step in range(batches.steps_per_epoch)]
+    assert sorted(sizes)[1:] == [12] * (len(sizes) - 1)
+    padded = sum(12 * batches.planned(step).length for step in range(batches.steps_per_epoch))
+    longest = -(-NUM_TEXTS // 12) * 12 * max(batches.planned(step).length for step in range(batches.steps_per_epoch))
+    assert padded < 0.75 * longest  # the buckets are of use
+
+
+@pytest.mark.parametrize("num_processes", [2, 3, 4])
+def test_processes_share_each_batch(folder: Path, num_processes: int) -> None:
+    whole = batches_of(folder)
+    parts = [batches_of(folder, process=i, num_processes=num_processes) for i in range(num_processes)]
+    assert {part.fingerprint for part in parts} == {whole.fingerprint}
+    for step in range(whole.num_steps):
+        made = [part.batch(step) for part in parts]
+        joined = [np.concatenate([getattr(b, f.name) for b in made]) for f in dataclasses.fields(Batch)]
+        assert_equal(Batch(*joined), whole.batch(step))
+
+
+def test_the_seed_decides_the_order(folder: Path) -> None:
+    assert_equal(batches_of(folder).batch(5), batches_of(folder).batch(5))
+    assert rows_of([batches_of(folder, seed=4).batch(5)]) != rows_of([batches_of(folder).batch(5)])
+
+
+def test_going_on_after_any_step_is_as_if_nothing_had_been(folder: Path) -> None:
+    expected = list(batches_of(folder).iterate())
+    for step in (0, 1, 11, 20, 39, 40):
+        iterator = batches_of(folder).iterate()
+        list(itertools.islice(iterator, step))
+        state = json.loads(json.dumps(iterator.get_state()))
+        iterator.close()
+        resumed = batches_of(folder).iterate()
+        next(resumed)  # a position may be set after batches were taken
+        resumed.set_state(state)
+        rest = list(resumed)
+        assert len(rest) == len(expected) - step
+        for left, right in zip(rest, expected[step:], strict=True):
+            assert_equal(left, right)
+
+
+def test_a_position_goes_over_to_another_number_of_processes(folder: Path) -> None:
+    expected = list(batches_of(folder).iterate())
+    two = [batches_of(folder, process=i, num_processes=2).iterate() for i in range(2)]
+    for _ in range(7):
+        states = [next(iterator) and iterator.get_state() for iterator in two]
+    assert states[0] == states[1]
+    three = [batches_of(folder, process=i, num_processes=3).iterate() for i in range(3)]
+    for iterator in three:
+        iterator.set_state(states[0])
+    for step in range(7, len(expected)):
+        assert rows_of([next(iterator) for iterator in three]) == rows_of([expected[step]])
+
+
+def test_workers_lose_and_double_nothing(folder: Path) -> None:
+    expected = list(batches_of(folder).iterate())
+    iterator = batches_of(folder).iterate(num_workers=2, ahead=3)
+    with contextlib.closing(iterator):
+        for batch in expected[:9]:
+            assert_equal(next(iterator), batch)
+        state = iterator.get_state()  # by now the workers are several batches ahead
+    resumed = batches_of(folder, process=1, num_processes=2).iterate(num_workers=1)
+    resumed.set_state(state)
+    with contextlib.closing(resumed):
+        for batch in expected[9:13]:
+            half = Batch(*(getattr(batch, field.name)[6:] for field in dataclasses.fields(Batch)))
+            assert_equal(next(resumed), half)
+
+
+def test_a_position_in_other_data_is_refused(folder: Path) -> None:
+    state = batches_of(folder).iterate().get_state()
+    for changes in ({"seed": 4}, {"batch_size": 24}, {"window": 140}, {"buckets": (64,)}):
+        with pytest.raises(InputError, match="other shards, another seed"):
+            batches_of(folder, **changes).iterate().set_state(state)
+    batches_of(folder, num_epochs=5).iterate().set_state(state)
+    with pytest.raises(InputError, match="ends after 40"):
+        batches_of(folder).iterate().set_state(state | {"next_step": 41})
+
+
+def test_what_cannot_be_read_is_said(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no manifest.json"):
+        Shards(tmp_path)
+    with pytest.raises(InputError, match="no texts in the split 'dev'"):
+        Shards(folder, "dev")
+    with pytest.raises(InputError, match="does not divide among 5"):
+        batches_of(folder, process=0, num_processes=5)
+    with pytest.raises(InputError, match="the largest bucket holds 32"):
+        batches_of(folder, buckets=(16, 32))
