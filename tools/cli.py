@@ -13,6 +13,7 @@ from classer.data.errors import InputError
 from classer.data.fetch import cache_folder
 from classer.serve.errors import ClasserError
 from classer.tools import commands
+from classer.tools.aot import aot
 from classer.tools.prepare import prepare
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
@@ -28,6 +29,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "quantize": commands.quantize,
     "info": commands.info,
     "prepare": prepare,
+    "aot": aot,
 }
 
 

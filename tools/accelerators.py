@@ -1,0 +1,77 @@
+"""Accelerators as `classer aot` and `tools/plan_scale.py` know them: memory, speed, price, each with its source."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+
+from classer.data.errors import InputError
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Accelerator:
+    """One device.
+
+    Attributes:
+      name: for people.
+      memory: bytes of HBM.
+      bf16, int8: dense operations a second.
+      source: where these figures come from.
+    """
+
+    name: str
+    memory: int
+    bf16: float
+    int8: float
+    source: str
+
+
+_TPU = "https://cloud.google.com/tpu/docs/system-architecture-tpu-vm, the page of the generation"
+ACCELERATORS = {
+    "h100": Accelerator(
+        "NVIDIA H100 SXM 80 GB", 84_942_979_072, 989.4e12, 1978.9e12, "NVIDIA H100 datasheet, dense (half of sparse)"
+    ),
+    "v5e": Accelerator("TPU v5e", 16 * GIB, 197e12, 394e12, _TPU),
+    "v5p": Accelerator("TPU v5p", 95 * GIB, 459e12, 918e12, _TPU),
+    "v6e": Accelerator("TPU v6e", 32 * GIB, 918e12, 1836e12, _TPU),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A number of devices of one kind, joined in a grid: "h100:8x8" is eight hosts of eight, "v5p:4x4x4" a cube."""
+
+    kind: str
+    shape: tuple[int, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Topology:
+        """Reads "KIND:AxBxC".
+
+        Raises:
+          InputError: no such kind, or no such grid of it.
+        """
+        found = re.fullmatch(r"(\w+):(\d+(?:x\d+){0,2})", text)
+        if not found or found[1] not in ACCELERATORS:
+            kinds = ", ".join(ACCELERATORS)
+            raise InputError(f"'{text}' is no topology; write KIND:GRID, such as h100:8x8 or v5p:4x4x4 ({kinds}).")
+        shape = tuple(int(n) for n in found[2].split("x"))
+        if found[1] == "h100" and (len(shape) > 2 or shape[-1] > 8):
+            raise InputError(f"'{text}': H100s are GPUS, or HOSTSxGPUS with at most 8 a host, such as h100:8x8.")
+        if found[1] != "h100" and len(shape) != (3 if found[1] == "v5p" else 2):
+            raise InputError(f"'{text}': {found[1]} is a grid of {'three' if found[1] == 'v5p' else 'two'} sides.")
+        return cls(found[1], shape)
+
+    @property
+    def accelerator(self) -> Accelerator:
+        return ACCELERATORS[self.kind]
+
+    @property
+    def num_devices(self) -> int:
+        return math.prod(self.shape)
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{'x'.join(map(str, self.shape))}"

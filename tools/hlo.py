@@ -1,0 +1,157 @@
+"""What a compiled program does, read from its optimised HLO text and from its jaxpr.
+
+XLA's own cost analysis counts the body of a loop once; here every computation counts as often as it runs.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "bf16": 2}
+_BYTES |= {"f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8}
+_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\) -> .* \{\s*$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
+_SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
+_CALLED = re.compile(r"(?:calls|to_apply|condition|body|branch_computations)=(?:\{([^}]*)\}|%?([\w.-]+))")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_GROUPS = re.compile(r"replica_groups=(?:\[(\d+),(\d+)\]|\{\{([\d,]*)\})")
+_MATMUL = re.compile(r'custom_call_target="[^"]*(?:gemm|matmul)', re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One instruction, and how often a run of the program executes it (a loop of unknown length counts once)."""
+
+    name: str
+    types: tuple[tuple[str, tuple[int, ...]], ...]
+    operation: str
+    rest: str
+    operand_types: tuple[str, ...]
+    times: int
+
+    @property
+    def result_bytes(self) -> int:
+        return int(sum(_BYTES.get(kind, 0) * math.prod(shape) for kind, shape in self.types))
+
+
+def instructions(hlo: str) -> list[Instruction]:
+    """All instructions of an optimised module; names are resolved within their computation."""
+    computations: dict[str, list[tuple[str, str, str, str]]] = {}
+    entry = current = ""
+    for line in hlo.splitlines():
+        if found := _COMPUTATION.match(line):
+            current = found[2]
+            computations[current] = []
+            entry = current if found[1] else entry
+        elif current and (found := _INSTRUCTION.match(line)):
+            computations[current].append((found[1], found[2], found[3], found[4]))
+    times: collections.Counter[str] = collections.Counter()
+    _count(entry, 1, computations, times)
+
+    done: list[Instruction] = []
+    for name, lines in computations.items():
+        kinds = {line[0]: _SHAPE.search(line[1]) for line in lines}
+        for result, types, operation, rest in lines:
+            operands = re.findall(r"%([\w.-]+)", rest.split("), ")[0])
+            operand_types = tuple(kind[1] for operand in operands if (kind := kinds.get(operand)))
+            shapes = tuple((k, tuple(int(n) for n in dims.split(",") if n)) for k, dims in _SHAPE.findall(types))
+            done.append(Instruction(result, shapes, operation, rest, operand_types, times[name]))
+    return done
+
+
+def _count(name: str, factor: int, computations: dict, times: collections.Counter[str]) -> None:
+    times[name] += factor
+    for _, _, operation, rest in computations.get(name, ()):
+        trips = int(found[1]) if operation == "while" and (found := _TRIPS.search(rest)) else 1
+        for several, one in _CALLED.findall(rest):
+            for called in re.findall(r"%?([\w.-]+)", several) if several else [one]:
+                if called in computations:
+                    _count(called, factor * trips, computations, times)
+
+
+def products(program: list[Instruction]) -> collections.Counter[str]:
+    """What matrix products take and give, such as {"s8×s8→s32": 132}: `dot`, `convolution`, calls of libraries.
+
+    The result tells: where int8 operands are converted to floats within a fused product, operands alone may still read
+    s8. Custom calls of Triton and cuDNN, which hold whole fusions, are not looked into.
+    """
+    counts: collections.Counter[str] = collections.Counter()
+    for one in program:
+        is_call = one.operation == "custom-call" and _MATMUL.search(one.rest)
+        if (one.operation in ("dot", "convolution") or is_call) and len(one.operand_types) >= 2:
+            counts[f"{one.operand_types[0]}×{one.operand_types[1]}→{one.types[0][0]}"] += one.times
+    return counts
+
+
+@dataclasses.dataclass
+class Traffic:
+    """Collectives of one kind in one run of a program: how many, and the bytes of the arrays they work on."""
+
+    count: int = 0
+    bytes: int = 0
+
+
+def collectives(program: list[Instruction]) -> dict[str, Traffic]:
+    """The collectives of a device, by kind.
+
+    Bytes are those of the whole array that a group of devices gathers, sums or scatters: about what each device
+    receives in a gather or sends in a scatter; a sum of all moves twice as much.
+    """
+    found: dict[str, Traffic] = {}
+    for one in program:
+        kind = one.operation.removesuffix("-start")
+        if kind not in _COLLECTIVES:
+            continue
+        size = one.result_bytes
+        if one.operation.endswith("-start") and len(one.types) > 1:
+            # A started gather's result names operand and result; of a started sum only the result.
+            size = max(int(_BYTES.get(k, 0) * math.prod(s)) for k, s in one.types)
+        if kind == "reduce-scatter":
+            size *= _group_size(one.rest)
+        traffic = found.setdefault(kind, Traffic())
+        traffic.count += one.times
+        traffic.bytes += size * one.times
+    return found
+
+
+def _group_size(rest: str) -> int:
+    if not (found := _GROUPS.search(rest)):
+        return 1
+    return int(found[2]) if found[2] else len(found[3].split(","))
+
+
+def count_flops(jaxpr: Any) -> int:
+    """FLOPs of all matrix products of a jaxpr, over all devices: 2 · M · N · K each, times the trips of scans.
+
+    Of a `cond` the branch with the most counts. What rematerialisation computes twice is in the jaxpr twice.
+    """
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (lhs_contracting, _), _ = equation.params["dimension_numbers"]
+            lhs = equation.invars[0].aval.shape
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(lhs[i] for i in lhs_contracting)
+            continue
+        inner = [count_flops(sub) for sub in _sub_jaxprs(equation.params)]
+        if equation.primitive.name == "scan":
+            total += equation.params["length"] * sum(inner)
+        elif equation.primitive.name == "cond":
+            total += max(inner, default=0)
+        else:
+            total += sum(inner)
+    return total
+
+
+def _sub_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
+    for value in params.values():
+        for one in value if isinstance(value, (tuple, list)) else (value,):
+            one = getattr(one, "jaxpr", one)  # a closed jaxpr holds one
+            if hasattr(one, "eqns"):
+                yield one
