@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import traverse_util
+from jax import lax
 
 Precision = Literal["float32", "int8"]
 
@@ -41,8 +42,42 @@ class Quantization(enum.Enum):
     SERVE = "serve"  # int8 weights, int32 products
 
 
+class _Int8Weights(nn.Module):
+    """What AQT froze of a kernel: int8 (D, F) and its scales, float32 (1, F)."""
+
+    shape: tuple[int, int]
+
+    @nn.compact
+    def __call__(self) -> tuple[jax.Array, jax.Array]:
+        value_DF = self.variable(_AQT, "value", jnp.zeros, self.shape, jnp.int8).value
+        return value_DF, self.variable(_AQT, "scale", jnp.zeros, (1, self.shape[1]), jnp.float32).value
+
+
+class _ServedProduct(nn.Module):
+    """int8 × int8 → int32 of frozen weights and activations that are quantised on the fly, one scale a token.
+
+    AQT computes the same (equal in float32), but at bfloat16 it rounds the int32 sums to bfloat16 before it scales
+    them, which costs accuracy and lets XLA for TPU fold the rounding into the product, so that nothing proves int8.
+    """
+
+    @nn.compact
+    def __call__(self, x_ND: jax.Array, kernel_DF: jax.Array, *_: Any, **__: Any) -> jax.Array:
+        value_DF, scale_1F = _Int8Weights((kernel_DF.shape[0], kernel_DF.shape[1]), name="qrhs")()
+        x32_ND = x_ND.astype(jnp.float32)
+        bound_N1 = jnp.abs(x32_ND).max(axis=1, keepdims=True)
+        scale_N1 = jnp.where(bound_N1 == 0, 1.0, bound_N1 / (INT8_MAX + 0.5))
+        int8_ND = jnp.clip(jnp.round(x32_ND * (1 / scale_N1)), -INT8_MAX, INT8_MAX).astype(jnp.int8)
+        sums_NF = lax.dot_general(int8_ND, value_DF, (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32)
+        return sums_NF.astype(jnp.float32) * scale_N1 * scale_1F
+
+
 def dot_general(mode: Quantization) -> Callable[..., jax.Array]:
-    """AQT's stand-in for `lax.dot_general`; to be called inside a Linen module, which then holds its variables."""
+    """A stand-in for `lax.dot_general`, to be called inside a Linen module, which then holds its variables.
+
+    Converting is AQT's; serving needs no AQT.
+    """
+    if mode is Quantization.SERVE:
+        return _ServedProduct(name=_AQT)
     from aqt.jax.v2 import config as aqt_config
     from aqt.jax.v2.flax import aqt_flax
     from aqt.jax.v2.utils import QuantMode
@@ -50,7 +85,7 @@ def dot_general(mode: Quantization) -> Callable[..., jax.Array]:
     return aqt_flax.AqtDotGeneral(
         aqt_config.config_v4(fwd_bits=8, dlhs_bits=None, drhs_bits=None),
         lhs_quant_mode=QuantMode.TRAIN,  # activations are quantised on the fly in every mode
-        rhs_quant_mode=QuantMode.SERVE if mode is Quantization.SERVE else QuantMode.CONVERT,
+        rhs_quant_mode=QuantMode.CONVERT,
         rhs_freeze_mode=aqt_flax.FreezerMode.CALIBRATION_AND_VALUE,
         quant_collection=_AQT,
         name=_AQT,

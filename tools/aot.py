@@ -138,8 +138,8 @@ def prepare_process(topology: Topology) -> None:
     needed = "jax_cuda12_plugin" if topology.kind == "h100" else "libtpu"
     if importlib.util.find_spec(needed) is None:
         raise InputError(
-            f"Compiling for {topology.kind} needs the package {needed.replace('_', '-')}, which stands in an environment "
-            f"of its own: `make aot`, then .venv-aot/bin/classer aot."
+            f"Compiling for {topology.kind} needs the package {needed.replace('_', '-')}, which stands in an "
+            f"environment of its own: `make aot`, then .venv-aot/bin/classer aot."
         )
     for name, value in {
         "JAX_PLATFORMS": "cpu",  # no device is looked for
@@ -278,7 +278,9 @@ def serve_program(config: Any, num_labels: int, batch_size: int, length: int) ->
 
     tokens_BS = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
     lengths_B = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32), jnp.ones(1, jnp.int32)))
+    variables = jax.eval_shape(
+        lambda: model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32), jnp.ones(1, jnp.int32))
+    )
     return forward, (variables, tokens_BS, lengths_B)
 
 

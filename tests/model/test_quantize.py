@@ -9,14 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from classer.data.errors import InputError
 from classer.data.taxonomy import Label, Task, TaskKind, Taxonomy
 from classer.data.tokenizer import WordPieceTokenizer
 from classer.model.bundle import Bundle, quantize, save_bundle
 from classer.model.decode import Calibration
+from classer.model.layers import Dense
 from classer.model.pretrained import load_encoder
-from classer.model.quantize import Weights, count_products
+from classer.model.quantize import Quantization, Weights, count_products
 
 TEXTS = ("my card has not arrived", "", "rain , storm and snow", "where is the money ?")
 UP, TABLE = "encoder.layer_0.feed_forward.up.kernel", "encoder.embeddings.token.table"
@@ -160,3 +162,41 @@ def test_minilm_in_int8_is_at_most_three_tenths_of_its_float_size(minilm: Path, 
         save_bundle(saved, path)
         sizes.append(sum(file.stat().st_size for file in path.rglob("*") if file.is_file()))
     assert sizes[1] <= 0.30 * sizes[0]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 2**-7)])
+def test_the_served_product_is_that_of_aqt(dtype, tolerance: float) -> None:
+    """At bfloat16 AQT rounds the int32 sums before it scales them; then the served product is nearer to the truth."""
+    from aqt.jax.v2 import config as aqt_config
+    from aqt.jax.v2.flax import aqt_flax
+    from aqt.jax.v2.utils import QuantMode
+
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(37, 64)) * rng.lognormal(size=(37, 1))
+    x[3] = 0
+    x_ND = jnp.asarray(x, dtype)
+    kernel_DF = jnp.asarray(rng.normal(size=(64, 96)), jnp.float32)
+    dense = Dense(96, Quantization.CONVERT, biased=False, name="up")
+    rngs = {"params": jax.random.key(0)}
+    _, frozen = dense.apply({"params": {"kernel": kernel_DF}}, x_ND.astype(jnp.float32), mutable=["aqt"], rngs=rngs)
+
+    class Aqt(nn.Module):
+        @nn.compact
+        def __call__(self, x_ND):
+            product = aqt_flax.AqtDotGeneral(
+                aqt_config.config_v4(fwd_bits=8, dlhs_bits=None, drhs_bits=None),
+                lhs_quant_mode=QuantMode.TRAIN,
+                rhs_quant_mode=QuantMode.SERVE,
+                rhs_freeze_mode=aqt_flax.FreezerMode.CALIBRATION_AND_VALUE,
+                quant_collection="aqt",
+                name="aqt",
+            )
+            kernel_DF = jnp.zeros((64, 96), x_ND.dtype)
+            return product(x_ND, kernel_DF, (((1,), (0,)), ((), ())), precision=None)
+
+    expected = np.asarray(Aqt().apply(frozen, x_ND, rngs=rngs), np.float32)
+    served = np.asarray(Dense(96, Quantization.SERVE, biased=False, name="up").apply(frozen, x_ND), np.float32)
+    np.testing.assert_allclose(served, expected, rtol=tolerance, atol=tolerance * np.abs(expected).max())
+    exact = np.asarray(x_ND, np.float64) @ np.asarray(kernel_DF, np.float64)
+    assert np.square(served - exact).mean() <= 1.001 * np.square(expected - exact).mean()
+    assert np.all(served[3] == 0)
