@@ -6,8 +6,11 @@ PYTHON := $(shell for p in python3.11 python3; do \
   "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+# What has JAX for the GPU; another: make gpu-check GPU_PYTHON=/path/to/python
+GPU_PYTHON := python3
+
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow check format proto bench clean
+.PHONY: help quickstart test test-slow check format proto bench aot aot-check gpu-check clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,8 +39,16 @@ proto: .venv/.stamp-dev ## make the Python files of serve/proto/classifier.proto
 bench: .venv/.stamp-dev ## fine-tuning speed beside PyTorch; DATA names a folder with task.json
 	$(BIN)/python tools/bench_finetune.py --data $(or $(DATA),../shared/datasets/banking77)
 
+aot: .venv-aot/.stamp ## the compilers for GPUs and TPUs that are not there, in .venv-aot (2 GB); then .venv-aot/bin/classer aot
+
+aot-check: .venv-aot/.stamp ## compile a small preset, training and INT8, for H100 and for TPU
+	.venv-aot/bin/python tools/aot_check.py
+
+gpu-check: | .pyright/classer ## on a machine with a CUDA GPU and JAX, Flax, Optax: numerics and speed; ARGS=--tiny anywhere
+	PYTHONPATH=.pyright $(GPU_PYTHON) tools/gpu_check.py $(ARGS)
+
 clean: ## remove .venv, caches and build outputs; runs/ stays
-	rm -rf .venv .pyright .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-aot .pyright .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Pyright does not follow the editable install's import hook; for it the checkout is a folder of the package's name too.
@@ -59,3 +70,14 @@ $(BIN)/pip:
 	@echo "Installing Classer with its development tools into .venv …"
 	$(INSTALL) -e '.[train,serve,dev]'
 	@touch .venv/.stamp-run $@
+
+# Apart from .venv, because the accelerators' plugins would be found there by everything that imports JAX. Without
+# TensorFlow and gRPC, which compiling does not need.
+.venv-aot/.stamp: pyproject.toml constraints.txt
+	@echo "Installing compilers for GPUs and TPUs into .venv-aot (2 GB) …"
+	@test -x .venv-aot/bin/pip || "$(PYTHON)" -m venv .venv-aot
+	.venv-aot/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  'jax[tpu]==0.10.2' jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2 nvidia-cuda-nvcc-cu12==12.9.86 \
+	  flax optax aqtp safetensors grain scipy tqdm tyro
+	.venv-aot/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@

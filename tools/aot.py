@@ -341,8 +341,8 @@ def describe(report: Report) -> str:
     mesh = " × ".join(f"{axis} {size}" for axis, size in report.mesh.items())
     lines = [
         f"{report.preset}, {report.program}: {report.devices} × {accelerator.name} ({report.topology}), mesh {mesh}",
-        f"  {report.parameters / 1e6:,.1f} M parameters, {report.batch_size:,} texts × {report.length} tokens; compiled "
-        f"in {report.seconds:.0f} s",
+        f"  {report.parameters / 1e6:,.1f} M parameters, {report.batch_size:,} texts × {report.length} tokens; "
+        f"compiled in {report.seconds:.0f} s",
         f"  memory a device: {report.arguments / GIB:.2f} GiB arguments + {report.temporaries / GIB:.2f} temporaries + "
         f"{report.outputs / GIB:.2f} outputs = {report.peak / GIB:.2f} of {report.memory / GIB:.1f} GiB",
         f"  FLOPs a run: {report.flops:.3e} in all, {report.model_flops:.3e} without rematerialisation; at the peak of "

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from ..data.pipeline import Batch
 from ..data.taxonomy import LabelTable
 from ..model.classifier import TextClassifier
 from ..model.encoder import FocusDraw
-from .config import Recipe
 from .losses import SoftTargets, classification_loss
+
+if TYPE_CHECKING:  # the step itself needs JAX, Flax and Optax alone, so that tools/gpu_check.py runs on these
+    from ..data.pipeline import Batch
+    from .config import Recipe
 
 
 class TrainState(NamedTuple):
@@ -51,7 +53,7 @@ def arrays_of(batch: Batch) -> Arrays:
 
 # (a key, steps done, rows) → what each row keeps
 DrawFocus = Callable[[jax.Array, jax.Array, int], FocusDraw]
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+TrainStep = Callable[[TrainState, "Batch"], tuple[TrainState, StepMetrics]]
 
 
 _FOCUS = 0x0F0C  # sets the key of the focus apart from those that Linen folds for dropout

@@ -1,0 +1,50 @@
+"""Speed of the training input pipeline: tokens a second of one core, beside what models consume.
+
+    python tools/bench_input.py runs/shards --batch-size 1024 --steps 300
+
+Counts the processor time of one thread that makes batches, so that other work on the machine does not matter; the
+kernel's own time for reading is in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+from classer.data.shards import ShardBatches, Shards
+from classer.tools.accelerators import ACCELERATORS
+from classer.tools.plan_scale import UTILISATION, flops_per_token
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="a folder that `classer prepare` made")
+    parser.add_argument("--batch-size", type=int, default=1024, help="texts a batch")
+    parser.add_argument("--steps", type=int, default=300, help="batches to make")
+    a = parser.parse_args()
+    batches = ShardBatches(Shards(a.folder), batch_size=a.batch_size, seed=0, pad_id=0, num_epochs=1)
+    rates, padded, real = [], 0, 0
+    for first in range(0, min(a.steps, batches.num_steps), 10):
+        started, tokens = time.process_time(), 0
+        for step in range(first, min(first + 10, batches.num_steps)):
+            batch = batches.batch(step)
+            tokens += int(batch.lengths_B.sum())
+            padded += batch.tokens_BS.size
+        rates.append(tokens / (time.process_time() - started))
+        real += tokens
+    rate = statistics.median(rates)
+    print(f"{rate:,.0f} tokens a second of one core (median of {len(rates)} runs of ten batches of {a.batch_size};")
+    print(f"{min(rates):,.0f} to {max(rates):,.0f}); {real / padded:.1%} of the places in batches hold tokens.")
+    h100 = ACCELERATORS["h100"]
+    for preset in ("classer-22m", "classer-110m", "classer-1b"):
+        wanted = 64 * h100.bf16 * UTILISATION / flops_per_token(preset, 128)
+        consumer = f"{preset}, 64 × {h100.name} at {UTILISATION:.0%}"
+        print(f"{consumer}: {wanted:,.0f} tokens a second, {wanted / rate:.1f} cores")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
