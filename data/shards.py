@@ -189,10 +189,12 @@ class ShardBatches:
         records = self._shards.read(numbers)
         tokens_BS, lengths_B = pad_batch([record.ids for record in records], num_rows, planned.length, self._pad_id)
         targets_BL = np.zeros((num_rows, self._shards.taxonomy.num_labels), np.float32)
+        tasks_B = np.zeros(num_rows, np.int32)
         for row, record in enumerate(records):
             targets_BL[row, self._label_starts[record.task] + record.labels] = 1.0
+            tasks_B[row] = record.task
         weights_B = (np.arange(num_rows) < len(records)).astype(np.float32)
-        return Batch(tokens_BS, lengths_B, targets_BL, weights_B)
+        return Batch(tokens_BS, lengths_B, targets_BL, weights_B, tasks_B)
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -203,15 +203,15 @@ def train_program(model: Any, batch_size: int, length: int, layout: Layout) -> t
     import jax.numpy as jnp
 
     from classer.data.pipeline import Batch
-    from classer.data.taxonomy import TaskKind
+    from classer.data.taxonomy import Label, Task, TaskKind, Taxonomy
     from classer.train.config import Recipe
     from classer.train.step import init_state, learning_rate_schedule, make_optimizer, make_train_step
 
     recipe = Recipe()
     optimizer = make_optimizer(recipe, learning_rate_schedule(recipe, 100_000))
-    run = make_train_step(
-        model, TaskKind.MULTICLASS, optimizer, label_smoothing=recipe.label_smoothing, class_weights_L=None, seed=0
-    )
+    labels = tuple(Label(str(i)) for i in range(model.num_labels))
+    table = Taxonomy((Task("all", TaskKind.MULTICLASS, labels),)).table
+    run = make_train_step(model, table, optimizer, label_smoothing=recipe.label_smoothing, class_weights_L=None, seed=0)
 
     def init() -> Any:
         tokens_BS, lengths_B = jnp.zeros((1, 8), jnp.int32), jnp.ones((1,), jnp.int32)
@@ -228,6 +228,7 @@ def train_program(model: Any, batch_size: int, length: int, layout: Layout) -> t
         "lengths_B": ((batch_size,), jnp.int32),
         "targets_BL": ((batch_size, model.num_labels), jnp.float32),
         "weights_B": ((batch_size,), jnp.float32),
+        "tasks_B": ((batch_size,), jnp.int32),
     }
     batch = {name: jax.ShapeDtypeStruct(*shape, sharding=layout.batch) for name, shape in arrays.items()}
 

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from classer.data.taxonomy import TaskKind
+from classer.data.taxonomy import Label, Task, TaskKind, Taxonomy
 from classer.model.classifier import TextClassifier
 from classer.model.config import EncoderConfig, native
 from classer.model.quantize import INT8_MAX, Quantization, variables
@@ -216,14 +216,18 @@ def train_step(config: EncoderConfig, labels: int, batch: int, length: int, roun
         lengths_B=jnp.full((batch,), length, jnp.int32),
         targets_BL=jax.nn.one_hot(jnp.asarray(rng.integers(0, labels, batch)), labels),
         weights_B=jnp.ones((batch,), jnp.float32),
+        tasks_B=jnp.zeros((batch,), jnp.int32),
+        soft_BL=None,
+        soft_share_B=None,
     )
+    table = Taxonomy((Task("all", TaskKind.MULTICLASS, tuple(Label(str(i)) for i in range(labels))),)).table
     ids = jnp.zeros((1, 8), jnp.int32), jnp.ones((1,), jnp.int32)
     params = jax.jit(model.init)(jax.random.key(0), *ids)["params"]
     state = jax.jit(lambda params: init_state(params, optimizer))(params)
     # Rematerialised products are not counted: utilisation is of the model's own FLOPs.
-    plain = make_train_step(model.clone(remat=False), TaskKind.MULTICLASS, optimizer, **options)
+    plain = make_train_step(model.clone(remat=False), table, optimizer, **options)
     flops = count_flops(jax.make_jaxpr(lambda state: plain(state, data))(state).jaxpr)
-    step = make_train_step(model, TaskKind.MULTICLASS, optimizer, **options)
+    step = make_train_step(model, table, optimizer, **options)
     times = []
     for _ in range(rounds + 2):
         started = time.perf_counter()

@@ -18,6 +18,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..examples import Example
+from ..readers import check_labels
 from ..records import HASH_BYTES, encode_record
 from ..splits import comparable
 from ..taxonomy import Label, Task, TaskKind
@@ -95,11 +96,7 @@ def clean_row(example: Example, rank: int, task: int, known: Task | None) -> Sou
     if not text:
         raise InputError(f"{example.source}: nothing but white space and NUL; give it a text.")
     if known is not None:
-        for label in example.labels:
-            if label not in known.index:
-                raise InputError(f"{example.source}: the task '{known.name}' has no label '{label}'.")
-        if known.kind.exclusive and len(example.labels) != 1:
-            raise InputError(f"{example.source}: {len(example.labels)} labels, where '{known.name}' takes exactly one.")
+        check_labels(known, [example])
     return SourceRow(rank, task, text, example.labels, hash_text(comparable(text)))
 
 
