@@ -19,6 +19,7 @@ class Accelerator:
       name: for people.
       memory: bytes of HBM.
       bf16, int8: dense operations a second.
+      link: bytes a second that a device sends and receives: between hosts on GPUs, between chips on TPUs.
       source: where these figures come from.
     """
 
@@ -26,17 +27,23 @@ class Accelerator:
     memory: int
     bf16: float
     int8: float
+    link: float
     source: str
 
 
 _TPU = "https://cloud.google.com/tpu/docs/system-architecture-tpu-vm, the page of the generation"
 ACCELERATORS = {
     "h100": Accelerator(
-        "NVIDIA H100 SXM 80 GB", 84_942_979_072, 989.4e12, 1978.9e12, "NVIDIA H100 datasheet, dense (half of sparse)"
+        "NVIDIA H100 SXM 80 GB",
+        84_942_979_072,
+        989.4e12,
+        1978.9e12,
+        50e9,
+        "NVIDIA H100 datasheet, dense (half of sparse); DGX H100 datasheet, one 400 Gb/s port a GPU",
     ),
-    "v5e": Accelerator("TPU v5e", 16 * GIB, 197e12, 394e12, _TPU),
-    "v5p": Accelerator("TPU v5p", 95 * GIB, 459e12, 918e12, _TPU),
-    "v6e": Accelerator("TPU v6e", 32 * GIB, 918e12, 1836e12, _TPU),
+    "v5e": Accelerator("TPU v5e", 16 * GIB, 197e12, 394e12, 200e9, _TPU),
+    "v5p": Accelerator("TPU v5p", 95 * GIB, 459e12, 918e12, 600e9, _TPU),
+    "v6e": Accelerator("TPU v6e", 32 * GIB, 918e12, 1836e12, 448e9, _TPU),
 }
 
 

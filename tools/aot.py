@@ -113,7 +113,7 @@ class Report:
 
 
 def aot(argv: Sequence[str]) -> None:
-    """Compile for GPUs and TPUs that are not there: does a job fit, what does it compute and move?"""
+    """Compile training and inference for GPUs and TPUs that are not there: memory, FLOPs and traffic."""
     a = tyro.cli(AotArguments, prog="classer aot", args=list(argv), description=aot.__doc__)
     topology = Topology.parse(a.topology)
     prepare_process(topology)

@@ -86,13 +86,26 @@ def train_tables(reports: list[SimpleNamespace]) -> str:
         ),
     )
     moved = table(
-        ("devices", "FLOPs a step", "without rematerialisation", "all-gather", "reduce-scatter", "all-reduce"),
+        (
+            "devices",
+            "mesh",
+            "FLOPs",
+            "rematerialised",
+            "all-gather",
+            "reduce-scatter",
+            "all-reduce",
+            "moving",
+            "computing",
+        ),
         (
             (
                 f"{r.devices} × {accelerator(r).name}",
+                " × ".join(str(size) for size in r.mesh.values()),
                 f"{r.flops:.2e}",
-                f"{r.model_flops:.2e}",
+                f"{1 - r.model_flops / r.flops:.0%}",
                 *(traffic(r, kind) for kind in ("all-gather", "reduce-scatter", "all-reduce")),
+                f"{moving(r) * 1e3:.0f} ms",
+                f"{r.model_flops / (r.devices * accelerator(r).bf16 * UTILISATION) * 1e3:.0f} ms",
             )
             for r in reports
         ),
@@ -115,7 +128,7 @@ def plan_table(reports: list[SimpleNamespace], preset: str) -> str:
                 f"{PAIRS * EPOCHS / seconds:,.0f}",
                 f"{hours:,.0f}",
                 f"${hours * price:,.0f}",
-                f"{REFERENCE_DAYS * 86_400 / seconds:.0f}×",
+                f"{REFERENCE_DAYS * 86_400 / seconds:.0f} times as long",
             )
         )
     header = (
@@ -125,7 +138,7 @@ def plan_table(reports: list[SimpleNamespace], preset: str) -> str:
         "pairs a second",
         "device hours",
         "cost",
-        f"shorter than {REFERENCE_DAYS} days by",
+        f"{REFERENCE_DAYS} days are",
     )
     return f"All of it is {total:.2e} FLOPs.\n\n{table(header, rows)}"
 
@@ -160,6 +173,12 @@ def traffic(report: SimpleNamespace, kind: str) -> str:
     return f"{found['count']:,}: {found['bytes'] / 1e9:.1f} GB" if found else "–"
 
 
+def moving(report: SimpleNamespace) -> float:
+    """Seconds that a device's link is busy in a step; a sum of all moves twice what it works on."""
+    found = report.collectives
+    return sum((1 + (kind == "all-reduce")) * found[kind]["bytes"] for kind in found) / accelerator(report).link
+
+
 def page(reports: list[SimpleNamespace]) -> str:
     train = [r for r in reports if r.program == "train"]
     serve = list({Topology.parse(r.topology).kind: r for r in reports if r.program == "serve"}.values())
@@ -168,7 +187,8 @@ def page(reports: list[SimpleNamespace]) -> str:
     prices = ", ".join(f"{Topology(kind, (1,)).accelerator.name} ${PRICES[kind]:.2f}" for kind in kinds)
     sources = "\n".join(
         f"- {a.name}: {a.memory / GIB:.1f} GiB, {a.bf16 / 1e12:,.0f} T bfloat16 and {a.int8 / 1e12:,.0f} T int8 "
-        f"operations a second; {a.source}."
+        f"operations "
+        f"and {a.link / 1e9:,.0f} GB a second; {a.source}."
         for a in (Topology(kind, (1,)).accelerator for kind in kinds)
     )
     return f"""# Training at scale, on paper
@@ -184,7 +204,10 @@ products, float32 parameters and AdamW, scanned and rematerialised layers, param
 Bytes are of one device: arguments are parameters, moments and the batch; collectives count as often as loops
 run them. FLOPs are of the matrix products over all devices, from the jaxpr. A GPU program that needs more than the
 memory would compile all the same; `classer aot` compares and fails, as it does where XLA copies whole arrays against
-their sharding.
+their sharding. *Moving* is the least time that the collectives take at the speed of a device's link (on GPUs the one
+between hosts; within a host NVLink is nine times as fast), *computing* the time of the products at {UTILISATION:.0%} of
+the peak. Where moving takes longer than computing, the utilisation below cannot be had with this mesh and batch: divide
+parameters over fewer devices (`--fsdp`), or take more texts a step.
 
 ## {PAIRS / 1e6:,.0f} million pairs
 
