@@ -66,7 +66,7 @@ class Topology:
             kinds = ", ".join(ACCELERATORS)
             raise InputError(f"'{text}' is no topology; write KIND:GRID, such as h100:8x8 or v5p:4x4x4 ({kinds}).")
         shape: tuple[int, ...] = tuple(map(int, found[2].split("x")))
-        if found[1] == "h100" and (len(shape) > 2 or shape[-1] > 8):
+        if found[1] == "h100" and (len(shape) > 2 or int(found[2].split("x")[-1]) > 8):
             raise InputError(f"'{text}': H100s are GPUS, or HOSTSxGPUS with at most 8 a host, such as h100:8x8.")
         if found[1] != "h100" and len(shape) != (3 if found[1] == "v5p" else 2):
             raise InputError(f"'{text}': {found[1]} is a grid of {'three' if found[1] == 'v5p' else 'two'} sides.")
