@@ -176,7 +176,7 @@ def traffic(report: SimpleNamespace, kind: str) -> str:
 
 
 def counted(report: SimpleNamespace) -> bool:
-    """Whether the collectives are all seen: XLA for TPU writes no trips on its loops and hides collectives in fusions."""
+    """Whether all collectives are seen: XLA for TPU writes no trips on its loops and hides some in fusions."""
     return Topology.parse(report.topology).kind == "h100"
 
 
