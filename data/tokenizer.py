@@ -37,12 +37,13 @@ from .errors import InputError
 VOCAB_FILE = "vocab.txt"
 CONFIG_FILE = "tokenizer_config.json"
 
-_MAX_WORD_CHARS = 100  # a longer word is [UNK], as in BERT
+MAX_WORD_CHARS = 100  # a longer word is [UNK], as in BERT
 # tensorflow-text limits bytes, BERT characters. With room for 100 characters of four bytes the limit in characters is
 # ours to keep: each character of a longer word is replaced by this one (four bytes, assigned to nothing, never
 # split), so that the word is over the limit in bytes, whatever the vocabulary holds.
-_OVERLONG = "\U0010ffff"
-_LONG_WORD = re.compile(rf"[^ !-/:-@\[-`{{-~]{{{_MAX_WORD_CHARS + 1},}}")
+OVERLONG = "\U0010ffff"
+LONG_WORD = rf"[^ !-/:-@\[-`{{-~]{{{MAX_WORD_CHARS + 1},}}"
+_LONG_WORD = re.compile(LONG_WORD)
 _HEAD_CHARS_PER_TOKEN = 32  # how much of a long text is looked at first; see _Normalizer.head
 _TEXTS_PER_CALL = 1024  # bounds the memory of one call into TensorFlow
 _LOADING = threading.Lock()  # one for all tokenizers: the import redirects stderr, which is the process's
@@ -131,6 +132,15 @@ class WordPieceTokenizer:
         (folder / VOCAB_FILE).write_bytes("".join(f"{token}\n" for token in self._vocab).encode())
         (folder / CONFIG_FILE).write_text(json.dumps({"do_lower_case": self.lowercase}) + "\n", encoding="utf-8")
 
+    @property
+    def vocab(self) -> tuple[str, ...]:
+        """The tokens, in the order of their ids."""
+        return tuple(self._vocab)
+
+    def replacement(self, code_point: int) -> str:
+        """What a character becomes before texts are split into words; empty where it is dropped."""
+        return self._normalizer.replacement(code_point)
+
     def encode(self, texts: Sequence[str], max_length: int) -> TokenizedTexts:
         """Token ids of each text, cut to `max_length` tokens, [CLS] and [SEP] included.
 
@@ -186,7 +196,7 @@ class WordPieceTokenizer:
                 tf, tf_text = _import_tensorflow()
                 try:
                     matcher = tf_text.FastWordpieceTokenizer(
-                        self._vocab, token_out_type=tf.int32, max_bytes_per_word=4 * _MAX_WORD_CHARS
+                        self._vocab, token_out_type=tf.int32, max_bytes_per_word=4 * MAX_WORD_CHARS
                     )
                 except RuntimeError as e:
                     raise InputError(f"{self._source} cannot be used as a WordPiece vocabulary: {e}") from e
@@ -199,6 +209,9 @@ class _Normalizer:
 
     def __init__(self, lowercase: bool) -> None:
         self._table = _CharacterTable(lowercase)
+
+    def replacement(self, code_point: int) -> str:
+        return self._table[code_point] or ""
 
     def head(self, text: str, words: int) -> str:
         """The normalised text, cut after `words` words (runs between spaces).
@@ -215,8 +228,8 @@ class _Normalizer:
         if len(pieces) > words:
             # What is cut off here may begin with the rest of a word that `beginning` broke in two; no kept word can.
             normalised = normalised[: len(normalised) - len(pieces.pop())]
-        if any(len(piece) > _MAX_WORD_CHARS for piece in pieces):
-            normalised = _LONG_WORD.sub(lambda word: _OVERLONG * len(word[0]), normalised)
+        if any(len(piece) > MAX_WORD_CHARS for piece in pieces):
+            normalised = _LONG_WORD.sub(lambda word: OVERLONG * len(word[0]), normalised)
         return normalised
 
     def to_source(self, text: str, head: str, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
@@ -248,7 +261,7 @@ class _CharacterTable(dict[int, str | None]):
     characters stand alone; then, for lower-case vocabularies, decomposition, no combining marks, lower case. All but
     decomposition are defined on single characters, and so is that one but for the order of the marks it yields, which
     matters for no mark that remains. Punctuation beyond ASCII is set apart here too, so that a word ends where it does
-    in `_LONG_WORD`; for ASCII, replacing one character by one keeps `str.translate` on its fast path.
+    in `LONG_WORD`; for ASCII, replacing one character by one keeps `str.translate` on its fast path.
     """
 
     def __init__(self, lowercase: bool) -> None:

@@ -163,7 +163,7 @@ class _Tokens(NamedTuple):
 
 
 def _all_tokens(lengths_B: jax.Array, length: int) -> _Tokens:
-    shape = (len(lengths_B), length)
+    shape = (lengths_B.shape[0], length)  # which may be symbolic, where `len` may not
     positions_BS = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), shape)
     real_BS = positions_BS < lengths_B[:, None]
     bias_BS = jnp.where(real_BS, 0.0, MASKED_SCORE)

@@ -15,6 +15,7 @@ from classer.serve.errors import ClasserError
 from classer.tools import commands
 from classer.tools.aot import aot
 from classer.tools.prepare import prepare
+from classer.tools.export import commands as export_commands
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": commands.train,
@@ -27,6 +28,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "teach": commands.teach,
     "upcycle": commands.upcycle,
     "quantize": commands.quantize,
+    "export": export_commands.export,
+    "verify-export": export_commands.verify_export,
     "info": commands.info,
     "prepare": prepare,
     "aot": aot,
@@ -127,7 +130,7 @@ def tune_allocator() -> None:
 def _usage() -> str:
     lines = ["usage: classer COMMAND [OPTIONS]", "", "Train, quantise, serve and query text classifiers.", ""]
     for name, command in COMMANDS.items():
-        lines.append(f"  {name:10} {(command.__doc__ or '').splitlines()[0]}")
+        lines.append(f"  {name:13} {(command.__doc__ or '').splitlines()[0]}")
     lines += ["", "`classer COMMAND --help` lists a command's options."]
     return "\n".join(lines)
 

@@ -1,0 +1,83 @@
+"""The formats that a bundle can be exported to, by name. Their modules and runtimes are imported when they are used."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+from types import ModuleType
+
+from classer.data.errors import InputError
+from classer.model.bundle import Bundle
+from classer.model.focus import Focus
+
+INSTALL = "pip install 'classer[export]'"
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is to be written.
+
+    Attributes:
+      bundle: the bundle.
+      precision: float32, float16, bfloat16 or int8.
+      focus: what each layer keeps.
+      max_length: tokens that a text is cut to.
+      lengths: sequence lengths of a format whose lengths are static; empty for one whose length is open.
+    """
+
+    bundle: Bundle
+    precision: str
+    focus: Focus
+    max_length: int
+    lengths: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A format: its module has `write(request, folder)`, `load(export) -> Runtime` and `usage(request) -> str`.
+
+    Attributes:
+      module: its name in this package.
+      precisions: of models it can hold, the default for a float32 bundle first; int8 is for INT8 bundles.
+      needs: packages that writing and checking take.
+      focused: whether Focused Attention can be expressed.
+      static: whether it is bound to sequence lengths: always, when focused (`"focused"`), or never.
+      guaranteed_days: for how long what is written can be read, where its maker says so.
+    """
+
+    module: str
+    precisions: tuple[str, ...]
+    needs: tuple[str, ...]
+    focused: bool = True
+    static: bool | str = False
+    guaranteed_days: int | None = None
+
+    def load_module(self) -> ModuleType:
+        """Raises InputError where a package it needs is missing."""
+        check_installed(self.needs)
+        return importlib.import_module(f"{__package__}.{self.module}")
+
+
+FORMATS: dict[str, Format] = {
+    "safetensors": Format("to_safetensors", ("float32",), ("torch", "transformers"), focused=False),
+    # https://docs.jax.dev/en/latest/export/export.html, "Compatibility guarantees": six months.
+    "stablehlo": Format("to_stablehlo", ("float32", "bfloat16", "int8"), (), static="focused", guaranteed_days=180),
+    "savedmodel": Format(
+        "to_savedmodel", ("float32", "bfloat16", "int8"), ("tensorflow", "tensorflow_text"), static="focused"
+    ),
+    "onnx": Format("to_onnx", ("float32", "float16", "bfloat16"), ("onnx", "onnxruntime", "openvino")),
+    "onnx-int8": Format("to_onnx", ("int8",), ("onnx", "onnxruntime")),
+    "openvino": Format("to_openvino", ("float32", "int8"), ("onnx", "openvino")),
+}
+
+
+def check_installed(packages: tuple[str, ...]) -> None:
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        raise InputError(f"{' and '.join(missing)} must be installed for this format: {INSTALL}.")
+
+
+def format_named(name: str) -> Format:
+    if name not in FORMATS:
+        raise InputError(f"There is no format '{name}'; there are {', '.join(FORMATS)}.")
+    return FORMATS[name]

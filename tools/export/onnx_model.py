@@ -1,0 +1,330 @@
+"""A classifier as an ONNX graph, from the same weights and in the same order as `model/encoder.py` and `layers.py`.
+
+Batch and length stay open. INT8 is our own: int8 kernels with one scale a channel from the bundle, activations
+quantised on the fly with one scale a token, products in int32 (MatMulInteger). Half precisions are as in our programs:
+weights and activations in the dtype, norms, scores, softmax and pooling in float32.
+
+Axes: B batch, S sequence, K kept sequence, N = B × S, D model width, F outputs, H heads, L labels of all tasks.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import onnx
+
+from classer.data.taxonomy import Task, TaskKind
+from classer.model.bundle import Bundle
+from classer.model.focus import MIN_KEPT, SURE, UNITS, Focus
+from classer.model.layers import MASKED_SCORE
+
+from .decoding import tree_of
+from .graph import Graph
+
+# AQT maps a token's largest magnitude to 127.5 and rounds it down to 127. QuantizeLinear would saturate -127.5 at -128;
+# a hair below 127.5 both round to 127 in magnitude, and no other value is the wiser.
+INT8_BOUND = 127.49995
+SMALLEST_BOUND = 1e-30
+GATE_EPS = 1e-6
+
+
+class _Tokens(NamedTuple):
+    """The tokens that a layer reads, as `model.encoder._Tokens`; positions are None while they are 0 to S - 1."""
+
+    weights_BK: str
+    bias_B11K: str
+    positions_BK: str | None
+
+
+def build(bundle: Bundle, dtype: str, focus: Focus, *, compressed: bool = False) -> onnx.ModelProto:
+    """The classifier's graph: input_ids and attention_mask (int64, batch × length) → logits and probabilities.
+
+    Args:
+      bundle: float32 or INT8.
+      dtype: of activations between the products: float32, float16 or bfloat16.
+      focus: what each layer keeps.
+      compressed: INT8 kernels as DequantizeLinear before float products, for runtimes that quantise activations
+        themselves where they see this; instead of MatMulInteger.
+    """
+    return _Builder(bundle, dtype, focus, compressed).build()
+
+
+class _Builder:
+    def __init__(self, bundle: Bundle, dtype: str, focus: Focus, compressed: bool) -> None:
+        self.g = Graph()
+        self.bundle = bundle
+        self.config = bundle.encoder
+        self.weights = bundle.weights
+        self.dtype = dtype
+        self.focus = focus
+        self.compressed = compressed
+
+    def build(self) -> onnx.ModelProto:
+        g, c = self.g, self.config
+        self.length = g.dimension("input_ids", 1)
+        mask_BS = g.cast("attention_mask", "float32")
+        self.lengths_B1 = g.op("ReduceSum", "attention_mask", g.constant([1], "int64"), keepdims=1)
+        tokens = _Tokens(mask_BS, self._bias(mask_BS), None)
+        x_BSD = self._embeddings()
+        for i in range(c.num_layers):
+            g.scope(f"layer_{i}")
+            before = self.focus.units[i - 1] if i else UNITS
+            if self.focus.units[i] < before:
+                x_BSD, tokens = self._gather(x_BSD, tokens, i)
+            x_BSD = self._layer(x_BSD, tokens, i)
+        g.scope("")
+        if c.pre_norm:
+            x_BSD = self._norm(x_BSD, "encoder.final_norm")
+        self._head(x_BSD, tokens)
+        shape, labels = ("batch", "length"), self.bundle.taxonomy.num_labels
+        return g.model(
+            {"input_ids": ("int64", shape), "attention_mask": ("int64", shape)},
+            dict.fromkeys(("logits", "probabilities"), ("float32", ("batch", labels))),
+            {"bundle": self.bundle.version, "focus": str(self.focus)},
+        )
+
+    def _to_compute(self, x: str) -> str:
+        return x if self.dtype == "float32" else self.g.cast(x, self.dtype)
+
+    def _to_float(self, x: str) -> str:
+        return x if self.dtype == "float32" else self.g.cast(x, "float32")
+
+    def _weight(self, name: str, dtype: str | None = None) -> str:
+        return self.g.constant(self.weights[name], dtype, name)
+
+    def _bias(self, mask_BK: str) -> str:
+        """What is added to the scores of keys: 0, or where the mask is 0 a large negative number; (B, 1, 1, K)."""
+        g = self.g
+        bias_BK = g.op("Mul", g.op("Sub", g.constant(1, "float32"), mask_BK), g.constant(MASKED_SCORE, "float32"))
+        return g.unsqueeze(bias_BK, 1, 2)
+
+    def _embeddings(self) -> str:
+        g, c = self.g, self.config
+        g.scope("embeddings")
+        x_BSD = self._lookup("token", "input_ids")
+        if c.rope_base is None:
+            places_S = g.op("Range", g.constant(0, "int64"), g.op("Squeeze", self.length), g.constant(1, "int64"))
+            x_BSD = g.op("Add", x_BSD, self._lookup("position", places_S))
+        if c.num_segments:
+            table = self.weights["encoder.embeddings.segment.table"].astype(np.float32)
+            if self.bundle.precision == "int8":
+                table = table * self.weights["encoder.embeddings.segment.table_scale"][:, None]
+            x_BSD = g.op("Add", x_BSD, g.constant(table[0], name="encoder.embeddings.segment"))
+        return self._to_compute(self._layer_or_rms_norm(x_BSD, "encoder.embeddings.norm"))
+
+    def _lookup(self, table: str, ids: str) -> str:
+        """Rows of an embedding table, float32."""
+        g, name = self.g, f"encoder.embeddings.{table}.table"
+        if self.bundle.precision == "int8":
+            rows = g.cast(g.op("Gather", self._weight(name), ids), "float32")
+            scale = g.op("Gather", g.constant(self.weights[f"{name}_scale"][:, None], name=f"{name}_scale"), ids)
+            return g.op("Mul", rows, scale)
+        return self._to_float(g.op("Gather", self._weight(name, self.dtype), ids))
+
+    def _norm(self, x: str, name: str) -> str:
+        return self._to_compute(self._layer_or_rms_norm(self._to_float(x), name))
+
+    def _layer_or_rms_norm(self, x: str, name: str) -> str:
+        """LayerNorm or RMSNorm over the last axis, float32 → float32."""
+        g, c = self.g, self.config
+        scale_D = self._weight(f"{name}.scale")
+        if c.norm == "layer":
+            biases = [self._weight(f"{name}.bias")] if c.biases else []
+            return g.op("LayerNormalization", x, scale_D, *biases, axis=-1, epsilon=c.norm_eps)
+        return g.op("Mul", g.op("Div", x, self._root_mean_square(x, c.norm_eps)), scale_D)
+
+    def _root_mean_square(self, x: str, eps: float) -> str:
+        g = self.g
+        square = g.op("Pow", x, g.constant(2, "float32"))
+        mean = g.op("ReduceMean", square, g.constant([-1], "int64"), keepdims=1)
+        return g.op("Sqrt", g.op("Add", mean, g.constant(eps, "float32")))
+
+    def _layer(self, x_BSD: str, tokens: _Tokens, i: int) -> str:
+        g, c, name = self.g, self.config, f"encoder.layer_{i}"
+        if c.pre_norm:
+            normed_BSD = self._norm(x_BSD, f"{name}.attention_norm") if i else x_BSD
+            x_BSD = g.op("Add", x_BSD, self._attention(normed_BSD, tokens, i))
+            normed_BSD = self._norm(x_BSD, f"{name}.feed_forward_norm")
+            return g.op("Add", x_BSD, self._feed_forward(normed_BSD, f"{name}.feed_forward"))
+        x_BSD = self._norm(g.op("Add", x_BSD, self._attention(x_BSD, tokens, i)), f"{name}.attention_norm")
+        hidden_BSD = self._feed_forward(x_BSD, f"{name}.feed_forward")
+        return self._norm(g.op("Add", x_BSD, hidden_BSD), f"{name}.feed_forward_norm")
+
+    def _attention(self, x_BSD: str, tokens: _Tokens, i: int) -> str:
+        g, c, name = self.g, self.config, f"encoder.layer_{i}.attention"
+        qkv_BSE = self._dense(x_BSD, f"{name}.qkv", scale_first=c.head_dim**-0.5)
+        parts = g.ops("Split", qkv_BSE, names=(None, None, None), axis=-1, num_outputs=3)
+        query, key, value = (
+            g.op("Transpose", g.reshape(part, 0, 0, c.num_heads, c.head_dim), perm=(0, 2, 1, 3)) for part in parts
+        )
+        if c.rope_base is not None:
+            base = c.local_rope_base if c.is_local(i) else c.rope_base
+            cos, sin = self._angles(tokens.positions_BK, base)
+            query, key = self._rotate(query, cos, sin), self._rotate(key, cos, sin)
+        scores_BHST = self._to_float(g.op("MatMul", query, g.op("Transpose", key, perm=(0, 1, 3, 2))))
+        scores_BHST = g.op("Add", scores_BHST, tokens.bias_B11K)
+        if c.is_local(i):
+            scores_BHST = g.op(
+                "Where", self._beyond(tokens.positions_BK), g.constant(MASKED_SCORE, "float32"), scores_BHST
+            )
+        weights_BHST = self._to_compute(g.op("Softmax", scores_BHST, axis=-1))
+        mixed_BSHK = g.op("Transpose", g.op("MatMul", weights_BHST, value), perm=(0, 2, 1, 3))
+        return self._dense(g.reshape(mixed_BSHK, 0, 0, c.d_model), f"{name}.out")
+
+    def _positions(self, positions_BK: str | None) -> str:
+        """Places in the text, float32 (1 or B, K)."""
+        g = self.g
+        if positions_BK is not None:
+            return g.cast(positions_BK, "float32")
+        places_S = g.op("Range", g.constant(0, "int64"), g.op("Squeeze", self.length), g.constant(1, "int64"))
+        return g.unsqueeze(g.cast(places_S, "float32"), 0)
+
+    def _angles(self, positions_BK: str | None, base: float) -> tuple[str, str]:
+        """Cosine and sine of the angles of `layers.rotate`, (1 or B, 1, K, head width / 2); once for like layers."""
+        g, half = self.g, self.config.head_dim // 2
+        frequencies = np.float32(base) ** (-np.arange(half, dtype=np.float32) / half)
+        places_BK1 = g.unsqueeze(self._positions(positions_BK), 2)
+        angles_B1KK = g.unsqueeze(g.op("Mul", places_BK1, g.constant(frequencies)), 1)
+        return g.op("Cos", angles_B1KK), g.op("Sin", angles_B1KK)
+
+    def _rotate(self, x_BHSK: str, cos: str, sin: str) -> str:
+        g = self.g
+        first, second = g.ops("Split", self._to_float(x_BHSK), names=(None, None), axis=-1, num_outputs=2)
+        turned = (
+            g.op("Sub", g.op("Mul", first, cos), g.op("Mul", second, sin)),
+            g.op("Add", g.op("Mul", second, cos), g.op("Mul", first, sin)),
+        )
+        return self._to_compute(g.concat(*turned, axis=-1))
+
+    def _beyond(self, positions_BK: str | None) -> str:
+        """Whether a key lies outside of a query's window, bool (1 or B, 1, K, K)."""
+        g, places = self.g, self._positions(positions_BK)
+        distance = g.op("Abs", g.op("Sub", g.unsqueeze(places, 2), g.unsqueeze(places, 1)))
+        return g.unsqueeze(g.op("Greater", distance, g.constant(self.config.local_window, "float32")), 1)
+
+    def _feed_forward(self, x_BSD: str, name: str) -> str:
+        g, c = self.g, self.config
+        hidden_BSF = self._to_float(self._dense(x_BSD, f"{name}.up"))
+        if c.activation == "gelu":
+            hidden_BSF = g.op("Gelu", hidden_BSF)
+        else:
+            gate_BSF, value_BSF = g.ops("Split", hidden_BSF, names=(None, None), axis=-1, num_outputs=2)
+            silu = c.activation == "swiglu"
+            gate_BSF = g.op("Mul", gate_BSF, g.op("Sigmoid", gate_BSF)) if silu else g.op("Gelu", gate_BSF)
+            hidden_BSF = g.op("Mul", gate_BSF, value_BSF)
+        return self._dense(self._to_compute(hidden_BSF), f"{name}.down")
+
+    def _dense(self, x_BSD: str, name: str, scale_first: float = 1.0) -> str:
+        """A linear layer, float or INT8.
+
+        `scale_first` multiplies the first third of its outputs: attention's 1 / √K, which costs nothing when it is in
+        the query's weights or scales.
+        """
+        g = self.g
+        kernel_DF = self.weights[f"{name}.kernel"]
+        factor_F = np.ones(kernel_DF.shape[1], np.float32)
+        if scale_first != 1.0:
+            factor_F[: len(factor_F) // 3] = scale_first
+        if kernel_DF.dtype != np.int8:
+            y_BSF = g.op("MatMul", x_BSD, g.constant(kernel_DF * factor_F, self.dtype, f"{name}.kernel"))
+        else:
+            scale_F = g.constant(self.weights[f"{name}.kernel_scale"] * factor_F, name=f"{name}.kernel_scale")
+            if self.compressed:
+                kernel = g.op("DequantizeLinear", self._weight(f"{name}.kernel"), scale_F, axis=1)
+                y_BSF = g.op("MatMul", x_BSD, kernel)
+            else:
+                y_BSF = self._int8_product(x_BSD, self._weight(f"{name}.kernel"), scale_F)
+        if not self.config.biases:
+            return y_BSF
+        return g.op("Add", y_BSF, g.constant(self.weights[f"{name}.bias"] * factor_F, self.dtype, f"{name}.bias"))
+
+    def _int8_product(self, x_BSD: str, kernel_DF: str, scale_F: str) -> str:
+        """MatMulInteger with one scale a token, by its largest magnitude.
+
+        Activations are written as uint8 around 128, which is the same number: runtimes have fast kernels for uint8
+        times int8. The scale is divided out before QuantizeLinear, which rounds, saturates and shifts, so that tensors
+        keep their three axes and runtimes can fuse what follows.
+        """
+        g = self.g
+        last = g.constant([-1], "int64")
+        high, low = (g.op(kind, x_BSD, last, keepdims=1) for kind in ("ReduceMax", "ReduceMin"))
+        # An all-zero token, which no text has, is to give zeros and not NaN.
+        largest_BS1 = g.op("Max", high, g.op("Neg", low), g.constant(SMALLEST_BOUND, "float32"))
+        scale_BS1 = g.op("Mul", largest_BS1, g.constant(1 / INT8_BOUND, "float32"))
+        zero_point = g.constant(128, "uint8")
+        x_BSD = g.op("QuantizeLinear", g.op("Div", x_BSD, scale_BS1), g.constant(1, "float32"), zero_point)
+        product_BSF = g.op("MatMulInteger", x_BSD, kernel_DF, zero_point)
+        return g.op("Mul", g.op("Mul", g.cast(product_BSF, "float32"), scale_BS1), scale_F)
+
+    def _gather(self, x_BSD: str, tokens: _Tokens, i: int) -> tuple[str, _Tokens]:
+        """Each row's best tokens, as `encoder._gather` and `focus.select`; ties go to the earlier token in both."""
+        g, units = self.g, self.focus.units[i]
+        columns = g.dimension(x_BSD, 1)
+        scores_BS = self._gate(x_BSD, tokens, i)
+        kept_B1, width = self._kept_length(self.lengths_B1, units), self._kept_length(self.length, units)
+        _, best_BK = g.ops("TopK", scores_BS, width, names=(None, None), axis=1)
+        ranks_K = g.op("Range", g.constant(0, "int64"), g.op("Squeeze", width), g.constant(1, "int64"))
+        mine_BK = g.op("Less", ranks_K, kept_B1)
+        best_BK = g.op("Where", mine_BK, best_BK, g.op("Sub", columns, g.constant([1], "int64")))
+        places_BK, _ = g.ops("TopK", best_BK, width, names=(None, None), axis=1, largest=0)  # ascending
+        x_BKD = g.op("GatherND", x_BSD, g.unsqueeze(places_BK, 2), batch_dims=1)
+        positions_BK = places_BK
+        if tokens.positions_BK is not None:
+            positions_BK = g.op("GatherElements", tokens.positions_BK, places_BK, axis=1)
+        weights_BK = g.cast(mine_BK, "float32")
+        return x_BKD, _Tokens(weights_BK, self._bias(weights_BK), positions_BK)
+
+    def _gate(self, x_BSD: str, tokens: _Tokens, i: int) -> str:
+        """`layers.Gate` and `focus.token_scores`."""
+        g, x_BSD = self.g, self._to_float(x_BSD)
+        direction_D1 = self.weights[f"encoder.gate_{i}.direction"][:, None] * self.config.d_model**0.5
+        normed_BSD = g.op("Div", x_BSD, self._root_mean_square(x_BSD, GATE_EPS))
+        direction = g.constant(direction_D1, "float32", f"encoder.gate_{i}.direction")
+        gate_BS = g.op("Squeeze", g.op("MatMul", normed_BSD, direction), g.constant([2], "int64"))
+        left_B1 = g.op("ReduceSum", tokens.weights_BK, g.constant([1], "int64"), keepdims=1)
+        last_B1 = g.op("Sub", g.cast(left_B1, "int64"), g.constant(1, "int64"))
+        columns = g.op("Squeeze", g.dimension(x_BSD, 1))
+        place_S = g.op("Range", g.constant(0, "int64"), columns, g.constant(1, "int64"))
+        special_BS = g.op("Or", g.op("Equal", place_S, g.constant(0, "int64")), g.op("Equal", place_S, last_B1))
+        scores_BS = g.op("Where", special_BS, g.constant(SURE, "float32"), gate_BS)
+        return g.op("Where", g.op("Greater", place_S, last_B1), g.constant(-SURE, "float32"), scores_BS)
+
+    def _kept_length(self, length: str, units: int) -> str:
+        """`focus.kept_length` of an int64 tensor."""
+        g = self.g
+        raised = g.op("Add", g.op("Mul", length, g.constant(units, "int64")), g.constant(UNITS - 1, "int64"))
+        share = g.op("Div", raised, g.constant(UNITS, "int64"))
+        return g.op("Min", length, g.op("Max", share, g.constant(MIN_KEPT, "int64")))
+
+    def _head(self, x_BSD: str, tokens: _Tokens) -> None:
+        g, x_BSD = self.g, self._to_float(x_BSD)
+        sum_BD = g.op("Squeeze", g.op("MatMul", g.unsqueeze(tokens.weights_BK, 1), x_BSD), g.constant([1], "int64"))
+        count_B1 = g.op("ReduceSum", tokens.weights_BK, g.constant([1], "int64"), keepdims=1)
+        pooled_BD = g.op("Div", sum_BD, g.op("Max", count_B1, g.constant(1, "float32")))
+        product_BL = g.op("MatMul", pooled_BD, self._weight("head.kernel"))
+        logits_BL = g.op("Add", product_BL, self._weight("head.bias"), name="logits")
+        parts = []
+        for task in self.bundle.taxonomy.tasks:
+            g.scope(f"task_{len(parts)}")
+            place = self.bundle.taxonomy.slice_of(task.name)
+            temperature = g.constant(self.bundle.calibration[task.name].temperature, "float32")
+            scaled_BL = g.op("Div", g.slice(logits_BL, place.start, place.stop, 1), temperature)
+            parts.append(self._probabilities(task, scaled_BL))
+        g.op("Concat", *parts, name="probabilities", axis=1)
+
+    def _probabilities(self, task: Task, scaled_BL: str) -> str:
+        """`decoding.probabilities` of one task."""
+        g = self.g
+        if task.kind is TaskKind.MULTILABEL:
+            return g.op("Sigmoid", scaled_BL)
+        if task.kind is not TaskKind.HIERARCHICAL:
+            return g.op("Softmax", scaled_BL, axis=1)
+        tree, one = tree_of(task), [0, 0, 0, 1]
+        filled_BL = g.op("Pad", scaled_BL, g.constant(one, "int64"), g.constant(MASKED_SCORE, "float32"))
+        siblings_BGM = g.op("Softmax", g.op("Gather", filled_BL, g.constant(tree.members_GM), axis=1), axis=-1)
+        siblings_BM = g.reshape(siblings_BGM, 0, tree.members_GM.size)
+        given_parent_BL = g.op("Gather", siblings_BM, g.constant(tree.place_L), axis=1)
+        filled_BL = g.op("Pad", given_parent_BL, g.constant(one, "int64"), g.constant(1, "float32"))
+        path_BLP = g.op("Gather", filled_BL, g.constant(tree.path_LP), axis=1)
+        return g.op("ReduceProd", path_BLP, g.constant([2], "int64"), keepdims=0)

@@ -1,0 +1,237 @@
+"""Exporting and checking: what is written is loaded in its runtime and compared before it gets its name."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from classer.data.errors import InputError
+from classer.model.bundle import Bundle
+from classer.model.focus import Focus
+
+from .folder import Export, Golden, read_export, write_manifest, write_shared
+from .formats import FORMATS, Format, Request, format_named
+
+# Largest difference of a probability from Classer's own float32 or INT8 programs. Half precisions round activations;
+# INT8 does so in whole steps, and where two runtimes' last bits differ, one of them may round up.
+TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2, "int8": 3e-2}
+
+Say = Callable[[str], object]
+
+
+class Checked(NamedTuple):
+    """What a check found.
+
+    Attributes:
+      export: what was checked.
+      difference: the largest absolute difference of a golden probability.
+      load_seconds: what loading the model in its runtime took.
+    """
+
+    export: Export
+    difference: float
+    load_seconds: float
+
+
+def make_request(
+    bundle: Bundle, target: str, *, precision: str | None, focus: str = "1", lengths: tuple[int, ...] = ()
+) -> Request:
+    """What the user asked for, checked against what the format can hold.
+
+    Raises:
+      InputError: it cannot; the message says what can.
+    """
+    kind = format_named(target)
+    precision = precision or ("int8" if bundle.precision == "int8" else kind.precisions[0])
+    _check_precision(bundle, target, kind, precision)
+    parsed = Focus.parse(focus, bundle.encoder.num_layers)
+    if not parsed.full and not kind.focused:
+        raise InputError(f"{target} cannot express Focused Attention; export to onnx or stablehlo, or with --focus 1.")
+    if not parsed.full and not bundle.encoder.gated:
+        raise InputError("This model was not trained for focus: its encoder has no gates. Leave --focus at 1.")
+    static = kind.static is True or (kind.static == "focused" and not parsed.full)
+    if lengths and not static:
+        raise InputError(f"{target} takes any length here; leave --lengths out.")
+    wrong = [length for length in lengths if not 2 <= length <= bundle.max_length]
+    if wrong:
+        raise InputError(f"--lengths has {wrong[0]}; this bundle reads 2 to {bundle.max_length} tokens.")
+    chosen = tuple(sorted({*lengths})) if lengths else default_lengths(bundle.max_length)
+    max_length = chosen[-1] if static else bundle.max_length
+    return Request(bundle, precision, parsed, max_length, chosen if static else ())
+
+
+def default_lengths(max_length: int) -> tuple[int, ...]:
+    """Powers of two from 32, and the longest."""
+    return (*(length for length in (32, 64, 128, 256, 512) if length < max_length), max_length)
+
+
+def export_bundle(request: Request, target: str, out: Path, say: Say = lambda sentence: None) -> Checked:
+    """Writes an export to a new folder: whole and checked, or not at all.
+
+    Raises:
+      InputError: `out` exists, a package is missing, or the runtime computes something else.
+    """
+    if out.exists():
+        raise InputError(f"{out} exists already and was not touched; name a new folder with --out.")
+    module = FORMATS[target].load_module()
+    with staged(out) as staging:
+        say(f"Writing {target}, {request.precision} …")
+        module.write(request, staging)
+        write_shared(staging, request.bundle, golden(request), _readme(request, target, module.usage(request)))
+        packages = ("jax", "numpy", *FORMATS[target].needs)
+        write_manifest(
+            staging,
+            {
+                "target": target,
+                "precision": request.precision,
+                "focus": str(request.focus),
+                "max_length": request.max_length,
+                "lengths": list(request.lengths),
+                "bundle": request.bundle.version,
+                "versions": {name: importlib.metadata.version(name.replace("_", "-")) for name in packages},
+            },
+        )
+        say("Checking it in its runtime …")
+        checked = verify(staging)
+    return checked._replace(export=read_export(out))
+
+
+def verify(path: Path) -> Checked:
+    """Checks an export: checksums, tokens and probabilities.
+
+    Every golden text is run alone and among the others, so that batch and length are known to be open or well padded.
+
+    Raises:
+      InputError: it is damaged, or computes something else here.
+    """
+    export = read_export(path)
+    if export.target not in FORMATS:
+        raise InputError(f"{path} is of the format '{export.target}'; this Classer knows {', '.join(FORMATS)}.")
+    module = FORMATS[export.target].load_module()
+    _check_age(export)
+    texts = [row.text for row in export.golden]
+    for row, ids in zip(export.golden, export.tokenizer.encode(texts, export.max_length).ids, strict=True):
+        if tuple(ids.tolist()) != row.ids:
+            raise InputError(f"{path}: its tokenizer gives other tokens than it did for the text '{row.text[:60]}'.")
+    started = time.perf_counter()
+    runtime = module.load(export)
+    load_seconds = time.perf_counter() - started
+    expected_NL = np.array([row.probabilities for row in export.golden])
+    worst = 0.0
+    for batch_size in (len(texts), 1):
+        got_NL = runtime(texts, batch_size)
+        difference_N = np.abs(got_NL - expected_NL).max(axis=1)
+        i = int(np.argmax(np.where(np.isnan(difference_N), np.inf, difference_N)))
+        if not difference_N[i] <= TOLERANCE[export.precision]:  # also when NaN
+            raise InputError(
+                f"{export.target} computes something else than Classer: a probability of golden text {i + 1} differs "
+                f"by {difference_N[i]:.2g}, more than {TOLERANCE[export.precision]:g}."
+            )
+        worst = max(worst, float(difference_N[i]))
+    return Checked(export, worst, load_seconds)
+
+
+def golden(request: Request) -> list[Golden]:
+    """The texts that every check runs, with the answers of Classer's own programs.
+
+    The bundle's own; and for float models the empty text, and one that is cut. INT8 of a text that the model has never
+    seen the like of rounds too wildly to compare.
+    """
+    bundle = request.bundle
+    texts = [*bundle.golden_texts]
+    if request.precision != "int8" or not texts:
+        texts += ["", " ".join([*bundle.golden_texts, "a text"] * 100)[: 8 * bundle.max_length]]
+    ids = bundle.tokenizer.encode(texts, request.max_length).ids
+    logits_NL = bundle.predictor(focus=request.focus).logits(ids, batch_size=len(ids))
+    by_task = [bundle.probabilities(task.name, logits_NL) for task in bundle.taxonomy.tasks]
+    rows = np.concatenate(by_task, axis=1)
+    return [
+        Golden(text, tuple(row_ids.tolist()), tuple(map(float, row)))
+        for text, row_ids, row in zip(texts, ids, rows, strict=True)
+    ]
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that gets its name when all went well, and vanishes otherwise."""
+    staging = out.with_name(out.name + ".part")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+        staging.rename(out)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _check_precision(bundle: Bundle, target: str, kind: Format, precision: str) -> None:
+    holders = [name for name, other in FORMATS.items() if precision in other.precisions]
+    if precision == "int8" and bundle.precision != "int8":
+        raise InputError(f"{bundle.path} is float32; make it INT8 first: classer quantize BUNDLE --out FOLDER.")
+    if bundle.precision == "int8" and precision != "int8":
+        raise InputError(f"{bundle.path} is INT8, and its floats are gone; export the float32 bundle of the run.")
+    if precision not in kind.precisions:
+        floats = f", or export the float32 bundle (bundle-float32 beside it) to {target}" if precision == "int8" else ""
+        raise InputError(
+            f"{target} holds {', '.join(kind.precisions)}, not {precision}. For {precision} take "
+            f"{', '.join(holders)}{floats}."
+        )
+
+
+def expired(export: Export) -> bool:
+    """Whether an export is older than its format is guaranteed to be readable."""
+    days = FORMATS[export.target].guaranteed_days if export.target in FORMATS else None
+    return days is not None and _age(export) > days
+
+
+def renew(path: Path, bundle: Bundle) -> Checked:
+    """Makes an export anew, in its place, from the bundle it was made from.
+
+    Raises:
+      InputError: it was made from another bundle, or the new one computes something else.
+    """
+    old = read_export(path)
+    if old.bundle != bundle.version:
+        raise InputError(f"{path} was made from bundle {old.bundle}; {bundle.path} is {bundle.version}.")
+    request = make_request(bundle, old.target, precision=old.precision, focus=old.focus, lengths=old.lengths)
+    new, aside = (path.with_name(f"{path.name}.{name}") for name in ("new", "old"))
+    for folder in (new, aside):
+        shutil.rmtree(folder, ignore_errors=True)
+    export_bundle(request, old.target, new)
+    path.rename(aside)
+    new.rename(path)
+    shutil.rmtree(aside)
+    return verify(path)
+
+
+def _age(export: Export) -> int:
+    return (datetime.datetime.now(datetime.UTC).date() - export.created).days
+
+
+def _check_age(export: Export) -> None:
+    if expired(export):
+        raise InputError(
+            f"{export.path} was made {_age(export)} days ago; {export.target} is guaranteed to be readable for "
+            f"{FORMATS[export.target].guaranteed_days}. Make it anew from its bundle: classer verify-export FOLDER "
+            "--bundle BUNDLE."
+        )
+
+
+def _readme(request: Request, target: str, usage: str) -> str:
+    tasks = "; ".join(f"{task.name} ({task.kind}, {len(task.labels)} labels)" for task in request.bundle.taxonomy.tasks)
+    return (
+        f"# {tasks}\n\n{target}, {request.precision}, focus {request.focus}, texts up to {request.max_length} tokens, "
+        f"from bundle {request.bundle.version}.\n\n```python\n{usage}\n```\n\n"
+        "Columns are the labels of `taxonomy.json`, task after task. `probabilities` are calibrated: logits divided by "
+        "the temperature in `calibration.json`, then a softmax, or for a multilabel task sigmoids, whose thresholds "
+        "stand there too (0.5 where there are none). `classer verify-export .` checks this folder.\n"
+    )
