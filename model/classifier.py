@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from . import sharding
 from .config import EncoderConfig
 from .encoder import Encoder, FocusDraw
 from .focus import Focus
@@ -53,7 +54,7 @@ class LabelHead(nn.Module):
     def __call__(self, pooled_BD: jax.Array) -> jax.Array:
         kernel_DL = self.param("kernel", kernel_init, (pooled_BD.shape[-1], self.num_labels), jnp.float32)
         bias_L = self.param("bias", nn.initializers.zeros_init(), (self.num_labels,), jnp.float32)
-        return pooled_BD @ kernel_DL + bias_L
+        return pooled_BD @ sharding.gathered(kernel_DL, "head.kernel") + sharding.gathered(bias_L, "head.bias")
 
 
 class TextClassifier(nn.Module):

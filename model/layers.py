@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from . import ops, quantize
+from . import ops, quantize, sharding
 from .config import EncoderConfig
 from .quantize import Quantization
 
@@ -21,11 +21,16 @@ kernel_init = nn.initializers.truncated_normal(stddev=0.02)
 
 
 class Dense(nn.Module):
-    """A linear layer, float or INT8 as `quantization` says."""
+    """A linear layer, float or INT8 as `quantization` says.
+
+    Its name (`qkv`, `out`, `up`, `down`) says how it is sharded; `split` takes apart the outputs of a layer of several
+    parts.
+    """
 
     features: int
     quantization: Quantization
     biased: bool
+    parts: int = 1
 
     @nn.compact
     def __call__(self, x_ND: jax.Array) -> jax.Array:
@@ -33,15 +38,20 @@ class Dense(nn.Module):
         bias_F = None
         if self.biased:
             bias_F = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
+            bias_F = sharding.interleave(bias_F, f"{self.name}.bias", self.parts)
         if self.quantization is Quantization.SERVE:
             # The int8 weights come from AQT's own collection; the float kernel is neither stored nor read.
             kernel_DF = jnp.zeros(shape, x_ND.dtype)
         else:
             kernel_DF = self.param("kernel", kernel_init, shape, jnp.float32)
+            kernel_DF = sharding.interleave(kernel_DF, f"{self.name}.kernel", self.parts)
         if self.quantization is Quantization.NONE:
             return ops.linear(x_ND, kernel_DF, bias_F)
         product_NF = quantize.dot_general(self.quantization)(x_ND, kernel_DF, (((1,), (0,)), ((), ())), precision=None)
         return (product_NF if bias_F is None else product_NF + bias_F).astype(x_ND.dtype)
+
+    def split(self, y_NF: jax.Array) -> list[jax.Array]:
+        return sharding.deinterleave(y_NF, f"{self.name}.kernel", self.parts)
 
 
 class Embedding(nn.Module):
@@ -59,7 +69,7 @@ class Embedding(nn.Module):
             table_VD = self.param("table", nn.initializers.zeros_init(), shape, jnp.int8)
             scale_V = self.param("table_scale", nn.initializers.zeros_init(), shape[:1], jnp.float32)
             return table_VD[ids].astype(jnp.float32) * scale_V[ids][..., None]
-        return self.param("table", kernel_init, shape, jnp.float32)[ids]
+        return sharding.gathered(self.param("table", kernel_init, shape, jnp.float32), "table")[ids]
 
 
 class Norm(nn.Module):
@@ -95,7 +105,8 @@ class Embeddings(nn.Module):
             x_BSD += Embedding(c.max_positions, c.d_model, self.quantization, name="position")(jnp.arange(length))
         if c.num_segments:
             x_BSD += Embedding(c.num_segments, c.d_model, self.quantization, name="segment")(jnp.zeros((), jnp.int32))
-        return Norm(c, name="norm")(x_BSD.reshape(-1, c.d_model)).astype(self.dtype)
+        x_ND = sharding.constrain(x_BSD.reshape(-1, c.d_model), "batch", None)
+        return Norm(c, name="norm")(x_ND).astype(self.dtype)
 
 
 class Dropout(nn.Module):
@@ -122,9 +133,9 @@ class Attention(nn.Module):
         c = self.config
         B, S = bias_BS.shape
         # One product for query, key and value: fewer, larger products are faster on every device.
-        qkv_NE = Dense(3 * c.d_model, self.quantization, c.biases, name="qkv")(x_ND)
+        qkv = Dense(3 * c.d_model, self.quantization, c.biases, parts=3, name="qkv")
         query, key, value = (
-            x_ND.reshape(B, S, c.num_heads, c.head_dim).transpose(0, 2, 1, 3) for x_ND in jnp.split(qkv_NE, 3, axis=1)
+            x_ND.reshape(B, S, c.num_heads, c.head_dim).transpose(0, 2, 1, 3) for x_ND in qkv.split(qkv(x_ND))
         )
         if c.rope_base is not None:
             base = jnp.where(is_local, c.local_rope_base, c.rope_base)
@@ -173,12 +184,11 @@ class FeedForward(nn.Module):
     def __call__(self, x_ND: jax.Array) -> jax.Array:
         c = self.config
         gated = c.activation != "gelu"
-        hidden_NF = Dense((1 + gated) * c.d_ff, self.quantization, c.biases, name="up")(x_ND)
+        up = Dense((1 + gated) * c.d_ff, self.quantization, c.biases, parts=1 + gated, name="up")
+        gate_NF, *value = up.split(up(x_ND))
+        hidden_NF = ops.silu(gate_NF) if c.activation == "swiglu" else ops.gelu(gate_NF)
         if gated:
-            gate_NF, value_NF = jnp.split(hidden_NF, 2, axis=1)
-            hidden_NF = (ops.gelu(gate_NF) if c.activation == "geglu" else ops.silu(gate_NF)) * value_NF
-        else:
-            hidden_NF = ops.gelu(hidden_NF)
+            hidden_NF *= value[0]
         return Dense(c.d_model, self.quantization, c.biases, name="down")(hidden_NF)
 
 
@@ -198,6 +208,7 @@ class EncoderLayer(nn.Module):
         self, x_ND: jax.Array, bias_BS: jax.Array, positions_BS: jax.Array, is_local: jax.Array | bool
     ) -> jax.Array:
         c = self.config
+        x_ND = sharding.constrain(x_ND, "batch", None)
         dropout = Dropout(self.dropout)
         attention = Attention(c, self.quantization, self.dropout, name="attention")
         feed_forward = FeedForward(c, self.quantization, name="feed_forward")

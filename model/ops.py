@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from . import sharding
+
 
 def _dot(lhs: jax.Array, rhs: jax.Array, lhs_axis: int, rhs_axis: int) -> jax.Array:
     """A product of two matrices over the axes given, accumulated and returned in float32."""
@@ -32,6 +34,8 @@ def _weight_gradient(x_ND: jax.Array, g_NF: jax.Array) -> jax.Array:
     def direct(x_ND: jax.Array, g_NF: jax.Array) -> jax.Array:
         return _dot(x_ND, g_NF, 0, 0)
 
+    if sharding.is_divided():  # XLA cannot divide a layout constraint over devices: each would gather all tokens
+        return direct(x_ND, g_NF)
     return lax.platform_dependent(x_ND, g_NF, cpu=transposed, default=direct)
 
 
