@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from classer.data.errors import InputError
+from classer.train.place import NUM_PROCESSES
 
 Target = Literal["local", "slurm", "kubernetes"]
 
@@ -76,8 +77,6 @@ class Launch:
 
     def environment(self) -> dict[str, str]:
         """What every process of the job finds in its environment, beside who it is."""
-        from classer.train.processes import NUM_PROCESSES
-
         variables = {NUM_PROCESSES: str(self.processes)}
         if self.devices_per_process and not self.gpu:
             variables["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={self.devices_per_process}"

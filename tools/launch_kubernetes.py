@@ -13,7 +13,7 @@ import yaml
 
 from classer.data.errors import InputError
 from classer.tools.launch_job import Launch, where
-from classer.train.processes import COORDINATOR
+from classer.train.place import COORDINATOR
 
 PORT = 8476
 SECONDS_TO_SAVE = 120

@@ -15,8 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from classer.tools.launch_job import Launch, where
-from classer.train.processes import COORDINATOR, LAUNCHER, PROCESS_ID
-from classer.train.run import LOGS
+from classer.train.place import COORDINATOR, LAUNCHER, LOGS, PROCESS_ID
 
 SECONDS_BETWEEN_LOOKS = 0.1
 LAST_LINES = 20

@@ -12,8 +12,7 @@ from pathlib import Path
 
 from classer.data.errors import InputError
 from classer.tools.launch_job import Launch, where
-from classer.train.processes import COORDINATOR
-from classer.train.run import LOGS
+from classer.train.place import COORDINATOR, LOGS
 
 SECONDS_TO_SAVE = 120  # before the time limit
 

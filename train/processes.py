@@ -7,7 +7,6 @@ process. All processes run the same program on the same inputs; files are writte
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import functools
 import json
 import os
@@ -28,11 +27,8 @@ from safetensors.numpy import load, save
 
 from ..data.errors import InputError
 from ..model.quantize import Weights
+from .place import LAUNCHER, Place
 
-COORDINATOR, NUM_PROCESSES, PROCESS_ID = "CLASSER_COORDINATOR", "CLASSER_NUM_PROCESSES", "CLASSER_PROCESS_ID"
-LAUNCHER = "CLASSER_LAUNCHER"  # the process id of a launcher on this machine
-# Where a scheduler says the rank in a name of its own.
-RANKS = (PROCESS_ID, "SLURM_PROCID", "JOB_COMPLETION_INDEX")
 WAIT_MS = 24 * 3600 * 1000  # for the first process: tokenising and probing take their time, and launchers end dead jobs
 Result = TypeVar("Result")
 
@@ -48,39 +44,6 @@ class Stopped(Exception):
     def __init__(self, sentence: str, *, together: bool = True) -> None:
         super().__init__(sentence)
         self.together = together
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Who a process is among those of its job.
-
-    Attributes:
-      coordinator: HOST:PORT where the first process listens.
-      count: processes of the job.
-      rank: of this one, from 0.
-    """
-
-    coordinator: str
-    count: int
-    rank: int
-
-    @classmethod
-    def from_environment(cls, environment: Mapping[str, str]) -> Place | None:
-        """What the launcher said; None where there is only this process.
-
-        Raises:
-          InputError: it said a part only, or no number.
-        """
-        if COORDINATOR not in environment:
-            return None
-        rank = next((environment[name] for name in RANKS if name in environment), "")
-        count = environment.get(NUM_PROCESSES, "")
-        if not (rank.isdecimal() and count.isdecimal() and int(rank) < int(count)):
-            raise InputError(
-                f"{COORDINATOR} is set, so {NUM_PROCESSES} must be a number and one of {', '.join(RANKS)} a smaller "
-                f"one; they are '{count}' and '{rank}'."
-            )
-        return cls(environment[COORDINATOR], int(count), int(rank))
 
 
 def join(environment: Mapping[str, str] = os.environ) -> None:

@@ -22,12 +22,12 @@ from .datasets import Dataset, load_dataset
 from .evaluation import TokenizedSplit, measure, tokenize
 from .loop import Fitted, Running, Trainee, fit
 from .metrics import Metrics
+from .place import LOGS
 from .processes import first_before_others, first_decides, is_first, leave
 
 GOLDEN_TEXTS = 8
 CARD_LABELS = 200  # labels that the model card lists of a task
 JOB_FILE = "job.json"
-LOGS = "logs"  # of launched workers
 
 
 @dataclasses.dataclass(frozen=True)

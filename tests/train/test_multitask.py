@@ -35,15 +35,7 @@ TREE = Task(
 )
 CURRICULUM = (
     CurriculumStage("first", kinds=("binary",), epochs=4),
-    CurriculumStage(
-        "second",
-        kinds=("multilabel",),
-        tasks=("where",),
-        replay=0.2,
-        weights={"topics": 3},
-        epochs=30,
-        learning_rate=3e-3,
-    ),
+    CurriculumStage("second", kinds=("multilabel",), tasks=("where",), replay=0.2, weights={"topics": 3}, epochs=30, learning_rate=3e-3),
 )
 
 
