@@ -24,6 +24,8 @@ from flax import linen as nn
 from flax import traverse_util
 from jax import lax
 
+from .sharding import to_host
+
 Precision = Literal["float32", "int8"]
 
 # Name → array: "encoder.layer_0.attention.qkv.kernel". What a bundle's safetensors file holds.
@@ -93,8 +95,8 @@ def dot_general(mode: Quantization) -> Callable[..., jax.Array]:
 
 
 def flatten(params: Mapping[str, Any]) -> Weights:
-    """Linen's nested parameters → named arrays."""
-    return {name: np.asarray(value) for name, value in traverse_util.flatten_dict(params, sep=".").items()}
+    """Linen's nested parameters → named arrays, whole on this host; see `sharding.to_host`."""
+    return {name: to_host(value) for name, value in traverse_util.flatten_dict(params, sep=".").items()}
 
 
 def convert(model: nn.Module, weights: Weights) -> Weights:

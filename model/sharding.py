@@ -303,9 +303,9 @@ def deinterleave(y_NE: jax.Array, name: str, parts: int) -> list[jax.Array]:
     return [constrain(y_NF, "batch", axis) for y_NF in split]
 
 
-def to_host(x: jax.Array) -> np.ndarray:
-    """The whole of an array, on every process; all of them must call this together."""
-    if not x.is_fully_addressable and not x.is_fully_replicated:
+def to_host(x: Any) -> np.ndarray:
+    """The whole of an array, on every process; where it lies on devices of several, all must call this together."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated:
         sharding = x.sharding
         assert isinstance(sharding, NamedSharding)
         x = jax.jit(lambda x: x, out_shardings=NamedSharding(sharding.mesh, PartitionSpec()))(x)

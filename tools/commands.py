@@ -38,10 +38,24 @@ def train(argv: Sequence[str]) -> None:
     """Train a classifier on labelled texts; leaves a bundle to serve in OUT/bundle."""
     job = parse_job(argv, prog="classer train")
     _check_can_make(job.out)
-    from classer.train.run import train as run_job
+    from classer.train import processes
+    from classer.train.run import run_job
 
+    processes.join()
+    processes.listen()
+    first = processes.is_first()
     started = time.monotonic()
-    result = run_job(job)
+    try:
+        result = run_job(job)
+    except processes.Stopped as e:
+        if first:
+            print(f"{e} The same command goes on{'' if job.restartable else ', with --resume'}.", flush=True)
+        processes.end(e)
+        return
+    if result is None:
+        if first:
+            print(f"The run in {job.out} is finished; its bundle is {job.out / 'bundle'}.")
+        return
     print_result(result, time.monotonic() - started)
     print(f"\nServe it:  classer serve {shlex.quote(str(job.out / 'bundle'))}")
     print('Ask it:    classer classify "some text" --server localhost:50051')

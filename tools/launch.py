@@ -1,14 +1,60 @@
-"""Launches training jobs: `python tools/launch.py --preset banking77 --data FOLDER --out runs/banking77`.
+"""Launches a training job on this machine, under Slurm or on Kubernetes, in one process or in many.
 
-Takes what `classer train` takes and runs the same job.
+python tools/launch.py --preset banking77 --data FOLDER --out runs/banking77 --processes 2 --devices-per-process 4
+
+It takes what `classer train` takes (see `classer train --help`) and runs the same job in every process. The same
+command goes on with a job that was stopped or died, also with another number of processes, and leaves a finished one as
+it is.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import sys
+from collections.abc import Sequence
+from typing import Annotated
 
-from classer.tools.cli import main, tune_allocator
+import tyro
+
+from classer.tools import launch_kubernetes, launch_local, launch_slurm
+from classer.tools.cli import run, tune_allocator
+from classer.tools.commands import parse_job, train
+from classer.tools.launch_job import Launch
+
+TARGETS = {"local": launch_local, "slurm": launch_slurm, "kubernetes": launch_kubernetes}
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments(Launch):
+    __doc__ = f"""{Launch.__doc__}
+      dry_run: print what would be run, and run nothing.
+    """
+
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+
+
+def launch(argv: Sequence[str]) -> None:
+    """Checks the job, and runs or submits it; raises SystemExit with the exit code of a local job.
+
+    Raises:
+      InputError: the job cannot be run as it is described.
+    """
+    arguments, training = tyro.cli(
+        Arguments, prog="launch.py", args=list(argv), description=__doc__, return_unknown_args=True
+    )
+    job = parse_job(training, prog="launch.py")
+    command = ("classer", "train", *training, "--restartable")
+    target = TARGETS[arguments.target]
+    if arguments.dry_run:
+        print(target.describe(arguments, command, job.out))
+    elif arguments.target == "local" and arguments.processes == 1:
+        os.environ |= launch_local.environment(arguments)
+        tune_allocator()
+        train(command[2:])
+    else:
+        sys.exit(target.start(arguments, command, job.out))
+
 
 if __name__ == "__main__":
-    tune_allocator()
-    sys.exit(main(["train", *sys.argv[1:]]))
+    sys.exit(run(launch, sys.argv[1:]))

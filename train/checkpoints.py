@@ -1,14 +1,24 @@
-"""Checkpoints of a run, by Orbax: the state, the position in the data, and what the run has seen of the dev set."""
+"""Checkpoints of a run, by Orbax: the state, the position in the data, and what the run has seen of the dev set.
+
+Dropout and budgets are functions of the recipe's seed and the step, so that these two are the state of all randomness.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
+import threading
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from ..data.errors import InputError
+from .processes import first_says, is_first
 from .step import TrainState
 
 
@@ -19,7 +29,7 @@ class Progress:
     Attributes:
       epoch: epochs done.
       data: the position in the training data (`TrainIterator.get_state`).
-      dev_score: of this epoch.
+      dev_score: of the last epoch done.
       best_score: the best dev score so far.
       best_step: the step that reached it first.
       epochs_since_best: epochs done since then.
@@ -34,18 +44,35 @@ class Progress:
 
 
 class Checkpoints:
-    """The checkpoints in a folder: the last one, to go on from, and the best one, to keep.
+    """The checkpoints in a folder: the last two, to go on from, and the best one, to keep.
 
-    Saving is asynchronous; a checkpoint is visible once it is whole. Use as a context manager, which waits at its end.
+    Saving is asynchronous; a checkpoint is visible once it is whole, and then gets a file of checksums beside it. What
+    is damaged is put aside when the folder is opened. In a run of several processes all of them open, save and restore
+    together. Use as a context manager, which waits at its end.
+
+    Args:
+      folder: made if missing.
+      config: what the run was told, resolved; kept in each checkpoint, for people and tools.
+      say: takes warnings.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self, folder: Path, *, config: dict[str, Any] | None = None, say: Callable[[str], object] = print
+    ) -> None:
+        self._folder, self._config, self._say = folder.resolve(), config or {}, say
+        self._closed = threading.Event()
+        self._watcher: threading.Thread | None = None
+        first_says(lambda: self._put_damaged_aside() or b"")
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
         managers = ocp.checkpoint_managers
         best = managers.BestN(get_metric_fn=lambda metrics: metrics["dev_score"], n=1)
-        self._manager = ocp.CheckpointManager(
-            folder.resolve(),
+        return ocp.CheckpointManager(
+            self._folder,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=managers.AnyPreservationPolicy([managers.LatestN(1), best])
+                preservation_policy=managers.AnyPreservationPolicy([managers.LatestN(2), best]),
+                cleanup_tmp_directories=True,
             ),
         )
 
@@ -53,19 +80,37 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, progress: Progress) -> None:
-        self._manager.save(
-            int(state.step),
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state._asdict()),
-                progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
-            ),
-            # Of equal scores Orbax keeps the later step; the earlier one is the best by our rule.
-            metrics={"dev_score": progress.dev_score if progress.best_step == int(state.step) else -1.0},
-        )
+    def save(self, state: TrainState, progress: Progress, *, epoch_ends: bool = True) -> None:
+        """Begins to save; a step that is saved already is left as it is.
+
+        Raises:
+          InputError: an earlier checkpoint could not be written.
+        """
+        step = int(state.step)
+        # Of equal scores Orbax keeps the later step; the earlier one is the best by our rule.
+        score = progress.dev_score if epoch_ends and progress.best_step == step else -1.0
+        with self._naming_failures():
+            self._manager.wait_until_finished()
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state._asdict()),
+                    progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
+                    config=ocp.args.JsonSave(self._config),
+                ),
+                metrics={"dev_score": score},
+            )
+        if is_first():
+            self._watcher = threading.Thread(target=self._add_checksums, args=(step, self._watcher), daemon=True)
+            self._watcher.start()
 
     def restore(self, like: TrainState, step: int) -> tuple[TrainState, Progress]:
-        """The state and progress saved after `step`; `like` gives the structure, shapes and dtypes."""
+        """The state and progress saved after `step`.
+
+        Args:
+          like: gives structure, shapes, dtypes and shardings, which need not be those that were saved.
+          step: one of those saved.
+        """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
         restored = self._manager.restore(
             step,
@@ -73,11 +118,147 @@ class Checkpoints:
         )
         return TrainState(**restored["state"]), Progress(**restored["progress"])
 
+    def restore_latest(self, like: TrainState) -> tuple[TrainState, Progress] | None:
+        """The newest checkpoint that can be read, straight to the devices as `like` says; None where there is none."""
+        while (step := self._manager.latest_step()) is not None:
+            try:
+                state, progress = self.restore(like, step)
+                if progress.epoch and progress.best_step not in self._manager.all_steps():
+                    self._say("Warning: the checkpoint of the best epoch is lost; the best of those to come counts.")
+                    progress = dataclasses.replace(progress, best_score=-1.0, best_step=step)
+                return state, progress
+            except Exception as e:  # Orbax and TensorStore raise many kinds for a file that is not whole
+                reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+            self._manager.close()
+            first_says(lambda step=step, reason=reason: self._put_aside(step, reason) or b"")
+            self._manager = self._open()
+        return None
+
     def wait(self) -> None:
-        self._manager.wait_until_finished()
+        """Until all is written; raises InputError as `save`."""
+        with self._naming_failures():
+            self._manager.wait_until_finished()
 
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._manager.close()
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        try:
+            with self._naming_failures():
+                self._manager.close()
+        except Exception as e:
+            if kind is None:
+                raise
+            # The error that ends the run is the one to tell.
+            self._say(f"Warning: the last checkpoint may be missing: {e}")
+        finally:
+            self._closed.set()
+            if self._watcher is not None:
+                self._watcher.join()
+                self._drop_checksums()
+
+    def _naming_failures(self) -> _NamingFailures:
+        return _NamingFailures(self._folder)
+
+    def _steps(self) -> list[int]:
+        folders = self._folder.iterdir() if self._folder.is_dir() else ()
+        return sorted(int(path.name) for path in folders if path.is_dir() and path.name.isdecimal())
+
+    def _add_checksums(self, step: int, before: threading.Thread | None) -> None:
+        """Waits until a checkpoint is whole, which shows in its name, and writes its checksums; in a thread."""
+        if before is not None:
+            before.join()
+        folder, file = self._folder / str(step), self._checksums_of(step)
+        while not folder.is_dir() and not self._closed.wait(0.1):
+            pass
+        try:
+            if folder.is_dir():
+                part = file.with_suffix(".part")
+                part.write_text(json.dumps(_checksums(folder), indent=1), encoding="utf-8")
+                part.rename(file)
+            self._drop_checksums()
+        except OSError:
+            file.unlink(missing_ok=True)  # a full disk, or a checkpoint that made way for a newer one meanwhile
+
+    def _drop_checksums(self) -> None:
+        """Of checkpoints that are gone."""
+        kept = {str(step) for step in self._steps()}
+        for file in self._folder.glob("checksums-*.json"):
+            if file.stem.removeprefix("checksums-") not in kept:
+                file.unlink()
+
+    def _put_damaged_aside(self) -> None:
+        for step in self._steps():
+            try:
+                expected = json.loads(self._checksums_of(step).read_text(encoding="utf-8"))
+            except FileNotFoundError:
+                continue  # the run was killed right after it had become whole
+            except ValueError:
+                self._checksums_of(step).unlink()
+                continue
+            found = _checksums(self._folder / str(step))
+            for name, checksum in expected.items():
+                if found.get(name) != checksum:
+                    self._put_aside(step, f"its file {name} is {'changed' if name in found else 'missing'}")
+                    break
+
+    def _put_aside(self, step: int, reason: str) -> None:
+        aside = self._folder.with_name(f"{self._folder.name}-damaged") / str(step)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        (self._folder / str(step)).rename(aside)
+        self._checksums_of(step).unlink(missing_ok=True)
+        before = [other for other in self._steps() if other < step]
+        going_on = f"going on from step {before[-1]:,}" if before else "there is none before it, so the run begins anew"
+        self._say(f"Warning: the checkpoint of step {step:,} is damaged ({reason}); {going_on}. It is now {aside}.")
+
+    def _checksums_of(self, step: int) -> Path:
+        return self._folder / f"checksums-{step}.json"
+
+
+class _NamingFailures:
+    """Turns what Orbax raises when it cannot write into a sentence."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        if not isinstance(error, Exception) or isinstance(error, InputError):
+            return
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        known = (
+            "No space left",
+            "Disk quota",
+            "File too large",
+            "Read-only",
+            "Permission denied",
+            "RESOURCE_EXHAUSTED",
+        )
+        reason = next((name for name in known if name in str(error)), None)
+        if reason is None and not isinstance(error, OSError):
+            return
+        free = shutil.disk_usage(self._folder).free / 1e6
+        raise InputError(
+            f"A checkpoint could not be written to {self._folder} ({reason or lines[0][:200]}; {free:,.0f} MB are free "
+            "there). The checkpoints before it are whole: make room, and give the same command with --resume."
+        ) from error
+
+
+def _checksums(folder: Path) -> dict[str, int]:
+    """CRC-32 of each file, by its name within the folder."""
+    return {str(file.relative_to(folder)): _crc(file) for file in sorted(_files(folder))}
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (file for file in folder.rglob("*") if file.is_file())
+
+
+def _crc(file: Path) -> int:
+    value = 0
+    with file.open("rb") as source:
+        while block := source.read(1 << 20):
+            value = zlib.crc32(block, value)
+    return value

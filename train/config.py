@@ -157,6 +157,12 @@ class TrainJob:
       held_out_texts: use at most so many of each task's development and test examples, drawn at random; 0 is all.
       resume: go on with the run in `out` from its last checkpoint.
       baseline: also train TF-IDF + linear SVM on the same examples, and print both scores.
+      fsdp: devices that parameters and optimiser are divided over; fsdp × tensor must divide the number of devices.
+      tensor: devices that attention heads and hidden units are divided over.
+      save_minutes: save within an epoch when so many have passed; 0 saves at the ends of epochs only.
+      save_steps: save within an epoch every so many steps; 0 leaves it to save_minutes.
+      restartable: begin the run, go on with it, or leave it finished, whichever `out` calls for; tools/launch.py says
+        so, for schedulers that give the same command again.
     """
 
     data: Path
@@ -172,8 +178,16 @@ class TrainJob:
     held_out_texts: int = 0
     resume: bool = False
     baseline: bool = False
+    fsdp: int = 1
+    tensor: int = 1
+    save_minutes: float = 10.0
+    save_steps: int = 0
+    restartable: bool = False
 
     def __post_init__(self) -> None:
+        for name, low in (("fsdp", 1), ("tensor", 1), ("save_minutes", 0), ("save_steps", 0)):
+            if not getattr(self, name) >= low:
+                raise InputError(f"{name} must be at least {low}; it is {getattr(self, name)}.")
         for name in ("texts", "held_out_texts"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} is {getattr(self, name)}; give a number of examples, or 0 for all.")

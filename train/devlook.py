@@ -12,6 +12,7 @@ from ..model.predict import Predictor
 from ..model.quantize import Weights
 from .evaluation import TokenizedSplit, measure
 from .metrics import Metrics
+from .processes import each_its_share
 from .runlog import RunLog
 
 
@@ -79,7 +80,8 @@ class DevLook:
     def _measure(self, predictor: Predictor) -> dict[str, Metrics]:
         by_task = {}
         for name, split in self._dev.items():
-            logits_NL = predictor.logits(split.ids, columns=self._taxonomy.slice_of(name))
+            columns = self._taxonomy.slice_of(name)
+            logits_NL = each_its_share(lambda ids, columns=columns: predictor.logits(ids, columns=columns), split.ids)
             by_task[name] = measure(self._taxonomy.task(name), logits_NL, split.targets_NL, Calibration())
         return by_task
 

@@ -7,12 +7,13 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import traverse_util
 
 from ..data.curriculum import CurriculumBatches
 from ..data.errors import InputError
@@ -21,7 +22,8 @@ from ..data.taxonomy import Taxonomy
 from ..model.classifier import TextClassifier
 from ..model.config import EncoderConfig
 from ..model.encoder import FocusDraw
-from ..model.quantize import Weights, flatten, variables
+from ..model.quantize import Weights, flatten
+from ..model.sharding import Layout, make_layout
 from ..model.stacking import stack_layers, unstack_layers
 from .checkpoints import Checkpoints, Progress
 from .config import Recipe
@@ -31,8 +33,17 @@ from .evaluation import TokenizedSplit, join
 from .focus import DEV_FOCUSES, distilled, draw_focus
 from .losses import balanced_class_weights
 from .probe import probe_head
-from .runlog import RunLog
-from .step import TrainState, TrainStep, init_state, learning_rate_schedule, make_optimizer, make_train_step
+from .processes import Pace, Stopped, deferred, first_before_others, first_computes, is_first
+from .runlog import RunLog, open_log
+from .step import (
+    TrainState,
+    TrainStep,
+    abstract_state,
+    init_state,
+    learning_rate_schedule,
+    make_optimizer,
+    make_train_step,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +54,26 @@ class Fitted:
     best_score: float
     best_epoch: int
     epochs: int
+
+
+# (the state, its step, whether an epoch ends with it)
+AfterStep = Callable[[TrainState, int, bool], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Running:
+    """How a run is carried out, which changes nothing that it learns.
+
+    Attributes:
+      layout: of the devices; None takes all of them for `data`.
+      save_steps, save_minutes: see `processes.Pace`.
+      config: kept in the checkpoints.
+    """
+
+    layout: Layout | None = None
+    save_steps: int = 0
+    save_minutes: float = 0.0
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +116,7 @@ class Trainee:
       train, dev: the examples, by task.
       pad_id: fills token rows.
       out: the run's folder.
+      running: how to carry it out.
     """
 
     recipe: Recipe
@@ -94,6 +126,7 @@ class Trainee:
     dev: Mapping[str, TokenizedSplit]
     pad_id: int
     out: Path
+    running: Running = dataclasses.field(default_factory=Running)
 
 
 def fit(trainee: Trainee, weights: Weights) -> Fitted:
@@ -111,15 +144,20 @@ def fit(trainee: Trainee, weights: Weights) -> Fitted:
       a multilabel task, and after training for focus over `focus.DEV_FOCUSES` too.
 
     Raises:
-      InputError: the loss became NaN or infinite; the checkpoints in `out` are of other examples or another seed.
+      InputError: the loss became NaN or infinite; the checkpoints in `out` are of other examples or another seed; a
+        checkpoint cannot be written.
+      Stopped: SIGTERM came; all that was done is saved.
     """
     recipe, taxonomy = trainee.recipe, trainee.taxonomy
     fitted = _fit_stages(trainee, weights) if recipe.curriculum else _fit_epochs(trainee, weights)
     if not recipe.focus_epochs:
         return fitted
-    print("Training to focus, beside the dense classifier's answers.", flush=True)
+    if is_first():
+        print("Training to focus, beside the dense classifier's answers.", flush=True)
     folder = trainee.out / "focus"
-    train = distilled(recipe, taxonomy, trainee.encoder, fitted.weights, trainee.train, folder)
+    train = first_before_others(
+        lambda: distilled(recipe, taxonomy, trainee.encoder, fitted.weights, trainee.train, folder)
+    )
     part = Part(
         _epochs(dataclasses.replace(trainee, train=train), recipe.focus_epochs),
         looks=recipe.focus_epochs,
@@ -160,11 +198,13 @@ def _fit_stages(trainee: Trainee, weights: Weights) -> Fitted:
     drawn: dict[str, np.ndarray] = {}
     for number, plan in enumerate(planned):
         stage = plan.stage
-        print(
-            f"Stage {number + 1} of {len(planned)}, '{stage.name}': {plan.num_steps:,} steps on {', '.join(plan.tasks)}"
-            + (f", {stage.replay:.0%} of them on earlier tasks." if stage.replay else "."),
-            flush=True,
-        )
+        if is_first():
+            print(
+                f"Stage {number + 1} of {len(planned)}, '{stage.name}': {plan.num_steps:,} steps on "
+                + ", ".join(plan.tasks)
+                + (f", {stage.replay:.0%} of them on earlier tasks." if stage.replay else "."),
+                flush=True,
+            )
         batches = CurriculumBatches(
             examples,
             plan.shares_T,
@@ -187,7 +227,8 @@ def _fit_stages(trainee: Trainee, weights: Weights) -> Fitted:
         fitted = _fit_part(part, trainee, weights)
         weights = fitted.weights
         drawn[stage.name] = batches.drawn(plan.num_steps)
-        write_curriculum(trainee.out / "stages", taxonomy, drawn)
+        if is_first():
+            write_curriculum(trainee.out / "stages", taxonomy, drawn)
     assert fitted is not None
     return fitted
 
@@ -222,26 +263,46 @@ def _fit_part(part: Part, trainee: Trainee, weights: Weights) -> Fitted:
         scan=recipe.scan,
         remat=recipe.remat,
     )
-    train_step = _make_step(part, trainee, model, optimizer)
+    running = trainee.running
+    layout = make_layout() if running.layout is None else running.layout
+    layout.rows(recipe.batch_size)  # raises where it cannot be divided
+    train_step = _make_step(part, trainee, model, optimizer, layout)
     iterator = iter(batches)
     progress = Progress(0, iterator.get_state(), -1.0, -1.0, 0, 0)
     dev = {name: trainee.dev[name] for name in part.dev_tasks}
 
-    with Checkpoints(part.folder / "checkpoints") as checkpoints, contextlib.closing(iterator):
-        last = checkpoints.latest_step
-        if last is None and part.new_tasks and weights:
-            train = trainee.train
-            weights = weights | probe_head(recipe, taxonomy, encoder, weights, train, trainee.dev, part.new_tasks)
-        state = init_state(initial_params(model, weights, recipe.seed), optimizer)
-        look = DevLook(taxonomy, encoder, _weights(state), recipe.compute_dtype, dev, part.focuses)
-        if last is not None:
-            state, progress = checkpoints.restore(state, last)
+    with (
+        Checkpoints(part.folder / "checkpoints", config=running.config) as checkpoints,
+        contextlib.closing(iterator),
+        deferred(),
+    ):
+        restored = checkpoints.restore_latest(abstract_state(model, optimizer, layout))
+        if restored is not None:
+            state, progress = restored
             iterator.set_state(progress.data)
-        with RunLog(part.folder, batches.num_steps, start_step=int(state.step)) as log:
-            if last is not None:
-                log.say(f"Going on after epoch {progress.epoch} (step {last:,}).")
+        else:
+            if part.new_tasks and weights:
+                known, train = weights, trainee.train
+                weights = known | first_computes(
+                    lambda: probe_head(recipe, taxonomy, encoder, known, train, trainee.dev, part.new_tasks)
+                )
+            state = init_state(initial_params(model, weights, recipe.seed, layout), optimizer, layout)
+        look = DevLook(taxonomy, encoder, _weights(state), recipe.compute_dtype, dev, part.focuses)
+        pace = Pace(running.save_steps, running.save_minutes)
+
+        def after_step(state: TrainState, step: int, ends_epoch: bool) -> None:
+            save, stop = pace.after(step)
+            if save and not ends_epoch:  # else it is saved with the dev score; a stop is heard after the next step
+                checkpoints.save(state, dataclasses.replace(progress, data=iterator.get_state()), epoch_ends=False)
+            if stop and not ends_epoch:
+                checkpoints.wait()
+                raise Stopped(f"Stopped after step {step:,} of {batches.num_steps:,}; it is saved.")
+
+        with open_log(part.folder, batches.num_steps, start_step=int(state.step)) as log:
+            if restored is not None:
+                log.say(f"Going on after epoch {progress.epoch} (step {int(state.step):,}).")
             while progress.epoch < part.looks and not _is_stuck(progress, part.patience):
-                state = _train_epoch(train_step, state, iterator, steps_per_epoch, schedule, log)
+                state = _train_epoch(train_step, state, iterator, steps_per_epoch, schedule, log, after_step)
                 score = look(_weights(state), int(state.step), log)
                 progress = _advance(progress, iterator.get_state(), score, int(state.step))
                 checkpoints.save(state, progress)
@@ -254,8 +315,7 @@ def _fit_part(part: Part, trainee: Trainee, weights: Weights) -> Fitted:
         if progress.best_step != int(state.step):
             best_state, _ = checkpoints.restore(state, progress.best_step)
     best_epoch = progress.best_step // steps_per_epoch
-    best = unstack_layers(flatten(jax.device_get(best_state.params)))
-    return Fitted(best, progress.best_score, best_epoch, progress.epoch)
+    return Fitted(_weights(best_state), progress.best_score, best_epoch, progress.epoch)
 
 
 def _weights(state: TrainState) -> Weights:
@@ -263,7 +323,7 @@ def _weights(state: TrainState) -> Weights:
 
 
 def _make_step(
-    part: Part, trainee: Trainee, model: TextClassifier, optimizer: optax.GradientTransformation
+    part: Part, trainee: Trainee, model: TextClassifier, optimizer: optax.GradientTransformation, layout: Layout
 ) -> TrainStep:
     recipe, table = trainee.recipe, trainee.taxonomy.table
     num_steps = part.batches.num_steps
@@ -284,18 +344,29 @@ def _make_step(
         seed=recipe.seed,
         temperature=recipe.soft_temperature,
         draw_focus=draw if part.draws_focus else None,
+        layout=layout,
     )
 
 
-def initial_params(model: TextClassifier, weights: Weights, seed: int) -> Any:
-    """The pretrained encoder under a head of initial values."""
-    tokens_BS, lengths_B = jnp.zeros((1, 8), jnp.int32), jnp.ones((1,), jnp.int32)
-    rngs = {"params": jax.random.key(seed), "dropout": jax.random.key(seed)}
-    params = flatten(jax.jit(model.init)(rngs, tokens_BS, lengths_B)["params"])
-    return variables(params | (stack_layers(weights) if model.scan else weights), "float32")["params"]
+def initial_params(model: TextClassifier, weights: Weights, seed: int, layout: Layout | None = None) -> Any:
+    """The pretrained encoder under a head of initial values, straight to where `layout` says; by default one device."""
+    layout = make_layout(jax.devices()[:1]) if layout is None else layout
+    given = stack_layers(weights) if model.scan else weights
+
+    def missing() -> dict[str, jax.Array]:
+        tokens_BS, lengths_B = jnp.zeros((1, 8), jnp.int32), jnp.ones((1,), jnp.int32)
+        rngs = {"params": jax.random.key(seed), "dropout": jax.random.key(seed)}
+        params: dict[str, Any] = traverse_util.flatten_dict(
+            cast(dict, model.init(rngs, tokens_BS, lengths_B))["params"], sep="."
+        )
+        return {name: value for name, value in params.items() if name not in given}
+
+    return traverse_util.unflatten_dict(layout.create(missing) | layout.put(given), sep=".")
 
 
-def _train_epoch(train_step, state: TrainState, iterator, num_steps: int, schedule, log: RunLog) -> TrainState:
+def _train_epoch(
+    train_step, state: TrainState, iterator, num_steps: int, schedule, log: RunLog, after_step: AfterStep
+) -> TrainState:
     """Steps to the end of an epoch. A step is logged after the next one was begun, so that the device never waits."""
     pending: tuple[Callable[[], float], int] | None = None
     step = int(state.step)
@@ -316,6 +387,7 @@ def _train_epoch(train_step, state: TrainState, iterator, num_steps: int, schedu
         report()
         step += 1
         pending = (metrics.loss.item, int(batch.lengths_B.sum()))
+        after_step(state, step, step % num_steps == 0)
     report()
     return state
 

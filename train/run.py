@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,16 @@ from ..data.errors import InputError
 from ..data.tokenizer import WordPieceTokenizer
 from ..model.bundle import Bundle, quantize, save_bundle
 from ..model.pretrained import choose_encoder
+from ..model.sharding import make_layout
 from .baseline import BaselineScore, tfidf_svm
 from .calibration import fit_calibration
 from .config import TrainJob, read_curriculum
 from .datasets import Dataset, load_dataset
 from .evaluation import TokenizedSplit, measure, tokenize
-from .loop import Fitted, Trainee, fit
+from .loop import Fitted, Running, Trainee, fit
 from .metrics import Metrics
+from .place import LOGS
+from .processes import first_before_others, first_decides, is_first, leave
 
 GOLDEN_TEXTS = 8
 CARD_LABELS = 200  # labels that the model card lists of a task
@@ -60,39 +64,63 @@ class TrainResult:
 
 
 def train(job: TrainJob) -> TrainResult:
+    """Runs a job that is not finished yet, in one process; see `run_job`."""
+    result = run_job(job)
+    assert result is not None
+    return result
+
+
+def run_job(job: TrainJob) -> TrainResult | None:
     """Runs a job: trains, calibrates on dev, quantises, measures, and writes bundles and reports under `job.out`.
 
     `job.out` then holds `bundle` (INT8), `bundle-float32`, `results` (INT8) and `results-float32` (of several tasks one
     folder each in them), `checkpoints`, `metrics.jsonl`, `tensorboard` (of a curriculum in `stages`) and `job.json`.
 
+    In a job of several processes (see `processes`) all call it; the first alone writes, and returns a result.
+
+    Returns:
+      The result; None where there is none to tell: in other processes, and if the run was finished before.
+
     Raises:
       InputError: the data, the encoder or the folder cannot be used; nothing that stood there before is touched.
+      Stopped: SIGTERM came, and all that was done is saved; from `processes.listen` on.
     """
     if job.curriculum is not None:
         stages = read_curriculum(job.curriculum)
         job = dataclasses.replace(job, recipe=dataclasses.replace(job.recipe, curriculum=stages))
-    _check_out(job)
-    dataset = load_dataset(job, print)
-    encoder_folder, encoder, weights = choose_encoder(job.recipe.encoder)
+    if job.restartable and first_decides(lambda: (job.out / "bundle").exists()):
+        return None
+    job = dataclasses.replace(job, resume=first_decides(lambda: _check_out(job)))
+    say: Callable[[str], object] = print if is_first() else lambda _: None
+    layout = make_layout(fsdp=job.fsdp, tensor=job.tensor)
+    if layout.mesh.size > 1:
+        say(f"{layout.mesh.size} devices: " + ", ".join(f"{axis} {n}" for axis, n in layout.mesh.shape.items()) + ".")
+    dataset = load_dataset(job, say)
+    encoder_folder, encoder, weights = first_before_others(lambda: choose_encoder(job.recipe.encoder))
     encoder = dataclasses.replace(encoder, gated=job.recipe.focus_epochs > 0)
     if job.recipe.max_length > encoder.max_positions:
         raise InputError(
             f"max_length is {job.recipe.max_length}, but the encoder has only {encoder.max_positions} positions."
         )
     if not weights:
-        print(
-            f"{job.recipe.encoder} begins with random weights; a pretrained or upcycled encoder learns from far fewer."
-        )
+        say(f"{job.recipe.encoder} begins with random weights; a pretrained or upcycled encoder learns from far fewer.")
     tokenizer = WordPieceTokenizer.from_folder(encoder_folder)
     if tokenizer.vocab_size > encoder.vocab_size:
         raise InputError(
             f"{encoder_folder}: vocab.txt has {tokenizer.vocab_size:,} tokens, but the encoder only "
             f"{encoder.vocab_size:,}; they do not belong together."
         )
-    splits = _tokenize(job, dataset, tokenizer)
-    _write_job(job)
-    trainee = Trainee(job.recipe, dataset.taxonomy, encoder, splits["train"], splits["dev"], tokenizer.pad_id, job.out)
+    splits = _tokenize(job, dataset, tokenizer, say)
+    first_decides(lambda: _write_job(job) is None)
+    running = Running(layout, job.save_steps, job.save_minutes, _job_json(job))
+    trainee = Trainee(
+        job.recipe, dataset.taxonomy, encoder, splits["train"], splits["dev"], tokenizer.pad_id, job.out, running
+    )
     fitted = fit(trainee, weights)
+    first = is_first()
+    leave()
+    if not first:
+        return None
 
     trained = Bundle(
         encoder=encoder,
@@ -120,7 +148,9 @@ def train(job: TrainJob) -> TrainResult:
     return TrainResult(int8_bundle, float_bundle, tuple(scores))
 
 
-def _tokenize(job: TrainJob, dataset: Dataset, tokenizer: WordPieceTokenizer) -> dict[str, dict[str, TokenizedSplit]]:
+def _tokenize(
+    job: TrainJob, dataset: Dataset, tokenizer: WordPieceTokenizer, say: Callable[[str], object]
+) -> dict[str, dict[str, TokenizedSplit]]:
     """Split → task → examples."""
     tasks, length = dataset.taxonomy.tasks, job.recipe.max_length
     splits = {
@@ -131,7 +161,7 @@ def _tokenize(job: TrainJob, dataset: Dataset, tokenizer: WordPieceTokenizer) ->
     }
     if cut := sum(split.truncated for split in splits["train"].values()):
         share = cut / sum(len(split.ids) for split in splits["train"].values())
-        print(f"{cut:,} training texts ({share:.0%}) are longer than {length} tokens and are cut there.")
+        say(f"{cut:,} training texts ({share:.0%}) are longer than {length} tokens and are cut there.")
     return splits
 
 
@@ -176,18 +206,22 @@ def _finish(
     return save_bundle(finished, job.out / f"bundle{suffix}"), metrics
 
 
-def _check_out(job: TrainJob) -> None:
-    if job.resume:
+def _check_out(job: TrainJob) -> bool:
+    """Whether the folder holds a run to go on with; raises where it holds anything else."""
+    if job.resume or (job.restartable and (job.out / JOB_FILE).is_file()):
         if not (job.out / JOB_FILE).is_file():
             raise InputError(f"There is no run to resume in {job.out}: it holds no {JOB_FILE}.")
         _check_same_job(job)
         if (job.out / "bundle").exists():
             raise InputError(f"The run in {job.out} is finished; its bundle is {job.out / 'bundle'}.")
-    elif job.out.exists() and (not job.out.is_dir() or any(job.out.iterdir())):
+        return True
+    launched = {LOGS} if job.restartable else set()
+    if job.out.exists() and (not job.out.is_dir() or any(file.name not in launched for file in job.out.iterdir())):
         raise InputError(
             f"{job.out} exists and is not empty; nothing in it was touched. Name a new folder with --out, "
             f"or go on with the run in it with --resume."
         )
+    return False
 
 
 def _check_same_job(job: TrainJob) -> None:
@@ -195,15 +229,19 @@ def _check_same_job(job: TrainJob) -> None:
         before = json.loads((job.out / JOB_FILE).read_text(encoding="utf-8"))
     except ValueError as e:
         raise InputError(f"{job.out / JOB_FILE} is damaged ({e}); begin a new run.") from None
-    now = _job_json(job)
-    now = json.loads(json.dumps(now))  # as it reads once written: lists for tuples
-    for section, values in (("recipe", now["recipe"]), ("job", now["job"])):
-        for name, value in values.items():
-            was = before.get(section, {}).get(name)
-            if was != value:
-                raise InputError(
-                    f"The run in {job.out} began with {name} = {was!r}, not {value!r}; resume it with that."
-                )
+    now = json.loads(json.dumps(_job_json(job)))  # as it reads once written: lists for tuples
+    changed = [
+        (name, before.get(section, {}).get(name), value)
+        for section in ("recipe", "job")
+        for name, value in now[section].items()
+        if before.get(section, {}).get(name) != value
+    ]
+    if changed:
+        raise InputError(
+            f"The run in {job.out} began with "
+            + ", ".join(f"{name} = {was!r}, not {value!r}" for name, was, value in changed)
+            + f"; resume it with {'that' if len(changed) == 1 else 'those'}."
+        )
 
 
 def _job_json(job: TrainJob) -> dict[str, Any]:

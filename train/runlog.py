@@ -15,6 +15,8 @@ from typing import Any, TextIO
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from .processes import is_first
+
 SECONDS_BETWEEN_LINES = 10.0  # where there is no terminal to draw a bar on
 LOSS_SMOOTHING = 0.95  # of an exponential moving average over steps
 RATE_WINDOW = 50  # steps that tokens per second and the time left are measured over
@@ -135,6 +137,28 @@ class RunLog:
         (start, first, _), (now, last, _) = self._window[0], self._window[-1]
         left = max(self._total - step, 0) * (now - start) / max(last - first, 1)
         return f"loss {loss:.4f} · {self.tokens_per_second:,.0f} tokens/s · {tqdm.format_interval(left)} left"
+
+
+def open_log(folder: Path, total_steps: int, *, start_step: int = 0) -> RunLog:
+    """The log of a run; of several processes only the first has one, the others' says and writes nothing."""
+    return (RunLog if is_first() else _Silence)(folder, total_steps, start_step=start_step)
+
+
+class _Silence(RunLog):
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def step(self, *_: Any) -> None:
+        pass
+
+    def scalars(self, *_: Any) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 def _drop_after(path: Path, step: int) -> None:

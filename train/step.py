@@ -13,6 +13,7 @@ import optax
 from ..data.taxonomy import LabelTable
 from ..model.classifier import TextClassifier
 from ..model.encoder import FocusDraw
+from ..model.sharding import Layout
 from .losses import SoftTargets, classification_loss
 
 if TYPE_CHECKING:  # the step itself needs JAX, Flax and Optax alone, so that tools/gpu_check.py runs on these
@@ -96,6 +97,7 @@ def make_train_step(
     seed: int,
     temperature: float = 1.0,
     draw_focus: DrawFocus | None = None,
+    layout: Layout | None = None,
 ) -> TrainStep:
     """Builds the step; it compiles once for each batch shape and takes over the memory of the state it is given.
 
@@ -106,6 +108,7 @@ def make_train_step(
       label_smoothing, class_weights_L, temperature: see `classification_loss`.
       seed: of dropout and focus, which are functions of the seed and the step alone.
       draw_focus: (key, steps done, rows) → what each row keeps; None trains the dense classifier.
+      layout: of the devices that state and batches are divided over; None computes on the default device.
     """
 
     def loss_fn(params, batch: Arrays, step: jax.Array) -> jax.Array:
@@ -126,7 +129,11 @@ def make_train_step(
             temperature=temperature,
         )
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    shardings = None
+    if layout is not None:
+        shardings = (layout.shardings(abstract_state(model, optimizer)), layout.replicated)
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=shardings)
     def step(state: TrainState, batch: Arrays) -> tuple[TrainState, StepMetrics]:
         loss, gradients = jax.value_and_grad(loss_fn)(state.params, batch, state.step)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -134,11 +141,38 @@ def make_train_step(
         return TrainState(params, opt_state, state.step + 1), StepMetrics(loss, optax.tree.norm(gradients))
 
     def run(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        return step(state, arrays_of(batch))
+        if layout is None:
+            return step(state, arrays_of(batch))
+        with layout.active():
+            return step(state, layout.put_batch(arrays_of(batch)))
 
     return run
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(params: Any, optimizer: optax.GradientTransformation, layout: Layout | None = None) -> TrainState:
+    """The state before the first step; with a layout, the parameters lie as it says, and so does the rest."""
+    if layout is not None:
+        step = layout.create(lambda: jnp.zeros((), jnp.int32))
+        return TrainState(params, layout.create(optimizer.init, params), step)
     params = jax.tree.map(jnp.asarray, params)
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+
+def abstract_state(
+    model: TextClassifier, optimizer: optax.GradientTransformation, layout: Layout | None = None
+) -> TrainState:
+    """The shapes and dtypes of a state, and its shardings where a layout is given; no array is made."""
+
+    def init() -> TrainState:
+        tokens_BS, lengths_B = jnp.zeros((1, 8), jnp.int32), jnp.ones((1,), jnp.int32)
+        rngs = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
+        return init_state(cast(dict, model.init(rngs, tokens_BS, lengths_B))["params"], optimizer)
+
+    shapes = jax.eval_shape(init)
+    if layout is None:
+        return shapes
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        layout.shardings(shapes),
+    )

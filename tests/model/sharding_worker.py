@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from classer.data.taxonomy import TaskKind
+from classer.data.taxonomy import Label, Task, TaskKind, Taxonomy
 from classer.model.classifier import TextClassifier
 from classer.model.config import EncoderConfig
 from classer.model.encoder import FocusDraw
@@ -22,6 +22,7 @@ from classer.model.sharding import Layout, make_layout, to_host
 from classer.train.losses import classification_loss
 
 ROWS, LENGTH, LABELS = 16, 8, 5
+TABLE = Taxonomy((Task("toy", TaskKind.MULTICLASS, tuple(Label(str(i)) for i in range(LABELS))),)).table
 NATIVE: dict[str, Any] = {
     "num_segments": 0,
     "norm_eps": 1e-6,
@@ -67,7 +68,8 @@ def run_case(case: dict[str, Any]) -> list[dict[str, Any]]:
         tokens_BS, lengths_B, targets_BL, weights_B, *units = batch
         draw = FocusDraw(units[0], jnp.float32(0.5), jnp.array(False)) if units else None
         logits_BL = cast(jax.Array, model.apply({"params": params}, tokens_BS, lengths_B, draw))
-        return classification_loss(TaskKind.MULTICLASS, logits_BL, targets_BL, weights_B)
+        tasks_B = jnp.zeros(len(tokens_BS), jnp.int32)
+        return classification_loss(TABLE, logits_BL, targets_BL, tasks_B, weights_B)
 
     whole = batch(case["kind"])
     expected = jax.device_get(jax.jit(jax.value_and_grad(loss_fn))(params, whole))

@@ -242,11 +242,11 @@ def test_early_stopping_counts_on_after_a_stop(encoder, tmp_path: Path, monkeypa
     assert (fitted.best_epoch, fitted.epochs, fitted.best_score) == (1, 3, 0.7)
 
 
-def test_only_the_last_and_the_best_checkpoint_are_kept(encoder, tmp_path: Path, monkeypatch) -> None:
+def test_only_the_last_two_and_the_best_checkpoint_are_kept(encoder, tmp_path: Path, monkeypatch) -> None:
     scripted_scores(monkeypatch, 0.5, 0.7, 0.6, 0.65)
     run(encoder, tmp_path)
     steps = sorted(int(folder.name) for folder in (tmp_path / "checkpoints").iterdir() if folder.name.isdigit())
-    assert steps == [2 * 6, 4 * 6]
+    assert steps == [2 * 6, 3 * 6, 4 * 6]
 
 
 def test_a_run_that_diverges_says_so(encoder, tmp_path: Path) -> None:

@@ -1,0 +1,83 @@
+"""Processes of `test_checkpoints.py`: ACTION FOLDER [FSDP TENSOR]."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from classer.data.errors import InputError
+from classer.model.classifier import TextClassifier
+from classer.model.config import EncoderConfig
+from classer.model.sharding import make_layout
+from classer.train.checkpoints import Checkpoints, Progress
+from classer.train.step import TrainState, abstract_state, init_state
+
+CONFIG = EncoderConfig(vocab_size=20, num_layers=1, d_model=16, num_heads=2, d_ff=32, max_positions=16)
+LARGE = EncoderConfig(vocab_size=4000, num_layers=1, d_model=16, num_heads=2, d_ff=32, max_positions=16)
+OPTIMIZER = optax.adam(1e-3)
+
+
+def numbered(tree: Any) -> Any:
+    """Every element of every leaf is another number."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), tree)
+
+
+def write_until_it_fails(folder: Path, model: TextClassifier, steps: range) -> int:
+    shapes = abstract_state(model, OPTIMIZER).params
+    try:
+        with Checkpoints(folder) as checkpoints:
+            for step in steps:
+                state = init_state(numbered(shapes), OPTIMIZER)._replace(step=jnp.asarray(step, jnp.int32))
+                checkpoints.save(state, Progress(step, {"next_step": step}, 0.5, 0.5, step, 0))
+                checkpoints.wait()
+    except InputError as e:
+        print(e)
+        with Checkpoints(folder) as checkpoints:
+            found = checkpoints.restore_latest(abstract_state(model, OPTIMIZER))
+        if found is not None:
+            print(f"the newest whole one is of step {int(found[0].step)}")
+        return 2
+    return 0
+
+
+def save(folder: Path, fsdp: int, tensor: int) -> int:
+    layout, model = make_layout(fsdp=fsdp, tensor=tensor), TextClassifier(CONFIG, 3)
+    params = numbered(abstract_state(model, OPTIMIZER).params)
+    state = init_state(layout.put(params), OPTIMIZER, layout)._replace(step=jnp.asarray(5, jnp.int32))
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(state, Progress(5, {"next_step": 5}, 0.5, 0.5, 5, 0))
+    return 0
+
+
+def check(folder: Path, fsdp: int, tensor: int) -> int:
+    layout, model = make_layout(fsdp=fsdp, tensor=tensor), TextClassifier(CONFIG, 3)
+    like = abstract_state(model, OPTIMIZER, layout)
+    with Checkpoints(folder) as checkpoints:
+        found = checkpoints.restore_latest(like)
+    assert found is not None
+    state: TrainState = found[0]
+    assert int(state.step) == 5
+    expected = init_state(numbered(abstract_state(model, OPTIMIZER).params), OPTIMIZER)
+    for leaf, other, wanted in zip(*map(jax.tree.leaves, (state, expected, like)), strict=True):
+        assert leaf.sharding == wanted.sharding, (leaf.sharding, wanted.sharding)
+        if leaf.ndim:
+            np.testing.assert_array_equal(np.asarray(leaf), np.asarray(other))
+    return 0
+
+
+if __name__ == "__main__":
+    action, folder = sys.argv[1], Path(sys.argv[2])
+    if action == "limited":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, resource.RLIM_INFINITY))
+        sys.exit(write_until_it_fails(folder, TextClassifier(CONFIG, 3), range(2, 3)))
+    if action == "full":
+        sys.exit(write_until_it_fails(folder, TextClassifier(LARGE, 3), range(1, 20)))
+    sys.exit({"save": save, "check": check}[action](folder, *map(int, sys.argv[3:])))

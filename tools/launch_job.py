@@ -1,0 +1,95 @@
+"""What a job is, whatever runs it: the one description that local, Slurm and Kubernetes launches are made from."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+from typing import Literal
+
+from classer.data.errors import InputError
+from classer.train.place import NUM_PROCESSES
+
+Target = Literal["local", "slurm", "kubernetes"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """Where a job runs, and with what.
+
+    Attributes:
+      target: this machine, Slurm or Kubernetes.
+      processes: how many; each is one Slurm task or one pod.
+      devices_per_process: accelerators of each process; without any, so many virtual CPU devices. 0: what is there.
+      cpus: processor cores a process; 0 leaves it to the scheduler.
+      memory: of a process, such as 32G; by default the scheduler's.
+      gpu: whether the devices are GPUs to ask the scheduler for.
+      time_limit: Slurm: of the job, such as 12:00:00; it is put back in the queue when the time is over.
+      partition, account: Slurm: by default the cluster's.
+      restarts: how often a scheduler starts the job again after a process died.
+      name: of the job; by default that of the folder `out`.
+      image: Kubernetes: the container image, with Classer installed.
+      claim: Kubernetes: the persistent volume claim that holds data and `out`, for all pods to read and write.
+      mount: Kubernetes: where in the containers the claim is; `data` and `out` are paths there.
+      namespace: Kubernetes: by default kubectl's.
+    """
+
+    target: Target = "local"
+    processes: int = 1
+    devices_per_process: int = 0
+    cpus: int = 0
+    memory: str = ""
+    gpu: bool = False
+    time_limit: str = ""
+    partition: str = ""
+    account: str = ""
+    restarts: int = 3
+    name: str = ""
+    image: str = ""
+    claim: str = ""
+    mount: str = "/data"
+    namespace: str = ""
+
+    def __post_init__(self) -> None:
+        for field, low in (("processes", 1), ("devices_per_process", 0), ("cpus", 0), ("restarts", 0)):
+            if getattr(self, field) < low:
+                raise InputError(f"--{field.replace('_', '-')} is {getattr(self, field)}; it must be at least {low}.")
+        if self.gpu and not self.devices_per_process:
+            raise InputError("--gpu asks a scheduler for GPUs; say how many with --devices-per-process.")
+        if self.memory and not re.fullmatch(r"\d+[MGT]", self.memory):
+            raise InputError(f"--memory is '{self.memory}'; give a number and M, G or T, such as 32G.")
+        if self.time_limit and not re.fullmatch(r"(\d+-)?\d+(:\d\d){0,2}", self.time_limit):
+            raise InputError(f"--time-limit is '{self.time_limit}'; give D-HH:MM:SS, HH:MM:SS or minutes.")
+        if self.name and not re.fullmatch(r"[a-z]([-a-z0-9]{0,50}[a-z0-9])?", self.name):
+            raise InputError(f"--name is '{self.name}'; use lower-case letters, digits and '-', a letter first.")
+        if self.target == "kubernetes":
+            for field, example in (("image", "registry.example/classer:1.0"), ("claim", "training")):
+                if not getattr(self, field):
+                    raise InputError(f"--target kubernetes needs --{field}, such as {example}.")
+            if not re.fullmatch(r"/[^\0]*[^/\0]", self.mount):
+                raise InputError(f"--mount is '{self.mount}'; give an absolute path in the container, such as /data.")
+
+    def called(self, out: Path) -> str:
+        """The job's name: as given, or made from that of the folder `out`."""
+        made = re.sub(r"[^a-z0-9]+", "-", out.name.lower()).strip("-")[:50].rstrip("-")
+        return self.name or (made if made[:1].isalpha() else f"classer-{made}".rstrip("-"))
+
+    def environment(self) -> dict[str, str]:
+        """What every process of the job finds in its environment, beside who it is."""
+        variables = {NUM_PROCESSES: str(self.processes)}
+        if self.devices_per_process and not self.gpu:
+            variables["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={self.devices_per_process}"
+        return variables
+
+
+def where(out: Path, *, logs: str, stop: str) -> str:
+    """Where a job leaves what, and how to stop and resume it."""
+    tell = {
+        "Logs": logs,
+        "Checkpoints": str(out / "checkpoints"),
+        "Dashboard": f"tensorboard --logdir {shlex.quote(str(out))}",
+        "Stop": f"{stop} (it saves first)",
+        "Resume": "the same command again",
+    }
+    return "\n".join(f"  {name + ':':13}{text}" for name, text in tell.items())
