@@ -14,8 +14,8 @@ from classer.data.fetch import cache_folder
 from classer.serve.errors import ClasserError
 from classer.tools import commands
 from classer.tools.aot import aot
-from classer.tools.prepare import prepare
 from classer.tools.export import commands as export_commands
+from classer.tools.prepare import prepare
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": commands.train,
