@@ -267,12 +267,14 @@ class Engine:
 
     def _off(self, program: Program, size: int, bucket: int) -> float:
         """How far a program is from the golden outputs of those texts that fit it."""
-        off = 0.0
-        fitting = [i for i, ids in enumerate(self._golden.ids) if len(ids) <= bucket] if self._golden else []
+        golden, off = self._golden, 0.0
+        if golden is None:
+            return off
+        fitting = [i for i, ids in enumerate(golden.ids) if len(ids) <= bucket]
         for start in range(0, len(fitting), size):
             some = fitting[start : start + size]
-            tokens_BS, lengths_B = pad_batch([self._golden.ids[i] for i in some], size, bucket, self._pad_id)
-            one = self._golden.off(some, program.launch(tokens_BS, lengths_B)()[: len(some)])
+            tokens_BS, lengths_B = pad_batch([golden.ids[i] for i in some], size, bucket, self._pad_id)
+            one = golden.off(some, program.launch(tokens_BS, lengths_B)()[: len(some)])
             off = one if math.isnan(one) else max(off, one)
             if math.isnan(off):
                 break
