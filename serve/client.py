@@ -122,11 +122,12 @@ class Client:
 
     Args:
       server: "host:port".
+      own_connection: whether not to share a connection with other clients of this process to the same server.
     """
 
-    def __init__(self, server: str = DEFAULT_SERVER) -> None:
+    def __init__(self, server: str = DEFAULT_SERVER, *, own_connection: bool = False) -> None:
         self.server = server
-        self._channel = grpc.insecure_channel(server, options=_OPTIONS)
+        self._channel = grpc.insecure_channel(server, options=_options(own_connection))
         self._classifier = ClassifierStub(self._channel)
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
 
@@ -212,9 +213,9 @@ class Client:
 class AsyncClient:
     """`Client` for asyncio: the same methods, arguments and errors, to be awaited. Make it inside the event loop."""
 
-    def __init__(self, server: str = DEFAULT_SERVER) -> None:
+    def __init__(self, server: str = DEFAULT_SERVER, *, own_connection: bool = False) -> None:
         self.server = server
-        self._channel = grpc.aio.insecure_channel(server, options=_OPTIONS)
+        self._channel = grpc.aio.insecure_channel(server, options=_options(own_connection))
         self._classifier = ClassifierStub(self._channel)
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
 
@@ -266,6 +267,11 @@ class AsyncClient:
             if time.monotonic() >= end:
                 raise _never_healthy(self.server, timeout)
             await asyncio.sleep(_POLL_SECONDS)
+
+
+def _options(own_connection: bool) -> list[tuple[str, int]]:
+    # Channels to one address share their connections unless they keep a pool of their own.
+    return [*_OPTIONS, ("grpc.use_local_subchannel_pool", 1)] if own_connection else _OPTIONS
 
 
 def _request(text: str, task: str | None, top_k: int, evidence: bool) -> pb.ClassifyRequest:

@@ -19,6 +19,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "serve": commands.serve,
     "frontend": commands.frontend,
     "classify": commands.classify,
+    "load-test": commands.load_test,
     "evaluate": commands.evaluate,
     "focus-report": commands.focus_report,
     "focus-plan": commands.focus_plan,

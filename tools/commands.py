@@ -397,6 +397,14 @@ def teach(argv: Sequence[str]) -> None:
     print(f"Learn from it:  classer train --soft-labels {shlex.quote(str(job.out))} --data FOLDER --out FOLDER")
 
 
+def load_test(argv: Sequence[str]) -> None:
+    """Load a running server with real texts and report its latency and throughput."""
+    from classer.tools.load_test import LoadTestArguments
+    from classer.tools.load_test import load_test as run_load_test
+
+    run_load_test(_parse(LoadTestArguments, argv, "classer load-test", load_test.__doc__))
+
+
 def upcycle(argv: Sequence[str]) -> None:
     """Turn a pretrained encoder of the BERT family into the native architecture."""
     from classer.train.upcycle import UpcycleJob, run_upcycle
