@@ -210,7 +210,7 @@ def make_call(
 
     from .load_runner import OK, STATUSES
 
-    order = rng.permutation(len(texts)).tolist()
+    order: list[int] = rng.permutation(len(texts)).tolist()
     width = max(a.batch, 1)
 
     async def call(number: int) -> Sequence[str]:
