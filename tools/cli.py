@@ -20,6 +20,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "frontend": commands.frontend,
     "classify": commands.classify,
     "load-test": commands.load_test,
+    "keys": commands.keys,
     "evaluate": commands.evaluate,
     "focus-report": commands.focus_report,
     "focus-plan": commands.focus_plan,

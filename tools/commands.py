@@ -22,6 +22,7 @@ import tyro
 
 from classer.data.errors import InputError
 from classer.model.config import ComputeDtype
+from classer.tools.connection import ConnectionArguments
 
 if TYPE_CHECKING:
     from classer.data.taxonomy import Task
@@ -146,7 +147,7 @@ MAX_TIMEOUT = 86_400
 
 
 @dataclasses.dataclass(frozen=True)
-class ClassifyArguments:
+class ClassifyArguments(ConnectionArguments):
     """
     Attributes:
       texts: the texts; none means one text a line from standard input.
@@ -182,7 +183,8 @@ def classify(argv: Sequence[str]) -> None:
     from classer.serve.errors import InvalidRequest
 
     texts: Iterable[str] = arguments.texts or _lines_of_stdin()
-    with Client(arguments.server) as client:
+    tls, key = arguments.connect_with()
+    with Client(arguments.server, tls=tls, key=key) as client:
         for number, text in enumerate(texts, start=1):
             started = time.perf_counter()
             try:
@@ -395,6 +397,14 @@ def teach(argv: Sequence[str]) -> None:
     _check_can_make(job.out.parent)
     ask(job)
     print(f"Learn from it:  classer train --soft-labels {shlex.quote(str(job.out))} --data FOLDER --out FOLDER")
+
+
+def keys(argv: Sequence[str]) -> None:
+    """Make, list and revoke the API keys of a server."""
+    from classer.tools.keys import KeysArguments
+    from classer.tools.keys import keys as run_keys
+
+    run_keys(tyro.cli(KeysArguments, prog="classer keys", args=list(argv), description=keys.__doc__))
 
 
 def load_test(argv: Sequence[str]) -> None:

@@ -22,6 +22,8 @@ from tqdm import tqdm
 
 from classer.data.errors import InputError
 
+from .connection import ConnectionArguments
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -44,7 +46,7 @@ WARM_UP_CALLERS = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class LoadTestArguments:
+class LoadTestArguments(ConnectionArguments):
     """
     Attributes:
       data: a file with a column of texts (CSV, TSV, JSON Lines, Parquet); they are sent in random order, over and over.
@@ -170,9 +172,11 @@ async def _run(a: LoadTestArguments, texts: Sequence[str]) -> None:
 
     from .load_report import describe, write_report
 
+    tls, key = a.connect_with()
     async with contextlib.AsyncExitStack() as stack:
         clients = [
-            await stack.enter_async_context(AsyncClient(a.server, own_connection=True)) for _ in range(a.connections)
+            await stack.enter_async_context(AsyncClient(a.server, tls=tls, key=key, own_connection=True))
+            for _ in range(a.connections)
         ]
         await clients[0].wait_until_healthy(5.0)
         await clients[0].classify(texts[0], a.task, timeout=a.timeout)  # what is wrong with every call is said here
