@@ -19,6 +19,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "serve": commands.serve,
     "frontend": commands.frontend,
     "classify": commands.classify,
+    "gateway": commands.gateway,
     "load-test": commands.load_test,
     "keys": commands.keys,
     "evaluate": commands.evaluate,

@@ -399,6 +399,20 @@ def teach(argv: Sequence[str]) -> None:
     print(f"Learn from it:  classer train --soft-labels {shlex.quote(str(job.out))} --data FOLDER --out FOLDER")
 
 
+def gateway(argv: Sequence[str]) -> None:
+    """Offer a running server over HTTP and JSON, with an OpenAPI page."""
+    from classer.serve.gateway import GatewayConfig, run_gateway
+    from classer.tools.environment import from_environment
+
+    more, argv = from_environment(GatewayConfig, argv, os.environ)
+    description = f"{gateway.__doc__} Every option is also an environment variable, --port for one CLASSER_PORT."
+    run_gateway(
+        tyro.cli(
+            GatewayConfig, prog="classer gateway", args=argv, description=description, default=GatewayConfig(**more)
+        )
+    )
+
+
 def keys(argv: Sequence[str]) -> None:
     """Make, list and revoke the API keys of a server."""
     from classer.tools.keys import KeysArguments
