@@ -16,7 +16,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from classer.serve.client import AsyncClient, Classification, Client, ClasserError, InvalidRequest
+from classer.serve.client import AsyncClient, ClasserError, Classification, Client, InvalidRequest
 from classer.serve.proto import classifier_pb2 as pb
 from classer.serve.proto.classifier_pb2_grpc import ClassifierStub
 
