@@ -38,6 +38,8 @@ MAX_IN_FLIGHT_BYTES = 256 * 1024 * 1024
 _RETRY_SECONDS = 0.1
 # A stream whose key must wait longer than this is refused instead.
 _PATIENCE_SECONDS = 60.0
+# Calls of several texts.
+_BATCHES = ("ClassifyBatch", "ClassifyStream")
 _CODE_NAMES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 
@@ -139,11 +141,11 @@ class Guard(grpc.aio.ServerInterceptor):
         async def guarded(request: Any, context: Any) -> Any:
             call = begin(context)
             async with self._in_call(call, context):
-                self._take_bytes(call, request.ByteSize())
-                if call.allowance is not None and (texts := _count(request)):
+                self._take_bytes(call, _size(request))
+                if call.allowance is not None and (texts := _count(call.method, request)):
                     call.allowance.take(texts)
                 response = await inner(request, context)
-                _note(call, response)
+                self._note(call, response)
                 return response
 
         return guarded
@@ -156,15 +158,15 @@ class Guard(grpc.aio.ServerInterceptor):
             async def admitted() -> AsyncIterator[Any]:
                 async for request in requests:
                     if call.allowance is not None:
-                        await _take_patiently(call.allowance, _count(request))
-                    size = request.ByteSize()
+                        await _take_patiently(call.allowance, _count(call.method, request))
+                    size = _size(request)
                     self._take_bytes(call, size)
                     sizes.append(size)
                     yield request
 
             async with self._in_call(call, context), contextlib.aclosing(inner(admitted(), context)) as responses:
                 async for response in responses:
-                    _note(call, response)
+                    self._note(call, response)
                     yield response
                     size = sizes.popleft()
                     call.bytes -= size
@@ -185,9 +187,11 @@ class Guard(grpc.aio.ServerInterceptor):
         except grpc.aio.AbortError:
             code, reason = _code_name(context.code()), reason_of(context.trailing_metadata())
             raise
-        except (asyncio.CancelledError, GeneratorExit):
+        except (asyncio.CancelledError, GeneratorExit, grpc.aio.InternalError) as error:
             left = context.time_remaining()
             code = reason = "DEADLINE_EXCEEDED" if left is not None and left <= 0 else "CANCELLED"
+            if isinstance(error, grpc.aio.InternalError):  # there is no one left to answer
+                raise asyncio.CancelledError from None
             raise
         except Exception as error:
             log_failure("A request failed", error)
@@ -211,6 +215,25 @@ class Guard(grpc.aio.ServerInterceptor):
             )
         call.bytes += size
         self._bytes += size
+
+    def _note(self, call: _Call, response: Any) -> None:
+        """Notes what became of a call's texts; of a batch's stages, those of the text that waited longest."""
+        if isinstance(response, bytes) and call.method in _BATCHES and self._metrics is not None:
+            response = pb.ClassifyBatchResponse.FromString(response)
+        if isinstance(response, pb.ClassifyResponse):
+            call.texts["OK"] += 1
+            call.stages = Stages(response.queue_micros / 1e6, response.compute_micros / 1e6)
+        elif isinstance(response, pb.ClassifyBatchResponse):
+            longest = None
+            for item in response.items:
+                if item.HasField("error"):
+                    call.texts[_CODE_NAMES.get(item.error.code, "UNKNOWN")] += 1
+                    continue
+                call.texts["OK"] += 1
+                if longest is None or item.response.queue_micros > longest.queue_micros:
+                    longest = item.response
+            if longest is not None:
+                call.stages = Stages(longest.queue_micros / 1e6, longest.compute_micros / 1e6)
 
     def _write_down(self, call: _Call, code: str, reason: str) -> None:
         seconds = time.perf_counter() - call.started
@@ -275,30 +298,19 @@ def _identity(context: Any) -> str:
     return next((name.decode("utf-8", "replace") for name in names), "")
 
 
-def _count(request: Any) -> int:
+def _size(request: Any) -> int:
+    return len(request) if isinstance(request, bytes) else request.ByteSize()
+
+
+def _count(method: str, request: Any) -> int:
+    """Texts of a request; a front end hands batches on as bytes."""
+    if isinstance(request, bytes) and method in _BATCHES:
+        request = pb.ClassifyBatchRequest.FromString(request)
     if isinstance(request, pb.ClassifyRequest):
         return 1
     if isinstance(request, pb.ClassifyBatchRequest):
         return len(request.requests) or len(request.texts)
     return 0
-
-
-def _note(call: _Call, response: Any) -> None:
-    """Notes what became of a call's texts; of a batch's stages, those of the text that waited longest."""
-    if isinstance(response, pb.ClassifyResponse):
-        call.texts["OK"] += 1
-        call.stages = Stages(response.queue_micros / 1e6, response.compute_micros / 1e6)
-    elif isinstance(response, pb.ClassifyBatchResponse):
-        longest = None
-        for item in response.items:
-            if item.HasField("error"):
-                call.texts[_CODE_NAMES.get(item.error.code, "UNKNOWN")] += 1
-                continue
-            call.texts["OK"] += 1
-            if longest is None or item.response.queue_micros > longest.queue_micros:
-                longest = item.response
-        if longest is not None:
-            call.stages = Stages(longest.queue_micros / 1e6, longest.compute_micros / 1e6)
 
 
 def _code_name(code: Any) -> str:

@@ -6,8 +6,9 @@ The same for every process that callers reach: a whole server, or one of several
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import grpc.aio
 
@@ -32,7 +33,8 @@ class OperationsConfig:
       keys: a file of API keys, made by `classer keys new`; with it, only their holders are answered.
       max_in_flight: calls that are worked on at once; what comes beyond them is refused as RESOURCE_EXHAUSTED.
       max_in_flight_mb: likewise, megabytes of requests.
-      metrics_port: where Prometheus finds /metrics; 0 picks a free one; by default nowhere.
+      metrics_port: where Prometheus finds /metrics; 0 picks a free one; by default nowhere. Front ends take the ports
+        above it, one each.
       metrics_host: the address that it listens on.
       trace_endpoint: an OpenTelemetry collector (OTLP over gRPC), such as http://localhost:4317.
       log_format: of the server's log, on stderr: text, or json with one object a line.
@@ -59,6 +61,22 @@ class OperationsConfig:
                 raise InputError("--tls-client-ca needs --tls-cert and --tls-key beside it.")
             return None
         return Tls(self.tls_cert, self.tls_key, self.tls_client_ca)
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> OperationsConfig:
+        """The configuration of fields as JSON has them."""
+        paths = ("tls_cert", "tls_key", "tls_client_ca", "keys")
+        known = {field.name for field in dataclasses.fields(OperationsConfig)}
+        values: dict[str, Any] = {name: value for name, value in fields.items() if name in known}
+        values.update({name: Path(values[name]) for name in paths if values.get(name)})
+        return OperationsConfig(**values)
+
+    def of_front_end(self, number: int) -> OperationsConfig:
+        """The configuration of the front end of that number, from 0, of this server."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(OperationsConfig)}
+        if self.metrics_port:
+            fields["metrics_port"] = self.metrics_port + 1 + number
+        return OperationsConfig(**fields)
 
 
 class Operations:

@@ -61,7 +61,7 @@ class Null(ClassifierServicer, ModelAdminServicer):
             pb.ClassifyBatchItem(error=to_status(Overloaded("Full.", retry_seconds=0.7)))
             if text == "full"
             else pb.ClassifyBatchItem(response=response())
-            for text in request.texts
+            for text in request.texts or [one.text for one in request.requests]
         ]
         return pb.ClassifyBatchResponse(items=items)
 

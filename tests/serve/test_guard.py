@@ -7,6 +7,10 @@ import dataclasses
 import io
 import json
 import logging
+import signal
+import socket
+import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -29,6 +33,7 @@ from classer.serve.client import (
     UnknownTask,
 )
 from classer.serve.errors import Forbidden, Unauthenticated
+from classer.serve.frontend import FrontEndConfig
 from classer.serve.keys import make_key, write_keys
 from classer.serve.log import JsonFormatter, access_logger, audit_logger
 from classer.serve.operations import OperationsConfig
@@ -50,9 +55,13 @@ def eventually(condition: Callable[[], bool]) -> bool:
 
 
 def metrics_of(running: Guarded) -> dict[str, float]:
+    assert running.operations.metrics_port is not None
+    return metrics_at(running.operations.metrics_port)
+
+
+def metrics_at(port: int) -> dict[str, float]:
     """Every sample by its name with labels, as Prometheus would read it."""
-    url = f"http://127.0.0.1:{running.operations.metrics_port}/metrics"
-    with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=TIMEOUT) as answer:
         lines = answer.read().decode().splitlines()
     pairs = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
     return {name: float(value) for name, value in pairs}
@@ -350,3 +359,45 @@ def test_a_call_s_span_is_its_caller_s_child(monkeypatch) -> None:
     assert first.attributes["classer.queue"] == pytest.approx(0.002)
     assert first.attributes["rpc.response.status_code"] == "OK"
     assert second.status.status_code is trace.StatusCode.ERROR
+
+
+# Front ends
+
+
+def test_a_front_end_guards_as_a_server_does(key_file) -> None:
+    """Keys, rates and metrics hold for calls that it gathers and for those that it hands on as bytes."""
+    path, keys = key_file
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        metrics_port = free.getsockname()[1]
+    operations = OperationsConfig(keys=path, metrics_port=metrics_port)
+    with guarded() as engine:
+        config = FrontEndConfig(engine.address, port=0, operations=operations)
+        text = json.dumps(dataclasses.asdict(config), default=str)
+        assert FrontEndConfig.from_json(text) == config
+        process = subprocess.Popen(
+            [sys.executable, "-m", "classer.serve.frontend", text],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert process.stdout is not None
+            address = process.stdout.readline().split()[-1]
+            with Client(address, key=keys["any"]) as client:
+                client.wait_until_healthy(TIMEOUT)
+                assert client.classify("a").best.name == "sport"
+                assert len(client.classify_batch(["a", "full", "b"])) == 3
+            with Client(address) as client, pytest.raises(Unauthenticated):
+                client.classify_batch(["a"])
+            with sync_channel(address, [], key=keys["slow"]) as channel:
+                stub = ClassifierStub(channel)
+                assert len(stub.ClassifyBatch(pb.ClassifyBatchRequest(texts=["a"] * 9), timeout=TIMEOUT).items) == 9
+                with pytest.raises(grpc.RpcError, match="3 texts a second"):
+                    stub.ClassifyBatch(pb.ClassifyBatchRequest(texts=["a"]), timeout=TIMEOUT)
+            samples = metrics_at(metrics_port)
+            assert samples['classer_key_texts_total{key="slow"}'] == 9
+            assert samples['classer_texts_total{code="RESOURCE_EXHAUSTED"}'] == 1
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(TIMEOUT) == 0
+        finally:
+            process.kill()
