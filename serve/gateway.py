@@ -26,7 +26,7 @@ class GatewayConfig:
     Attributes:
       server: address of a running `classer serve`, HOST:PORT.
       host: the address to listen on; the default is reachable from this machine only.
-      port: likewise.
+      port: 0 picks a free one, which the line printed names.
       server_tls_ca: connect to the server with TLS, trusting these authorities, PEM.
       server_tls_cert: a certificate to show to the server, PEM; for mutual TLS.
       server_tls_key: the private key of --server-tls-cert, PEM.

@@ -24,6 +24,10 @@ CONFINED = {
     "grpc_health": "serve/",
     "grpc_reflection": "serve/",
     "grpc_status": "serve/",
+    "prometheus_client": "serve/",
+    "opentelemetry": "serve/tracing.py",
+    "fastapi": "serve/gateway_app.py",
+    "uvicorn": "serve/gateway.py",
 }
 
 
