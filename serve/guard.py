@@ -28,7 +28,7 @@ from .status import code_of, reason_of, trailing_metadata
 from .tracing import Tracing, end, trace_id
 
 if TYPE_CHECKING:
-    from opentelemetry.trace import Span
+    from .tracing import Span
 
 OUR_PACKAGE = "classer."
 ADMIN_SERVICE = "ModelAdmin"
