@@ -140,7 +140,9 @@ def frontend(argv: Sequence[str]) -> None:
     """Run a front end, on this machine or another, before an engine that `classer serve` runs."""
     from classer.serve.frontend import FrontEndConfig, run_front_end
 
-    run_front_end(_parse(FrontEndConfig, argv, "classer frontend", frontend.__doc__))
+    options = (tyro.conf.OmitArgPrefixes,)
+    description = frontend.__doc__
+    run_front_end(tyro.cli(FrontEndConfig, prog="classer frontend", args=argv, description=description, config=options))
 
 
 MAX_TIMEOUT = 86_400
