@@ -26,8 +26,6 @@ CONFINED = {
     "grpc_status": "serve/",
     "prometheus_client": "serve/",
     "opentelemetry": "serve/tracing.py",
-    "fastapi": "serve/gateway_app.py",
-    "uvicorn": "serve/gateway.py",
 }
 
 
