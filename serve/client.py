@@ -30,6 +30,7 @@ from .errors import (
 from .limits import MAX_MESSAGE_BYTES, MAX_TEXTS
 from .proto import classifier_pb2 as pb
 from .proto.classifier_pb2_grpc import ClassifierStub
+from .security import Tls, aio_channel, sync_channel
 from .status import error_of, from_status
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "InvalidRequest",
     "Overloaded",
     "ScoredLabel",
+    "Tls",
     "Unavailable",
     "UnknownTask",
 ]
@@ -122,11 +124,25 @@ class Client:
 
     Args:
       server: "host:port".
+      tls: how to connect with TLS; None connects in the clear.
+      key: an API key, sent with every call; only over TLS, or to this machine.
+      own_connection: whether not to share a connection with other clients of this process to the same server.
+
+    Raises:
+      InputError: a file of `tls` cannot be used.
+      InvalidRequest: the key would travel in the clear.
     """
 
-    def __init__(self, server: str = DEFAULT_SERVER) -> None:
+    def __init__(
+        self,
+        server: str = DEFAULT_SERVER,
+        *,
+        tls: Tls | None = None,
+        key: str | None = None,
+        own_connection: bool = False,
+    ) -> None:
         self.server = server
-        self._channel = grpc.insecure_channel(server, options=_OPTIONS)
+        self._channel = sync_channel(server, _options(own_connection), tls, key)
         self._classifier = ClassifierStub(self._channel)
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
 
@@ -212,9 +228,16 @@ class Client:
 class AsyncClient:
     """`Client` for asyncio: the same methods, arguments and errors, to be awaited. Make it inside the event loop."""
 
-    def __init__(self, server: str = DEFAULT_SERVER) -> None:
+    def __init__(
+        self,
+        server: str = DEFAULT_SERVER,
+        *,
+        tls: Tls | None = None,
+        key: str | None = None,
+        own_connection: bool = False,
+    ) -> None:
         self.server = server
-        self._channel = grpc.aio.insecure_channel(server, options=_OPTIONS)
+        self._channel = aio_channel(server, _options(own_connection), tls, key)
         self._classifier = ClassifierStub(self._channel)
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
 
@@ -266,6 +289,11 @@ class AsyncClient:
             if time.monotonic() >= end:
                 raise _never_healthy(self.server, timeout)
             await asyncio.sleep(_POLL_SECONDS)
+
+
+def _options(own_connection: bool) -> list[tuple[str, int]]:
+    # Channels to one address share their connections unless they keep a pool of their own.
+    return [*_OPTIONS, ("grpc.use_local_subchannel_pool", 1)] if own_connection else _OPTIONS
 
 
 def _request(text: str, task: str | None, top_k: int, evidence: bool) -> pb.ClassifyRequest:

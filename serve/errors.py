@@ -17,8 +17,12 @@ class ClasserError(Exception):
 
     reason = "ERROR"
 
-    def __init__(self, sentence: str, *, field: str = "", retry_seconds: float | None = None) -> None:
+    def __init__(
+        self, sentence: str, *, field: str = "", retry_seconds: float | None = None, reason: str | None = None
+    ) -> None:
         super().__init__(sentence)
+        if reason is not None:
+            self.reason = reason
         self.field = field
         self.retry_seconds = retry_seconds
 
@@ -69,3 +73,15 @@ class NotPossible(ClasserError):
     """What was asked of a server's models cannot be done as they are: a bundle is broken, a version is in use."""
 
     reason = "NOT_POSSIBLE"
+
+
+class Unauthenticated(ClasserError):
+    """The caller showed no API key, or none that the server knows."""
+
+    reason = "UNAUTHENTICATED"
+
+
+class Forbidden(ClasserError):
+    """The caller's API key is known, but not for this."""
+
+    reason = "FORBIDDEN"

@@ -31,6 +31,8 @@ from ..data.readers import MAX_TEXT_CHARS
 from .errors import ClasserError, InvalidRequest, Overloaded
 from .limits import MAX_TEXTS
 from .listening import listen, make_server
+from .log import configure_logging
+from .operations import Operations, OperationsConfig
 from .proto import classifier_pb2 as pb
 from .status import code_of, from_status, trailing_metadata
 
@@ -58,6 +60,8 @@ class FrontEndConfig:
       port: 0 picks a free one, which the line printed names.
       drain_seconds: how long requests in flight may still take after SIGTERM or SIGINT.
       shared: whether other front ends listen on the same port.
+      share: the part of each key's rate and quota that this one grants.
+      operations: how it is guarded and watched.
     """
 
     engine: str
@@ -65,6 +69,14 @@ class FrontEndConfig:
     port: int = 50051
     drain_seconds: float = 30.0
     shared: bool = False
+    share: float = 1.0
+    operations: OperationsConfig = dataclasses.field(default_factory=OperationsConfig)
+
+    @classmethod
+    def from_json(cls, text: str) -> FrontEndConfig:
+        """The reverse of `json.dumps(dataclasses.asdict(config), default=str)`."""
+        fields = json.loads(text)
+        return cls(**{**fields, "operations": OperationsConfig.from_fields(fields.get("operations", {}))})
 
 
 class Coalescer:
@@ -159,8 +171,9 @@ class FrontEnd:
 
     def __init__(self, config: FrontEndConfig) -> None:
         self._config = config
-        self._server = make_server(reuse_port=config.shared)
-        self.address = listen(self._server, config.host, config.port, "--port")
+        self._operations = Operations(config.operations, share=config.share)
+        self._server = make_server(reuse_port=config.shared, interceptors=[self._operations.guard])
+        self.address = listen(self._server, config.host, config.port, "--port", self._operations.add_port)
         self._channel = grpc.aio.insecure_channel(config.engine, options=[("grpc.max_receive_message_length", -1)])
         batch = self._channel.unary_unary(
             f"/{CLASSIFIER.full_name}/ClassifyBatch",
@@ -194,6 +207,7 @@ class FrontEnd:
         await self._server.stop(_SEND_SECONDS)
         await stopping
         await self._channel.close()
+        self._operations.close()
 
     def _handlers(self) -> grpc.GenericRpcHandler:
         """Classify is gathered; whatever else the service has passes through as bytes."""
@@ -306,6 +320,7 @@ def run_front_end(config: FrontEndConfig, *, orphaned: bool = False) -> None:
     Raises:
       InputError: the address cannot be listened on.
     """
+    configure_logging(config.operations.log_format, access=config.operations.access_log)
     with contextlib.suppress(ImportError):  # not on every platform; it is only faster
         import uvloop
 
@@ -334,4 +349,4 @@ def _serialize(message: Message) -> bytes:
 
 
 if __name__ == "__main__":
-    run_front_end(FrontEndConfig(**json.loads(sys.argv[1])), orphaned=True)
+    run_front_end(FrontEndConfig.from_json(sys.argv[1]), orphaned=True)

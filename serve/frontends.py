@@ -15,6 +15,7 @@ from pathlib import Path
 from ..data.errors import InputError
 from .frontend import FrontEndConfig
 from .log import logger
+from .operations import OperationsConfig
 
 MAX_FRONT_ENDS = 64
 # How long a new front end may take until it listens.
@@ -31,6 +32,8 @@ class FrontEnds:
       host: where they listen.
       port: likewise; 0 picks a free one.
       drain_seconds: how long they may take to end.
+      operations: how each is guarded. They share keys' rates and quotas evenly, and each has a metrics port of its own,
+        the first one above the server's, and so on.
 
     Raises:
       InputError: the address cannot be listened on.
@@ -40,7 +43,9 @@ class FrontEnds:
       engine: where they expect the engine: a Unix socket in a folder that only this user can enter.
     """
 
-    def __init__(self, count: int, host: str, port: int, drain_seconds: float) -> None:
+    def __init__(
+        self, count: int, host: str, port: int, drain_seconds: float, operations: OperationsConfig | None = None
+    ) -> None:
         self._count = count
         self._drain_seconds = drain_seconds
         # Held, but not listened on, so that the port stays ours while front ends come and go.
@@ -49,7 +54,8 @@ class FrontEnds:
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._folder = Path(tempfile.mkdtemp(prefix="classer-"))  # made with mode 0700
         self.engine = f"unix:{self._folder / 'engine.sock'}"
-        self._config = FrontEndConfig(self.engine, host, port, drain_seconds, shared=True)
+        self._config = FrontEndConfig(self.engine, host, port, drain_seconds, shared=True, share=1 / count)
+        self._operations = operations or OperationsConfig()
         self._processes: list[asyncio.subprocess.Process] = []
         self._keeping: list[asyncio.Task[None]] = []
         self._stopping = False
@@ -65,8 +71,8 @@ class FrontEnds:
         Raises:
           InputError: one could not be started.
         """
-        for process in await asyncio.gather(*(self._spawn() for _ in range(self._count))):
-            self._keeping.append(asyncio.create_task(self._keep(process)))
+        for process in await asyncio.gather(*map(self._spawn, range(self._count))):
+            self._keeping.append(asyncio.create_task(self._keep(len(self._keeping), process)))
 
     async def stop(self) -> None:
         """Lets them finish what they have taken on, and ends them."""
@@ -80,11 +86,12 @@ class FrontEnds:
         self._held.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    async def _spawn(self) -> asyncio.subprocess.Process:
+    async def _spawn(self, number: int) -> asyncio.subprocess.Process:
+        config = dataclasses.replace(self._config, operations=self._operations.of_front_end(number))
         # Its standard input ends with this process. In a session of its own, so that Ctrl-C reaches this process only.
         process = await asyncio.create_subprocess_exec(
             sys.executable,
-            *("-m", "classer.serve.frontend", json.dumps(dataclasses.asdict(self._config))),
+            *("-m", "classer.serve.frontend", json.dumps(dataclasses.asdict(config), default=str)),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             start_new_session=True,
@@ -102,7 +109,7 @@ class FrontEnds:
             raise InputError("A front end could not be started; what it said stands above.")
         return process
 
-    async def _keep(self, process: asyncio.subprocess.Process) -> None:
+    async def _keep(self, number: int, process: asyncio.subprocess.Process) -> None:
         """Starts a front end anew when it dies. Its calls fail as UNAVAILABLE; all others are served by the rest."""
         while True:
             await process.wait()
@@ -113,7 +120,7 @@ class FrontEnds:
             await asyncio.sleep(_RESTART_SECONDS)
             while True:
                 try:
-                    process = await self._spawn()
+                    process = await self._spawn(number)
                     break
                 except (InputError, OSError):
                     await asyncio.sleep(_RESTART_SECONDS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import grpc.aio
 
@@ -25,8 +25,14 @@ def make_server(
     return grpc.aio.server(options=options, interceptors=interceptors)
 
 
-def listen(server: grpc.aio.Server, host: str, port: int, option: str) -> str:
-    """Binds the server's port; the real address.
+def listen(
+    server: grpc.aio.Server,
+    host: str,
+    port: int,
+    option: str,
+    add_port: Callable[[grpc.aio.Server, str], int] = lambda server, address: server.add_insecure_port(address),
+) -> str:
+    """Binds the server's port, by `add_port`; the real address.
 
     Raises:
       InputError: it cannot be bound.
@@ -35,7 +41,7 @@ def listen(server: grpc.aio.Server, host: str, port: int, option: str) -> str:
         raise InputError(f"{option} is {port}; a port is a number from 0 (pick a free one) to 65535.")
     name = f"[{host}]" if ":" in host else host
     try:
-        return f"{name}:{server.add_insecure_port(f'{name}:{port}')}"
+        return f"{name}:{add_port(server, f'{name}:{port}')}"
     except RuntimeError:
         raise InputError(
             f"Cannot listen on {name}:{port}: {_why_not(host, port)}. "

@@ -23,8 +23,9 @@ from .engine import Warmed
 from .errors import NotPossible
 from .frontends import MAX_FRONT_ENDS, FrontEnds
 from .listening import listen, make_server
-from .log import logger
+from .log import configure_logging, logger
 from .models import AUTO, Model, Models, ModelSettings, named_folders
+from .operations import Operations, OperationsConfig
 from .proto import classifier_pb2 as pb
 from .proto.classifier_pb2_grpc import add_ClassifierServicer_to_server, add_ModelAdminServicer_to_server
 from .report import describe
@@ -41,7 +42,7 @@ _WATCH_SECONDS = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
-class ServeConfig:
+class ServeConfig(OperationsConfig):
     """How to serve bundles.
 
     Attributes:
@@ -92,6 +93,7 @@ def serve(config: ServeConfig) -> None:
     Raises:
       InputError: a bundle cannot be used, or an address not be listened on.
     """
+    configure_logging(config.log_format, access=config.access_log)
     asyncio.run(_serve(config))
 
 
@@ -125,26 +127,38 @@ class Server:
 
     def __init__(self, config: ServeConfig) -> None:
         self._config = config
-        self._grpc = make_server()
+        self.operations = Operations(config)
+        guards, add_port = [self.operations.guard], self.operations.add_port
         self._front_ends = None
         # Ports come first, because they fail fastest.
         if config.frontends:
-            self._front_ends = FrontEnds(config.frontends, config.host, config.port, config.drain_seconds)
+            self._front_ends = FrontEnds(config.frontends, config.host, config.port, config.drain_seconds, config)
             self.address = self._front_ends.address
+            self._grpc = make_server()  # the front ends have guards of their own
             self._grpc.add_insecure_port(self._front_ends.engine)
         else:
-            self.address = listen(self._grpc, config.host, config.port, "--port")
-        self._admin_grpc = make_server()
+            self._grpc = make_server(interceptors=guards)
+            self.address = listen(self._grpc, config.host, config.port, "--port", add_port)
+        self._admin_grpc = make_server(interceptors=guards)
         self.admin_address = None
         if config.admin_port is not None:
-            self.admin_address = listen(self._admin_grpc, "127.0.0.1", config.admin_port, "--admin-port")
+            self.admin_address = listen(self._admin_grpc, "127.0.0.1", config.admin_port, "--admin-port", add_port)
         if cache := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
             check_private(Path(cache))
         self._first = list(named_folders(config.bundles))
         folders = named_folders([*config.bundles, *config.loadable])
         self.models = Models(folders, ModelSettings(config.focus, config.precision))
         self._loop = asyncio.get_running_loop()
-        self.scheduler = Scheduler(max_waiting_tokens=config.max_waiting_tokens, on_death=self._device_lost)
+        self.scheduler = Scheduler(
+            max_waiting_tokens=config.max_waiting_tokens,
+            on_death=self._device_lost,
+            on_batch=self.operations.batch_ran,
+        )
+        self.operations.watch_device(
+            waiting_tokens=lambda: self.scheduler.waiting_tokens,
+            max_waiting_tokens=config.max_waiting_tokens,
+            alive=lambda: self.scheduler.alive,
+        )
         self._service = ClassifierService(self.models, self.scheduler)
         self._admin = ModelAdminService(self.models)
         self._health = health_aio.HealthServicer()
@@ -183,6 +197,8 @@ class Server:
         self._service.ready = self._admin.ready = True
         self._watching = asyncio.create_task(self._watch())
         await self._say(Health.SERVING)
+        if self.operations.metrics_port is not None:
+            print(f"Metrics on http://{self._config.metrics_host}:{self.operations.metrics_port}/metrics", flush=True)
         if self.admin_address:
             print(f"ModelAdmin answers on {self.admin_address}", flush=True)
         tasks = [
@@ -207,6 +223,7 @@ class Server:
         await asyncio.gather(*stopping)
         await asyncio.to_thread(self.scheduler.close, self._config.drain_seconds)
         self.models.close()
+        self.operations.close()
 
     async def _load(self, name: str, stop: asyncio.Event) -> Model:
         with tqdm(desc="Compiling programs", unit="program") as bar:

@@ -14,10 +14,12 @@ from .errors import (
     Cancelled,
     ClasserError,
     DeadlineExceeded,
+    Forbidden,
     InternalError,
     InvalidRequest,
     NotPossible,
     Overloaded,
+    Unauthenticated,
     Unavailable,
     UnknownTask,
 )
@@ -31,6 +33,8 @@ _CODES: dict[type[ClasserError], grpc.StatusCode] = {
     Cancelled: grpc.StatusCode.CANCELLED,
     InternalError: grpc.StatusCode.INTERNAL,
     NotPossible: grpc.StatusCode.FAILED_PRECONDITION,
+    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    Forbidden: grpc.StatusCode.PERMISSION_DENIED,
 }
 _ERRORS = {code: error for error, code in _CODES.items()}
 _NUMBERS = {code.value[0]: code for code in grpc.StatusCode}
@@ -76,6 +80,17 @@ def from_status(status: status_pb2.Status) -> ClasserError:
 def trailing_metadata(error: ClasserError) -> tuple[tuple[str, bytes], ...]:
     """What carries an error's details beside a failed call."""
     return ((_DETAILS_KEY, to_status(error).SerializeToString()),)
+
+
+def reason_of(metadata: Any) -> str:
+    """Why a call failed, as a word (`ClasserError.reason`), from its trailing metadata; empty if it does not say."""
+    info = error_details_pb2.ErrorInfo()
+    for key, value in metadata or ():
+        if key == _DETAILS_KEY:
+            for detail in status_pb2.Status.FromString(value).details:
+                if detail.Unpack(info):
+                    return info.reason
+    return ""
 
 
 def retry_seconds_of(metadata: Any) -> float | None:

@@ -20,13 +20,15 @@ CONFINED = {
     "tensorflow": ("data/tokenizer.py", "tools/export/"),
     "tensorflow_text": ("data/tokenizer.py", "tools/export/"),
     "aqt": ("model/quantize.py",),
-    "grpc": ("serve/",),
+    "grpc": ("serve/", "tools/bench_serving.py"),
     "grpc_health": ("serve/",),
     "grpc_reflection": ("serve/",),
     "grpc_status": ("serve/",),
     "onnx": ("tools/",),
     "onnxruntime": ("tools/",),
     "openvino": ("tools/",),
+    "prometheus_client": ("serve/",),
+    "opentelemetry": ("serve/tracing.py",),
 }
 
 

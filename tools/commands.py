@@ -22,6 +22,7 @@ import tyro
 
 from classer.data.errors import InputError
 from classer.model.config import ComputeDtype
+from classer.tools.connection import ConnectionArguments
 
 if TYPE_CHECKING:
     from classer.data.taxonomy import Task
@@ -153,14 +154,16 @@ def frontend(argv: Sequence[str]) -> None:
     """Run a front end, on this machine or another, before an engine that `classer serve` runs."""
     from classer.serve.frontend import FrontEndConfig, run_front_end
 
-    run_front_end(_parse(FrontEndConfig, argv, "classer frontend", frontend.__doc__))
+    options = (tyro.conf.OmitArgPrefixes,)
+    description = frontend.__doc__
+    run_front_end(tyro.cli(FrontEndConfig, prog="classer frontend", args=argv, description=description, config=options))
 
 
 MAX_TIMEOUT = 86_400
 
 
 @dataclasses.dataclass(frozen=True)
-class ClassifyArguments:
+class ClassifyArguments(ConnectionArguments):
     """
     Attributes:
       texts: the texts; none means one text a line from standard input.
@@ -196,7 +199,8 @@ def classify(argv: Sequence[str]) -> None:
     from classer.serve.errors import InvalidRequest
 
     texts: Iterable[str] = arguments.texts or _lines_of_stdin()
-    with Client(arguments.server) as client:
+    tls, key = arguments.connect_with()
+    with Client(arguments.server, tls=tls, key=key) as client:
         for number, text in enumerate(texts, start=1):
             started = time.perf_counter()
             try:
@@ -409,6 +413,36 @@ def teach(argv: Sequence[str]) -> None:
     _check_can_make(job.out.parent)
     ask(job)
     print(f"Learn from it:  classer train --soft-labels {shlex.quote(str(job.out))} --data FOLDER --out FOLDER")
+
+
+def gateway(argv: Sequence[str]) -> None:
+    """Offer a running server over HTTP and JSON, with an OpenAPI page."""
+    from classer.serve.gateway import GatewayConfig, run_gateway
+    from classer.tools.environment import from_environment
+
+    more, argv = from_environment(GatewayConfig, argv, os.environ)
+    description = f"{gateway.__doc__} Every option is also an environment variable, --port for one CLASSER_PORT."
+    run_gateway(
+        tyro.cli(
+            GatewayConfig, prog="classer gateway", args=argv, description=description, default=GatewayConfig(**more)
+        )
+    )
+
+
+def keys(argv: Sequence[str]) -> None:
+    """Make, list and revoke the API keys of a server."""
+    from classer.tools.keys import KeysArguments
+    from classer.tools.keys import keys as run_keys
+
+    run_keys(tyro.cli(KeysArguments, prog="classer keys", args=list(argv), description=keys.__doc__))
+
+
+def load_test(argv: Sequence[str]) -> None:
+    """Load a running server with real texts and report its latency and throughput."""
+    from classer.tools.load_test import LoadTestArguments
+    from classer.tools.load_test import load_test as run_load_test
+
+    run_load_test(_parse(LoadTestArguments, argv, "classer load-test", load_test.__doc__))
 
 
 def upcycle(argv: Sequence[str]) -> None:
