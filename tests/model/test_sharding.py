@@ -159,7 +159,8 @@ def test_sharded_steps_are_the_unsharded_one_for_every_kind_of_model(tmp_path: P
     check(run_workers([*kinds, Case("modernbert", False, MESHES), Case("focus", False, MESHES)], folder=tmp_path), 15)
 
 
-@pytest.mark.parametrize("processes", [pytest.param(2, id="2 processes"), pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
 def test_steps_over_several_processes_are_the_unsharded_one(tmp_path: Path, processes: int) -> None:
     """8 devices in all; each process knows the devices' memory of its own only, and feeds only its rows."""
     meshes = MESHES if processes == 4 else MESHES[2:]

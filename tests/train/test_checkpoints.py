@@ -168,6 +168,7 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
     assert step >= 1
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_8_devices_is_read_on_4_and_2(tmp_path: Path) -> None:
     """And on one; every parameter and moment is the same, and lies as the layout of those devices says."""
     for action, devices, fsdp, tensor in (("save", 8, 2, 2), ("check", 4, 4, 1), ("check", 2, 1, 2)):
