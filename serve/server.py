@@ -226,7 +226,7 @@ class Server:
         self.operations.close()
 
     async def _load(self, name: str, stop: asyncio.Event) -> Model:
-        with tqdm(desc="Compiling programs", unit="program") as bar:
+        with tqdm(desc="Compiling programs", unit="program", delay=0.01) as bar:  # not before there is one
 
             def progress(model: Model, warmed: Warmed | None) -> bool:
                 bar.total = sum(engine.steps for engine in model.engines.values())

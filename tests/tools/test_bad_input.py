@@ -150,6 +150,10 @@ def test_a_missing_file(tmp_path: Path, refused: Callable[..., str]) -> None:
     )
 
 
+def test_serving_nothing(refused: Callable[..., str]) -> None:
+    assert refused("serve") == "No bundle was named; give the folder of at least one. `classer train` writes them."
+
+
 @pytest.mark.parametrize(
     ("description", "sentence"),
     [
@@ -270,7 +274,7 @@ def test_values_out_of_range(
         (("serve", "nowhere", "--port", "70000"), "--port is 70000; a port is a number from 0 (pick a free one)"),
         (
             ("trian",),
-            "There is no command 'trian'. There are: train, serve, classify, evaluate, focus-report, focus-plan, ",
+            "There is no command 'trian'. There are: train, serve, frontend, classify, ",
         ),
     ],
 )
@@ -289,7 +293,6 @@ def test_arguments_of_the_other_commands(
         (("train", "--data", "x.csv"), "Missing from classer train: --out PATH the run's folder"),
         (("train", "--data", "x.csv", "--out", "o", "--class-weights", "many"), "--class-weights"),
         (("classify", "--nope"), "Unrecognized options: --nope"),
-        (("serve",), "Missing from classer serve: BUNDLE the folder of the bundle."),
         (("info",), "Missing from classer info: BUNDLE"),
         (("quantize", "b"), "Missing from classer quantize: --out PATH"),
     ],

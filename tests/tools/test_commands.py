@@ -66,6 +66,7 @@ def test_training_leaves_bundles_reports_and_logs(trained: Trained) -> None:
     assert len(weights(trained.bundle)) < len(weights(trained.out / "bundle-float32"))
 
 
+@pytest.mark.slow
 def test_the_launcher_trains_the_same_weights(trained: Trained, classer: Classer, tmp_path: Path) -> None:
     done = classer(*trained.options, "--out", tmp_path / "launched", command=LAUNCHER)
     assert done.returncode == 0, done.stderr
@@ -144,6 +145,7 @@ def test_info_describes_the_bundle_that_answers(trained: Trained, server: str, c
     assert all(f"    {topic}\n" in done.stdout for topic in TOPICS_OF_TEXTS)
 
 
+@pytest.mark.slow
 def test_a_binary_tsv_with_other_column_names_and_a_dev_file(
     tiny_options: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

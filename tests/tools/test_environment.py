@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -23,13 +24,19 @@ def parsed(argv: list[str], **environment: str) -> Arguments:
 
 
 def test_every_option_of_the_server_is_a_variable() -> None:
-    values = {
+    values: dict[str, tuple[str, Any]] = {
         "bundles": ("a b", ("a", "b")),
         "loadable": ("x=c 'd e'", ("x=c", "d e")),
         "host": ("0.0.0.0", "0.0.0.0"),
         "focus": ("1 0.5", ("1", "0.5")),
         "precision": ("int8", "int8"),
+        "metrics_host": ("::1", "::1"),
+        "trace_endpoint": ("traces:4317", "traces:4317"),
+        "log_format": ("json", "json"),
+        "access_log": ("true", True),
     }
+    files = {name: ("a.pem", Path("a.pem")) for name in ("tls_cert", "tls_key", "tls_client_ca", "keys")}
+    values |= files
     for field in dataclasses.fields(ServeConfig):
         text, value = values.get(field.name, ("7", 7))
         found = parsed([], **{"CLASSER_BUNDLES": "a b", f"CLASSER_{field.name.upper()}": text})

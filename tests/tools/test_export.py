@@ -264,6 +264,7 @@ def test_a_file_that_was_slipped_in_is_refused(copy: Path) -> None:
         verify(copy)
 
 
+@pytest.mark.slow
 def test_an_export_past_its_guarantee_is_made_anew(copy: Path, bundles: dict[str, Bundle], tmp_path: Path) -> None:
     bundle = save_bundle(bundles["float32"], tmp_path / "bundle")
     assert bundle.path is not None

@@ -113,6 +113,7 @@ def test_the_bundle_is_evaluated_by_task(
     assert "several tasks; name one with --task: topic, topics, where" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_stopped_between_stages_goes_on_to_the_same_weights(
     job: TrainJob, finished: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -268,6 +268,7 @@ def epochs_logged(out: Path) -> list[int]:
     return [json.loads(line)["step"] for line in lines if "dev/accuracy" in line and line.endswith("}")]
 
 
+@pytest.mark.slow
 def test_a_native_size_is_trained_from_nothing(minilm: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     job = make_job(minilm, tmp_path, epochs=6, learning_rate=1e-3, patience=0, encoder="classer-5m")
     result = train(job)

@@ -43,6 +43,7 @@ def test_healing_brings_the_student_nearer_to_its_teacher(said: list[str]) -> No
     assert cosine(healed) > 0.9
 
 
+@pytest.mark.slow
 def test_what_is_left_is_an_encoder_to_train_from(job: UpcycleJob, said: list[str], tmp_path: Path) -> None:
     config, _ = load_encoder(job.out)
     assert (config.norm, config.activation, config.pre_norm, config.biases) == ("rms", "swiglu", True, False)
