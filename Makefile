@@ -19,7 +19,7 @@ quickstart: .venv/.stamp-run ## train, quantise, serve and query a real classifi
 	$(BIN)/python tools/quickstart.py
 
 test: .venv/.stamp-dev ## run the quick tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-slow: .venv/.stamp-dev ## run the tests that take minutes each
 	$(BIN)/python -m pytest -m slow $(ARGS)
