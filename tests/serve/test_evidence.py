@@ -65,7 +65,7 @@ def test_a_server_that_reads_everything_has_none(start_server, gated_path: Path)
         start_server(gated_path) as running,
         Client(running.address) as client,
         pytest.raises(
-            InvalidRequest, match="none stands out; ask for a focus below 1 .*or start it with a focus below 1"
+            InvalidRequest, match=r"none stands out; ask for a focus below 1 .*or start it with a focus below 1"
         ),
     ):
         client.classify(TEXT, "topic", evidence=True)
