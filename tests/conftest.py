@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,15 @@ from classer.data.errors import InputError
 from classer.model.bundle import Bundle
 from classer.model.pretrained import fetch_encoder
 from classer.tests.helpers import make_bundle, write_encoder
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """A server that ran in this process has set up its log; the next test finds it as if it had not."""
+    root, access = logging.getLogger("classer"), logging.getLogger("classer.access")
+    before = (root.handlers, root.level, root.propagate, access.disabled)
+    yield
+    root.handlers, root.level, root.propagate, access.disabled = before
 
 
 @pytest.fixture(scope="session")
