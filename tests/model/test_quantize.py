@@ -197,7 +197,7 @@ def test_the_served_product_is_that_of_aqt(dtype, tolerance: float) -> None:
     expected = np.asarray(Aqt().apply(frozen, x_ND, rngs=rngs), np.float32)
     served = np.asarray(Dense(96, Quantization.SERVE, biased=False, name="up").apply(frozen, x_ND), np.float32)
     far_NF = np.abs(served - expected) > tolerance * (np.abs(expected) + np.abs(expected).max())
-    # Where an activation lies between two steps, its scale's last bit decides which it is rounded to.
+    # One of 3,552 was seen to differ in bfloat16; presumably an activation between two steps, rounded the other way.
     assert far_NF.mean() <= (0 if dtype == jnp.float32 else 1e-3)
     exact = np.asarray(x_ND, np.float64) @ np.asarray(kernel_DF, np.float64)
     assert np.square(served - exact).mean() <= 1.001 * np.square(expected - exact).mean()
