@@ -118,8 +118,7 @@ class ShardBatches:
         seed: int,
         pad_id: int,
         num_epochs: int,
-        process: int = 0,
-        num_processes: int = 1,
+        rows: Sequence[int] | np.ndarray | None = None,
         buckets: Sequence[int] = BUCKETS,
         window: int = WINDOW,
     ) -> None:
@@ -131,15 +130,13 @@ class ShardBatches:
           seed: of the shuffles; not negative.
           pad_id: the tokenizer's.
           num_epochs: how often each record comes.
-          process, num_processes: which rows are this process's: an equal part of each batch.
+          rows: which rows of each batch are this process's, ascending (`Layout.rows`); by default all.
           buckets: sequence lengths to use, ascending.
           window: records that are put into buckets together, rounded to whole batches.
 
         Raises:
-          InputError: the batch does not divide among the processes, or a record fits no bucket.
+          InputError: a record fits no bucket.
         """
-        if batch_size % num_processes:
-            raise InputError(f"A batch of {batch_size} rows does not divide among {num_processes} processes.")
         longest = int(shards.lengths_N.max())
         if longest > buckets[-1]:
             raise InputError(
@@ -148,7 +145,7 @@ class ShardBatches:
         self._shards, self._batch_size, self._seed, self._pad_id = shards, batch_size, seed, pad_id
         self._buckets = np.asarray(buckets)
         self._window_steps = max(1, window // batch_size)
-        self._rows = slice(process * batch_size // num_processes, (process + 1) * batch_size // num_processes)
+        self._rows = np.arange(batch_size) if rows is None else np.asarray(rows)
         self._label_starts = [shards.taxonomy.slice_of(task.name).start for task in shards.taxonomy.tasks]
         self.steps_per_epoch = -(-len(shards) // batch_size)
         self.num_steps = num_epochs * self.steps_per_epoch
@@ -165,6 +162,9 @@ class ShardBatches:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._make_caches()
+
+    def __iter__(self) -> ShardIterator:
+        return self.iterate()
 
     def iterate(self, *, num_workers: int = 0, ahead: int = 8) -> ShardIterator:
         """An iterator over this process's batches.
@@ -184,9 +184,8 @@ class ShardBatches:
     def batch(self, step: int) -> Batch:
         """This process's rows of the batch of a step, counted from 0 over all epochs."""
         planned = self.planned(step)
-        numbers = planned.records[self._rows]
-        num_rows = self._rows.stop - self._rows.start
-        records = self._shards.read(numbers)
+        num_rows = len(self._rows)
+        records = self._shards.read(planned.records[self._rows[self._rows < len(planned.records)]])
         tokens_BS, lengths_B = pad_batch([record.ids for record in records], num_rows, planned.length, self._pad_id)
         targets_BL = np.zeros((num_rows, self._shards.taxonomy.num_labels), np.float32)
         tasks_B = np.zeros(num_rows, np.int32)

@@ -21,6 +21,11 @@ from .scheduler import Scheduler
 from .tokenizing import Tokens
 from .work import Priority, Scored, Work
 
+# How fast the estimate of an answer's way from the device to its caller follows, and the part of a deadline that it may
+# take at most: whatever it says, a text that finds the device free is run, and mends it.
+WAY_BACK_RATE = 0.1
+MAX_WAY_BACK_SHARE = 0.5
+
 Options = pb.ClassifyRequest | pb.ClassifyBatchRequest
 Outcome = pb.ClassifyResponse | ClasserError
 T = TypeVar("T")
@@ -28,7 +33,10 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """What the options of a request come to. Texts of equal ones are decoded together."""
+    """What the options of a request come to. Texts of equal ones are decoded together.
+
+    `deadline` is when the device must be done with it: the caller's, less what the way back takes.
+    """
 
     model: Model
     task: Task
@@ -52,6 +60,7 @@ class Classifying:
     def __init__(self, models: Models, scheduler: Scheduler) -> None:
         self._models = models
         self._scheduler = scheduler
+        self._way_back = 0.0  # seconds from the device's answer until it can be sent
 
     def ask(self, options: Options, seconds: float | None, priority: Priority = Priority.INTERACTIVE) -> Asked:
         """Checks the options of a request.
@@ -88,7 +97,9 @@ class Classifying:
         if options.timeout_micros:
             own = options.timeout_micros / 1e6
             seconds = own if seconds is None else min(own, seconds)
-        deadline = None if seconds is None else self._scheduler.clock() + seconds
+        deadline = None
+        if seconds is not None:
+            deadline = self._scheduler.clock() + seconds - min(self._way_back, MAX_WAY_BACK_SHARE * seconds)
         return Asked(
             model, task, engine, options.top_k, threshold, options.evidence, priority, deadline, options.request_id
         )
@@ -106,14 +117,33 @@ class Classifying:
                         "shorten it.",
                         field="text",
                     )
+            # What cannot be answered in time is refused before anything is spent on it.
+            expected: list[int] = []
+            for i, one in enumerate(asked):
+                try:
+                    if i not in outcomes:
+                        self._scheduler.expect(one.deadline, one.priority)
+                        expected.append(i)
+                except ClasserError as error:
+                    outcomes[i] = error
             tokens: dict[int, Tokens] = {}
-            rest = [i for i in range(len(texts)) if i not in outcomes]
-            groups = _grouped(rest, [(asked[i].model, asked[i].evidence) for i in rest])
-            await asyncio.gather(
-                *(self._tokenize(model, spans, group, texts, tokens, outcomes) for (model, spans), group in groups)
-            )
-            order = sorted(tokens)
-            scored = await self._run(order, asked, tokens, outcomes)
+            try:
+                groups = _grouped(expected, [(asked[i].model, asked[i].evidence) for i in expected])
+                await asyncio.gather(
+                    *(self._tokenize(model, spans, group, texts, tokens, outcomes) for (model, spans), group in groups)
+                )
+                order = sorted(tokens)
+                futures = self._scheduler.submit_all(
+                    Work(asked[i].engine, tokens[i].ids, asked[i].deadline, asked[i].priority) for i in order
+                )
+            finally:
+                self._scheduler.arrived(asked[i].priority for i in expected)
+            submitted = self._scheduler.clock()
+            scored = _sorted_out(order, await finished(futures), outcomes)
+            if scored:
+                on_device = max(one.queue_seconds + one.compute_seconds for one in scored.values())
+                way_back = max(self._scheduler.clock() - submitted - on_device, 0.0)
+                self._way_back += WAY_BACK_RATE * (way_back - self._way_back)
             self._decode(asked, tokens, scored, outcomes)
             return [outcomes[i] for i in range(len(texts))]
 
@@ -137,21 +167,6 @@ class Classifying:
             else:
                 outcomes[i] = one
 
-    async def _run(
-        self, order: list[int], asked: Sequence[Asked], tokens: dict[int, Tokens], outcomes: dict[int, Outcome]
-    ) -> dict[int, Scored]:
-        works = [Work(asked[i].engine, tokens[i].ids, asked[i].deadline, asked[i].priority) for i in order]
-        scored: dict[int, Scored] = {}
-        for i, future in zip(order, await finished(self._scheduler.submit_all(works)), strict=True):
-            error = future.exception()
-            if error is None:
-                scored[i] = future.result()
-            elif isinstance(error, ClasserError):
-                outcomes[i] = error
-            else:
-                raise error
-        return scored
-
     def _decode(
         self,
         asked: Sequence[Asked],
@@ -174,6 +189,22 @@ class Classifying:
                 if isinstance(answer, pb.ClassifyResponse):
                     answer.request_id = asked[i].request_id
                 outcomes[i] = answer
+
+
+def _sorted_out(
+    order: Sequence[int], futures: Sequence[Future[Scored]], outcomes: dict[int, Outcome]
+) -> dict[int, Scored]:
+    """What the device said of each text; what kept it from others goes to `outcomes`. Raises what is nobody's fault."""
+    scored: dict[int, Scored] = {}
+    for i, future in zip(order, futures, strict=True):
+        error = future.exception()
+        if error is None:
+            scored[i] = future.result()
+        elif isinstance(error, ClasserError):
+            outcomes[i] = error
+        else:
+            raise error
+    return scored
 
 
 async def finished(futures: Sequence[Future[T]]) -> Sequence[Future[T]]:

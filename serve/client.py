@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
+import itertools
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any, Self
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Sequence
+from typing import Any, Self, Unpack
 
 import grpc
 import grpc.aio
@@ -27,11 +27,21 @@ from .errors import (
     Unavailable,
     UnknownTask,
 )
-from .limits import MAX_MESSAGE_BYTES, MAX_TEXTS
 from .proto import classifier_pb2 as pb
 from .proto.classifier_pb2_grpc import ClassifierStub
+from .requests import Options, batch_requests, chunks, one_request
+from .results import (
+    Classification,
+    EvidenceSpan,
+    Outcome,
+    ScoredLabel,
+    TaskInfo,
+    read_classification,
+    read_outcomes,
+    read_tasks,
+)
 from .security import Tls, aio_channel, sync_channel
-from .status import error_of, from_status
+from .status import error_of, retry_seconds_of
 
 __all__ = [
     "AsyncClient",
@@ -43,16 +53,18 @@ __all__ = [
     "EvidenceSpan",
     "InternalError",
     "InvalidRequest",
+    "Options",
     "Overloaded",
     "ScoredLabel",
+    "TaskInfo",
     "Tls",
     "Unavailable",
     "UnknownTask",
 ]
 
 DEFAULT_SERVER = "localhost:50051"
-# Half of what a message may be: leaves room for the rest of it.
-_BATCH_BYTES = MAX_MESSAGE_BYTES // 2
+# Texts of one message of a stream: a few batches of the device.
+_STREAM_TEXTS = 128
 _POLL_SECONDS = 0.1
 _OPTIONS = [
     ("grpc.max_receive_message_length", -1),  # a batch's answers are as long as the task's label names make them
@@ -61,59 +73,6 @@ _OPTIONS = [
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class ScoredLabel:
-    """A label, its calibrated probability (0 … 1), and whether it is (part of) the answer."""
-
-    name: str
-    score: float
-    chosen: bool
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class EvidenceSpan:
-    """Characters `start` to `end` (exclusive) of the text that the model read to its last layer, and their share."""
-
-    start: int
-    end: int
-    score: float
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Classification:
-    """The answer to one text.
-
-    Attributes:
-      task: the task that was answered.
-      labels: highest score first: the `top_k` best ones, and every chosen one.
-      truncated: the text was longer than the model reads, so that its end was not looked at.
-      tokens: how many tokens the model read.
-      queue_micros: how long the text waited for the device, in microseconds.
-      compute_micros: how long the device took over the batch that the text was in, in microseconds.
-      model_version: a hash of the bundle that answered.
-      evidence: what the model read to its last layer, in the order of the text, if it was asked for.
-    """
-
-    task: str
-    labels: tuple[ScoredLabel, ...]
-    truncated: bool
-    tokens: int
-    queue_micros: int
-    compute_micros: int
-    model_version: str
-    evidence: tuple[EvidenceSpan, ...] = ()
-
-    @property
-    def best(self) -> ScoredLabel:
-        """The label of the highest score (of a multilabel task, chosen or not)."""
-        return self.labels[0]
-
-    @property
-    def chosen(self) -> tuple[str, ...]:
-        """The names of the labels that hold: one of an exclusive task, any number (also none) of a multilabel one."""
-        return tuple(label.name for label in self.labels if label.chosen)
 
 
 class Client:
@@ -156,41 +115,33 @@ class Client:
         self._channel.close()
 
     def classify(
-        self, text: str, task: str | None = None, *, top_k: int = 0, evidence: bool = False, timeout: float = 10.0
+        self, text: str, task: str | None = None, *, timeout: float = 10.0, **options: Unpack[Options]
     ) -> Classification:
         """Classifies one text.
 
         Args:
           text: at most 1,000,000 characters; may be empty.
-          task: may be left out if the model has one only.
-          top_k: how many labels to return, best first; 0 leaves it to the server (5). Chosen ones come in any case.
-          evidence: whether to say what the model read to its last layer; only a focused server can.
+          task: may be left out if the server has one only.
           timeout: seconds.
+          options: see `Options`.
 
         Raises:
           ClasserError: one of its kinds, by cause.
         """
-        request = _request(text, task, top_k, evidence)
+        request = one_request(text, task, options)
         with _typed_errors(self.server, timeout):
-            return _classification(self._classifier.Classify(request, timeout=timeout))
+            return read_classification(self._classifier.Classify(request, timeout=timeout))
 
     def classify_batch(
-        self,
-        texts: Sequence[str],
-        task: str | None = None,
-        *,
-        top_k: int = 0,
-        evidence: bool = False,
-        timeout: float = 60.0,
-    ) -> list[Classification | ClasserError]:
+        self, texts: Sequence[str], task: str | None = None, *, timeout: float = 60.0, **options: Unpack[Options]
+    ) -> list[Outcome]:
         """Classifies any number of texts, in as few calls as the server's limits allow, one after the other.
 
         Args:
           texts: as for `classify`.
           task: as for `classify`, for all texts.
-          top_k: as for `classify`, for all texts.
-          evidence: as for `classify`, for all texts.
           timeout: seconds, for each call.
+          options: as for `classify`, for all texts.
 
         Returns:
           For each text, in order, its answer or the error of its own.
@@ -198,11 +149,48 @@ class Client:
         Raises:
           ClasserError: a whole call failed; texts of earlier calls were classified in vain.
         """
-        outcomes: list[Classification | ClasserError] = []
-        for request in _batch_requests(texts, task, top_k, evidence):
+        outcomes: list[Outcome] = []
+        for request in batch_requests(texts, task, options):
             with _typed_errors(self.server, timeout):
-                outcomes += _outcomes(self._classifier.ClassifyBatch(request, timeout=timeout))
+                outcomes += read_outcomes(self._classifier.ClassifyBatch(request, timeout=timeout))
         return outcomes
+
+    def classify_stream(
+        self, texts: Iterable[str], task: str | None = None, *, timeout: float | None = None, **options: Unpack[Options]
+    ) -> Iterator[Outcome]:
+        """Classifies texts in bulk: an outcome for each, in order, as they are done.
+
+        They are read only as the server gets work done, so there may be any number of them; what the server would
+        refuse because too much waits is waited for.
+
+        Args:
+          texts: as for `classify`.
+          task: as for `classify`, for all texts.
+          timeout: seconds for all of it; None for ever.
+          options: as for `classify`, for all texts; the priority is "bulk" if none is given.
+
+        Raises:
+          ClasserError: the stream ended early; what came before is valid.
+        """
+        failed: list[Exception] = []
+
+        def requests() -> Iterator[pb.ClassifyBatchRequest]:
+            try:
+                rest = iter(texts)
+                while some := list(itertools.islice(rest, _STREAM_TEXTS)):
+                    yield from batch_requests(some, task, options)
+            except Exception as error:  # gRPC would only say that there was one
+                failed.append(error)
+                raise
+
+        with _typed_errors(self.server, timeout, failed):
+            for response in self._classifier.ClassifyStream(requests(), timeout=timeout):
+                yield from read_outcomes(response)
+
+    def tasks(self, model: str | None = None, *, timeout: float = 10.0) -> list[TaskInfo]:
+        """What the server can be asked for, of one model or of all."""
+        with _typed_errors(self.server, timeout):
+            return read_tasks(self._classifier.ListTasks(pb.ListTasksRequest(model=model or ""), timeout=timeout))
 
     def healthy(self, *, timeout: float = 1.0) -> bool:
         """Whether a server answers at that address and is ready to classify."""
@@ -251,28 +239,52 @@ class AsyncClient:
         await self._channel.close()
 
     async def classify(
-        self, text: str, task: str | None = None, *, top_k: int = 0, evidence: bool = False, timeout: float = 10.0
+        self, text: str, task: str | None = None, *, timeout: float = 10.0, **options: Unpack[Options]
     ) -> Classification:
         """`Client.classify`. Cancelling the awaiting task cancels the request in the server too."""
-        request = _request(text, task, top_k, evidence)
+        request = one_request(text, task, options)
         with _typed_errors(self.server, timeout):
-            return _classification(await self._classifier.Classify(request, timeout=timeout))
+            return read_classification(await self._classifier.Classify(request, timeout=timeout))
 
     async def classify_batch(
+        self, texts: Sequence[str], task: str | None = None, *, timeout: float = 60.0, **options: Unpack[Options]
+    ) -> list[Outcome]:
+        """`Client.classify_batch`."""
+        outcomes: list[Outcome] = []
+        for request in batch_requests(texts, task, options):
+            with _typed_errors(self.server, timeout):
+                outcomes += read_outcomes(await self._classifier.ClassifyBatch(request, timeout=timeout))
+        return outcomes
+
+    async def classify_stream(
         self,
-        texts: Sequence[str],
+        texts: Iterable[str] | AsyncIterable[str],
         task: str | None = None,
         *,
-        top_k: int = 0,
-        evidence: bool = False,
-        timeout: float = 60.0,
-    ) -> list[Classification | ClasserError]:
-        """`Client.classify_batch`."""
-        outcomes: list[Classification | ClasserError] = []
-        for request in _batch_requests(texts, task, top_k, evidence):
-            with _typed_errors(self.server, timeout):
-                outcomes += _outcomes(await self._classifier.ClassifyBatch(request, timeout=timeout))
-        return outcomes
+        timeout: float | None = None,
+        **options: Unpack[Options],
+    ) -> AsyncIterator[Outcome]:
+        """`Client.classify_stream`, to be iterated with `async for`."""
+        failed: list[Exception] = []
+
+        async def requests() -> AsyncIterator[pb.ClassifyBatchRequest]:
+            try:
+                async for some in chunks(texts, _STREAM_TEXTS):
+                    for request in batch_requests(some, task, options):
+                        yield request
+            except Exception as error:  # gRPC would only log it
+                failed.append(error)
+                raise
+
+        with _typed_errors(self.server, timeout, failed):
+            async for response in self._classifier.ClassifyStream(requests(), timeout=timeout):
+                for outcome in read_outcomes(response):
+                    yield outcome
+
+    async def tasks(self, model: str | None = None, *, timeout: float = 10.0) -> list[TaskInfo]:
+        """`Client.tasks`."""
+        with _typed_errors(self.server, timeout):
+            return read_tasks(await self._classifier.ListTasks(pb.ListTasksRequest(model=model or ""), timeout=timeout))
 
     async def healthy(self, *, timeout: float = 1.0) -> bool:
         """`Client.healthy`."""
@@ -296,80 +308,23 @@ def _options(own_connection: bool) -> list[tuple[str, int]]:
     return [*_OPTIONS, ("grpc.use_local_subchannel_pool", 1)] if own_connection else _OPTIONS
 
 
-def _request(text: str, task: str | None, top_k: int, evidence: bool) -> pb.ClassifyRequest:
-    with _unsendable():
-        request = pb.ClassifyRequest(text=text, task=task or "", top_k=top_k, evidence=evidence)
-    _check_bytes(request.ByteSize())
-    return request
-
-
-def _batch_requests(
-    texts: Sequence[str], task: str | None, top_k: int, evidence: bool
-) -> Iterator[pb.ClassifyBatchRequest]:
-    """Cuts the texts into calls that the server takes."""
-    if isinstance(texts, str):
-        raise InvalidRequest("classify_batch takes a list of texts; for one text use classify.")
-    if not texts:
-        raise InvalidRequest("classify_batch was given no texts; give it at least one.")
-    with _unsendable():
-        sizes = [len(text.encode()) for text in texts]
-        pb.ClassifyBatchRequest(task=task or "", top_k=top_k, evidence=evidence)
-    start = 0
-    while start < len(texts):
-        end, total = start + 1, sizes[start]
-        while end < len(texts) and end - start < MAX_TEXTS and total + sizes[end] <= _BATCH_BYTES:
-            total += sizes[end]
-            end += 1
-        request = pb.ClassifyBatchRequest(texts=texts[start:end], task=task or "", top_k=top_k, evidence=evidence)
-        _check_bytes(request.ByteSize())
-        yield request
-        start = end
-
-
 @contextlib.contextmanager
-def _unsendable() -> Iterator[None]:
-    """Refuses what protobuf cannot carry with a sentence instead of its own error."""
+def _typed_errors(server: str, timeout: float | None, failed: Sequence[Exception] = ()) -> Iterator[None]:
+    """Turns gRPC's errors into ours: the server's own sentence where it sent one, else one about the connection.
+
+    What `failed` holds by then is what really went wrong, on our side.
+    """
     try:
         yield
-    except UnicodeEncodeError:
-        raise InvalidRequest("The text holds a lone surrogate, which UTF-8 cannot carry; decode it properly.") from None
-    except (TypeError, ValueError, AttributeError) as error:
-        raise InvalidRequest(f"The text and the task must be strings and top_k a number from 0: {error}.") from None
-
-
-def _check_bytes(size: int) -> None:
-    # Beyond this gRPC itself would refuse, as if the server were overloaded.
-    if size > MAX_MESSAGE_BYTES:
-        raise InvalidRequest(f"The request has {size} bytes; the server takes {MAX_MESSAGE_BYTES} at most.")
-
-
-def _classification(response: pb.ClassifyResponse) -> Classification:
-    return Classification(
-        task=response.task,
-        labels=tuple(ScoredLabel(label.name, label.score, label.chosen) for label in response.labels),
-        truncated=response.truncated,
-        tokens=response.tokens,
-        queue_micros=response.queue_micros,
-        compute_micros=response.compute_micros,
-        model_version=response.model_version,
-        evidence=tuple(EvidenceSpan(span.start, span.end, span.score) for span in response.evidence),
-    )
-
-
-def _outcomes(response: pb.ClassifyBatchResponse) -> list[Classification | ClasserError]:
-    return [
-        from_status(item.error) if item.HasField("error") else _classification(item.response) for item in response.items
-    ]
-
-
-@contextlib.contextmanager
-def _typed_errors(server: str, timeout: float) -> Iterator[None]:
-    """Turns gRPC's errors into ours: the server's own sentence where it sent one, else one about the connection."""
-    try:
-        yield
+    except asyncio.CancelledError:  # what gRPC makes of it where it is asynchronous
+        if failed:
+            raise failed[0] from None
+        raise
     except grpc.RpcError as error:
-        code, details = _code_and_details(error)
-        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        if failed:
+            raise failed[0] from None
+        code, details, retry_seconds = _what_it_says(error)
+        if code is grpc.StatusCode.DEADLINE_EXCEEDED and retry_seconds is None and timeout is not None:
             details = f"The server at {server} did not answer within {timeout:g} seconds."
         elif code is grpc.StatusCode.CANCELLED:
             details = f"The request to the server at {server} was cancelled."
@@ -377,12 +332,15 @@ def _typed_errors(server: str, timeout: float) -> Iterator[None]:
             details = f"What answers at {server} is not a Classer server, or one of another version."
         elif code is grpc.StatusCode.UNAVAILABLE and not details.startswith("The server"):
             details = f"No server answers at {server}; is it running, and is the address right? ({details})"
-        raise error_of(code, details) from error
+        raise error_of(code, details, retry_seconds=retry_seconds) from error
 
 
-def _code_and_details(error: Any) -> tuple[grpc.StatusCode, str]:
-    """Every RpcError that a call raises is itself a call with these methods; the base class does not say so."""
-    return error.code(), error.details() or ""
+def _what_it_says(error: Any) -> tuple[grpc.StatusCode, str, float | None]:
+    """Status, sentence, and when to try again.
+
+    Every RpcError that a call raises is itself a call with these methods; the base class does not say so.
+    """
+    return error.code(), error.details() or "", retry_seconds_of(error.trailing_metadata())
 
 
 def _health_request() -> health_pb2.HealthCheckRequest:

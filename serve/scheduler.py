@@ -9,8 +9,8 @@ texts that rank before it, share a batch with one that does, or fill rows that w
 nor short ones starve, nor bulk ones.
 
 Deadlines. What a batch takes is predicted from the warm-up's measurements, times how the last batches compared with
-theirs. A text whose deadline would pass before its turn is refused at once; one whose deadline has passed, or is nearer
-than its batch would take, is not run.
+theirs. A text whose deadline would pass before its turn is refused at once, if it was announced (`expect`) even before
+it is tokenised; one whose deadline has passed, or is nearer than its batch would take, is not run.
 
 All times are seconds of the scheduler's clock.
 """
@@ -28,6 +28,7 @@ from concurrent.futures import Future
 from ..data.buckets import bucket_for
 from .errors import ClasserError, DeadlineExceeded, InternalError, InvalidRequest, Overloaded, Unavailable
 from .log import log_failure
+from .queues import Entry, Queues
 from .work import BatchRun, Device, Output, Priority, Scored, Work
 
 # About four thousand texts of 256 tokens. Twice what the largest batch call can bring (1,024 texts of 512 tokens), so
@@ -40,6 +41,8 @@ BULK_PATIENCE = 2.0
 # How fast predictions follow what batches really take, and within which factors of the warm-up's measurements.
 DRIFT_RATE = 0.2
 DRIFT_RANGE = (0.25, 8.0)
+# How fast the mean text follows those that come.
+TEXT_RATE = 0.05
 # What a deadline must leave beyond the prediction, as a factor of it.
 MARGIN = 1.2
 # A refusal's hint is no shorter: a caller who comes back sooner finds the same queue.
@@ -47,26 +50,8 @@ MIN_RETRY_SECONDS = 0.02
 
 
 @dataclasses.dataclass(eq=False)
-class _Entry:
-    work: Work
-    bucket: int
-    enqueued: float
-    order: int
-    rank: tuple[float, int]
-    seconds: float  # its share of the warm-up's time for a full batch
-    future: Future[Scored]
-
-    def late(self, now: float) -> bool:
-        return self.work.deadline is not None and self.work.deadline <= now
-
-
-# The queue of one model, bucket and priority, in the order of arrival.
-_Lane = collections.OrderedDict[int, _Entry]
-
-
-@dataclasses.dataclass(eq=False)
 class _Batch:
-    entries: list[_Entry]
+    entries: list[Entry]
     bucket: int
     collect: Callable[[], Sequence[Output]]
     started: float
@@ -105,9 +90,9 @@ class Scheduler:
         self._clock = clock
         self._on_death = on_death
         self._on_batch = on_batch
-        self._lanes: dict[tuple[Device, int, Priority], _Lane] = {}
-        self._tokens = dict.fromkeys(Priority, 0)  # that wait
-        self._seconds = dict.fromkeys(Priority, 0.0)  # that what waits will take
+        self._queues = Queues()
+        self._expected = dict.fromkeys(Priority, 0)  # texts that were announced and are not here yet
+        self._text_seconds = 0.0  # of the last texts, each one's share of a full batch, as the warm-up measured
         self._running: collections.deque[_Batch] = collections.deque()
         self._drift = 1.0
         self._collected = clock()
@@ -124,7 +109,7 @@ class Scheduler:
     @property
     def waiting_tokens(self) -> int:
         """Tokens in the queues now, each text counted as its bucket's length."""
-        return sum(self._tokens.values())
+        return self._queues.tokens
 
     @property
     def max_waiting_tokens(self) -> int:
@@ -158,6 +143,31 @@ class Scheduler:
             self._changed.notify()
         if self._thread.ident is not None:
             self._thread.join(timeout)
+
+    def expect(self, deadline: float | None, priority: Priority) -> None:
+        """Announces a text that has still to be tokenised, so that those behind it reckon with it, until `arrived`.
+
+        Raises:
+          DeadlineExceeded, Overloaded, Unavailable: it would be refused as things stand; tokenising it would only take
+            time from those that can be answered.
+        """
+        now = self._clock()
+        with self._changed:
+            if self._refusal is not None:
+                raise Unavailable(self._refusal)
+            if self.waiting_tokens >= self._max_waiting_tokens:
+                raise self._no_room(self.waiting_tokens, self._max_waiting_tokens, "tokens", now)
+            ahead = sum(count for other, count in self._expected.items() if other <= priority)
+            wait = self._backlog(priority, now) + ahead * self._text_seconds * self._drift
+            if deadline is not None and wait and now + MARGIN * wait > deadline:
+                raise _too_late(deadline - now, wait)
+            self._expected[priority] += 1
+
+    def arrived(self, priorities: Iterable[Priority]) -> None:
+        """Ends what `expect` announced: these texts are queued now, or never will be."""
+        with self._changed:
+            for priority in priorities:
+                self._expected[priority] -= 1
 
     def submit(self, work: Work) -> Future[Scored]:
         """`submit_all` for one text."""
@@ -229,90 +239,70 @@ class Scheduler:
         wait = self._backlog(work.priority, now)
         # With nothing else to do the device may as well try: predictions can be wrong, and only runs mend them.
         # A text is answered with its batch, not before; and what was predicted is never exact.
-        mates = min(full, 1 + len(self._lanes.get((work.device, bucket, work.priority), ())))
+        mates = min(full, 1 + self._queues.count([(work.device, bucket, work.priority)]))
         needed = MARGIN * (wait + self._drift * work.device.seconds(bucket, mates))
         if work.deadline is not None and busy and now + needed > work.deadline:
-            raise DeadlineExceeded(
-                f"The deadline is {work.deadline - now:.3f} seconds away, but the text's turn would come in about "
-                f"{wait:.3f}; it was not run.",
-                retry_seconds=max(wait, MIN_RETRY_SECONDS),
-            )
+            raise _too_late(work.deadline - now, wait)
         order = next(self._orders)
         rank = (now + (BULK_PATIENCE if work.priority is Priority.BULK else 0.0), order)
-        entry = _Entry(work, bucket, now, order, rank, seconds, future)
-        self._lanes.setdefault((work.device, bucket, work.priority), _Lane())[order] = entry
-        self._tokens[work.priority] += bucket
-        self._seconds[work.priority] += seconds
+        entry = Entry(work, bucket, now, order, rank, seconds, future)
+        self._queues.add(entry)
+        self._text_seconds += TEXT_RATE * (seconds - self._text_seconds)
         future.add_done_callback(lambda _: self._forget(entry))
 
     def _check_room(self, work: Work, bucket: int, now: float) -> None:
         waiting, bound, whose = self.waiting_tokens, self._max_waiting_tokens, "tokens"
         if work.priority is Priority.BULK:
-            waiting, bound, whose = self._tokens[Priority.BULK], int(bound * BULK_SHARE), "tokens in bulk"
+            waiting, bound, whose = self._queues.tokens_of(Priority.BULK), int(bound * BULK_SHARE), "tokens in bulk"
         if waiting + bucket > bound or self.waiting_tokens + bucket > self._max_waiting_tokens:
-            raise Overloaded(
-                f"The server has {waiting} {whose} waiting and takes on {bound} at most; try again in a moment.",
-                # By then half of what waits is done; all callers at once would not fit into less.
-                retry_seconds=max(self._backlog(Priority.BULK, now) / 2, MIN_RETRY_SECONDS),
-            )
+            raise self._no_room(waiting, bound, whose, now)
+
+    def _no_room(self, waiting: int, bound: int, whose: str, now: float) -> Overloaded:
+        return Overloaded(
+            f"The server has {waiting} {whose} waiting and takes on {bound} at most; try again in a moment.",
+            # By then half of what waits is done; all callers at once would not fit into less.
+            retry_seconds=max(self._backlog(Priority.BULK, now) / 2, MIN_RETRY_SECONDS),
+        )
 
     def _backlog(self, priority: Priority, now: float) -> float:
         """Predicted seconds until a text that comes now would have its turn."""
         running = sum(batch.expected for batch in self._running) * self._drift
         if self._running:
             running = max(running - (now - max(self._running[0].started, self._collected)), 0.0)
-        ahead = sum(self._seconds[other] for other in Priority if other <= priority)
-        return running + ahead * self._drift
+        return running + self._queues.seconds_before(priority) * self._drift
 
-    def _forget(self, entry: _Entry) -> None:
+    def _forget(self, entry: Entry) -> None:
         """Takes a cancelled text out of its queue (any other that is done has left it before)."""
         with self._changed:
-            self._pop((entry.work.device, entry.bucket, entry.work.priority), entry.order)
+            self._queues.remove(entry)
 
-    def _pop(self, key: tuple[Device, int, Priority], order: int) -> _Entry | None:
-        lane = self._lanes.get(key)
-        entry = lane.pop(order, None) if lane is not None else None
-        if entry is not None:
-            self._tokens[entry.work.priority] -= entry.bucket
-            self._seconds[entry.work.priority] -= entry.seconds
-            if not lane:
-                del self._lanes[key]
-        if not self._lanes:
-            self._seconds = dict.fromkeys(Priority, 0.0)  # else sums of floats would drift off zero
-        return entry
-
-    def _take(self) -> tuple[list[_Entry], list[_Entry]]:
+    def _take(self) -> tuple[list[Entry], list[Entry]]:
         """The next batch, and the texts before it whose deadlines have passed or are too near."""
-        batch: list[_Entry] = []
-        expired: list[_Entry] = []
+        batch: list[Entry] = []
+        expired: list[Entry] = []
         with self._changed:
-            head = self._first(self._lanes)
+            head = self._queues.first()
             if head is None:
                 return batch, expired
             device, bucket = head.work.device, head.bucket
             own = [(device, bucket, priority) for priority in Priority]
-            count = device.batch_for(bucket, sum(len(self._lanes.get(key, ())) for key in own))
+            count = device.batch_for(bucket, self._queues.count(own))
             rows = device.rows(bucket, count)
             now = self._clock()
             ready = now + self._drift * device.seconds(bucket, count)
             shorter = [(device, b, priority) for b in device.buckets if b < bucket for priority in Priority]
             # Rows that would stand empty are the shorter texts' for nothing.
             for keys, most in ((own, count), (shorter, rows)):
-                while len(batch) < most and (entry := self._first(keys)) is not None:
-                    self._pop((device, entry.bucket, entry.work.priority), entry.order)
+                while len(batch) < most and (entry := self._queues.first(keys)) is not None:
+                    self._queues.remove(entry)
                     # From here on the owner can no longer cancel; False means that it just has.
                     if not entry.future.set_running_or_notify_cancel():
                         continue
-                    hopeless = entry.late(ready) and (bool(batch) or bool(self._lanes))
+                    hopeless = entry.late(ready) and (bool(batch) or bool(self._queues))
                     (expired if entry.late(now) or hopeless else batch).append(entry)
         return batch, expired
 
-    def _first(self, keys: Iterable[tuple[Device, int, Priority]]) -> _Entry | None:
-        """The entry of the lowest rank in some lanes."""
-        heads = [next(iter(lane.values())) for key in keys if (lane := self._lanes.get(key))]
-        return min(heads, key=lambda entry: entry.rank) if heads else None
-
-    def _launch(self, entries: list[_Entry]) -> None:
+    def _launch(self, entries: list[Entry]) -> None:
         bucket = max(entry.bucket for entry in entries)
         device = entries[0].work.device
         batch = _Batch(entries, bucket, tuple, self._clock(), device.seconds(bucket, len(entries)))
@@ -360,7 +350,7 @@ class Scheduler:
             else:
                 _deliver(entry, Scored(output, began - entry.enqueued, self._clock() - began))
 
-    def _try_again(self, batch: _Batch, entry: _Entry) -> Output | None:
+    def _try_again(self, batch: _Batch, entry: Entry) -> Output | None:
         """What one text of a failed batch gives by itself; None if it fails again."""
         try:
             return batch.device.launch([entry.work.ids], batch.bucket)()[0]
@@ -379,23 +369,27 @@ class Scheduler:
     def _wait(self) -> bool:
         """Blocks until something waits or runs (True), or nothing ever will again (False)."""
         with self._changed:
-            while not self._lanes and not self._running and self._refusal is None:
+            while not self._queues and not self._running and self._refusal is None:
                 self._changed.wait()
-            return bool(self._lanes or self._running)
+            return bool(self._queues or self._running)
 
     def _die(self) -> None:
         with self._changed:
             self._dead = True
             self._refusal = "The server has lost its device and needs a restart; send the text to another one."
-            left = [entry for lane in self._lanes.values() for entry in lane.values()]
-            self._lanes.clear()
+            left = self._queues.clear()
             self._running.clear()
-            self._tokens = dict.fromkeys(Priority, 0)
-            self._seconds = dict.fromkeys(Priority, 0.0)
         for entry in left:
             if entry.future.set_running_or_notify_cancel():
                 _deliver(entry, Unavailable(self._refusal))
         self._on_death()
+
+
+def _too_late(left: float, wait: float) -> DeadlineExceeded:
+    return DeadlineExceeded(
+        f"The deadline is {left:.3f} seconds away, but the text's turn would come in about {wait:.3f}; it was not run.",
+        retry_seconds=max(wait, MIN_RETRY_SECONDS),
+    )
 
 
 def _raising(error: Exception) -> Callable[[], Sequence[Output]]:
@@ -405,7 +399,7 @@ def _raising(error: Exception) -> Callable[[], Sequence[Output]]:
     return collect
 
 
-def _deliver(entry: _Entry, result: Scored | ClasserError) -> None:
+def _deliver(entry: Entry, result: Scored | ClasserError) -> None:
     if isinstance(result, Scored):
         entry.future.set_result(result)
     else:

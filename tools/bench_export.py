@@ -41,10 +41,12 @@ CASES = (
     ("onnx", "float16"),
     ("onnx", "bfloat16"),
     ("openvino", "float32"),
+    ("litert", "float32"),
     ("stablehlo", "int8"),
     ("savedmodel", "int8"),
     ("onnx-int8", "int8"),
     ("openvino", "int8"),
+    ("litert", "int8"),
 )
 DYNAMIC = "onnx, ONNX Runtime's dynamic quantisation"
 BATCH = 32

@@ -12,22 +12,22 @@ from classer import __version__
 from classer.data.errors import InputError
 from classer.data.fetch import cache_folder
 from classer.serve.errors import ClasserError
-from classer.tools import commands
+from classer.tools import commands, measuring, training
 from classer.tools.aot import aot
 from classer.tools.export import commands as export_commands
 from classer.tools.prepare import prepare
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    "train": commands.train,
+    "train": training.train,
     "serve": commands.serve,
     "frontend": commands.frontend,
     "classify": commands.classify,
     "gateway": commands.gateway,
     "load-test": commands.load_test,
     "keys": commands.keys,
-    "evaluate": commands.evaluate,
-    "focus-report": commands.focus_report,
-    "focus-plan": commands.focus_plan,
+    "evaluate": measuring.evaluate,
+    "focus-report": measuring.focus_report,
+    "focus-plan": measuring.focus_plan,
     "teach": commands.teach,
     "upcycle": commands.upcycle,
     "quantize": commands.quantize,

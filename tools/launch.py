@@ -19,8 +19,8 @@ import tyro
 
 from classer.tools import launch_kubernetes, launch_local, launch_slurm
 from classer.tools.cli import run, tune_allocator
-from classer.tools.commands import parse_job, train
 from classer.tools.launch_job import Launch
+from classer.tools.training import parse_job, train
 
 TARGETS = {"local": launch_local, "slurm": launch_slurm, "kubernetes": launch_kubernetes}
 

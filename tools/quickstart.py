@@ -23,7 +23,7 @@ from classer.data.fetch import cache_folder, fetch_wheel_file
 from classer.data.splits import find_duplicates, stratified_split
 from classer.serve.client import Client
 from classer.tools.cli import run, tune_allocator
-from classer.tools.commands import print_result
+from classer.tools.training import print_result
 from classer.train.config import Recipe, TrainJob
 from classer.train.run import train
 

@@ -144,7 +144,7 @@ class TrainJob:
 
     Attributes:
       data: a CSV, TSV, JSONL or Parquet file of labelled texts; a folder with task.json (or task.yaml) and one file a
-        split; or a folder of such folders, for a classifier of several tasks.
+        split; a folder of such folders, for a classifier of several tasks; or what `classer prepare` made.
       out: the run's folder: made by the run, and refused if it holds anything (see `resume`).
       recipe: how to train.
       dev: a file of examples to choose the best epoch and calibrate on; by default a share of the training examples.

@@ -33,10 +33,6 @@ class Dataset:
     dev: dict[str, list[Example]]
     test: dict[str, list[Example]]
 
-    def measured(self, task: str) -> str:
-        """The split that the finished model is measured on: "test", or "dev" where there is none."""
-        return "test" if task in self.test else "dev"
-
 
 def load_dataset(job: TrainJob, say: Callable[[str], object]) -> Dataset:
     """Reads what a job names, and says what it found.

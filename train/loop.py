@@ -18,6 +18,7 @@ from flax import traverse_util
 from ..data.curriculum import CurriculumBatches
 from ..data.errors import InputError
 from ..data.pipeline import TrainBatches, TrainExamples
+from ..data.shards import ShardBatches, Shards
 from ..data.taxonomy import Taxonomy
 from ..model.classifier import TextClassifier
 from ..model.config import EncoderConfig
@@ -93,7 +94,7 @@ class Part:
       draws_focus: whether rows are trained with budgets drawn at random.
     """
 
-    batches: TrainBatches | CurriculumBatches
+    batches: TrainBatches | CurriculumBatches | ShardBatches
     looks: int
     patience: int
     label_smoothing: float
@@ -117,6 +118,7 @@ class Trainee:
       pad_id: fills token rows.
       out: the run's folder.
       running: how to carry it out.
+      shards: the examples to train on where they are read from disk; `train` is then a sample of them.
     """
 
     recipe: Recipe
@@ -127,6 +129,11 @@ class Trainee:
     pad_id: int
     out: Path
     running: Running = dataclasses.field(default_factory=Running)
+    shards: Shards | None = None
+
+    @property
+    def layout(self) -> Layout:
+        return make_layout() if self.running.layout is None else self.running.layout
 
 
 def fit(trainee: Trainee, weights: Weights) -> Fitted:
@@ -233,15 +240,13 @@ def _fit_stages(trainee: Trainee, weights: Weights) -> Fitted:
     return fitted
 
 
-def _epochs(trainee: Trainee, num_epochs: int) -> TrainBatches:
+def _epochs(trainee: Trainee, num_epochs: int) -> TrainBatches | ShardBatches:
     recipe = trainee.recipe
-    return TrainBatches(
-        _join(trainee),
-        batch_size=recipe.batch_size,
-        seed=recipe.seed,
-        pad_id=trainee.pad_id,
-        num_epochs=num_epochs,
-    )
+    size, seed, pad_id = recipe.batch_size, recipe.seed, trainee.pad_id
+    if trainee.shards is None:
+        return TrainBatches(_join(trainee), batch_size=size, seed=seed, pad_id=pad_id, num_epochs=num_epochs)
+    rows = trainee.layout.rows(size)
+    return ShardBatches(trainee.shards, batch_size=size, seed=seed, pad_id=pad_id, num_epochs=num_epochs, rows=rows)
 
 
 def _join(trainee: Trainee) -> TrainExamples:
@@ -264,7 +269,7 @@ def _fit_part(part: Part, trainee: Trainee, weights: Weights) -> Fitted:
         remat=recipe.remat,
     )
     running = trainee.running
-    layout = make_layout() if running.layout is None else running.layout
+    layout = trainee.layout
     layout.rows(recipe.batch_size)  # raises where it cannot be divided
     train_step = _make_step(part, trainee, model, optimizer, layout)
     iterator = iter(batches)
@@ -345,6 +350,7 @@ def _make_step(
         temperature=recipe.soft_temperature,
         draw_focus=draw if part.draws_focus else None,
         layout=layout,
+        batch_size=None if trainee.shards is None else recipe.batch_size,
     )
 
 

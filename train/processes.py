@@ -174,7 +174,12 @@ class Pace:
         self._pending: Callable[[], tuple[bool, ...]] | None = None
 
     def after(self, step: int) -> tuple[bool, bool]:
-        """(save, stop) after a step. What a clock or a signal asked for is heard a step later in a job of several."""
+        """(save, stop) after a step. What a clock or a signal asked for is heard a step later in a job of several.
+
+        Raises:
+          KeyboardInterrupt: SIGINT has come.
+        """
+        _signals.check()
         due = is_first() and self._seconds > 0 and self._clock() - self._saved >= self._seconds
         asked, self._pending = self._pending, _agree(due, _signals.asked)
         if not jax.distributed.is_initialized():
@@ -187,13 +192,24 @@ class Pace:
 
 
 class _Signals:
-    """SIGTERM: raises `Stopped`, or within `deferred` only notes it, for the loop to save first."""
+    """SIGTERM and SIGINT. Within `deferred` they are only noted, for the loop to hear of between two steps.
+
+    SIGTERM raises `Stopped`, and the loop saves first. SIGINT raises KeyboardInterrupt: in the middle of a step it
+    could come into a callback of JAX or Orbax, where it is lost, or leaves a lock behind. A second one does not wait.
+    """
 
     def __init__(self) -> None:
         self.asked = False
+        self.interrupted = False
         self._deferred = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self.interrupted or not self._deferred:
+                raise KeyboardInterrupt
+            self.interrupted = True
+            os.write(2, b"\nclasser: stopping after this step; interrupt again to stop at once\n")
+            return
         self.asked = True
         if not self._deferred:
             raise Stopped("Stopped; there was nothing new to save.", together=False)
@@ -201,8 +217,15 @@ class _Signals:
     def __enter__(self) -> None:
         self._deferred = True
 
+    def check(self) -> None:
+        """Raises KeyboardInterrupt if SIGINT came."""
+        if self.interrupted:
+            raise KeyboardInterrupt
+
     def __exit__(self, kind: type | None, *_: object) -> None:
         self._deferred = False
+        if kind is None:
+            self.check()
         # The signal came after the last step that `Pace` was asked about.
         if kind is None and _agree(self.asked)()[0]:
             raise Stopped("Stopped at the end of a stage; it is saved.")
@@ -212,13 +235,17 @@ _signals = _Signals()
 
 
 def listen() -> None:
-    """From now on SIGTERM stops the run in good order: see `Stopped`. After `join`, and in the main thread."""
-    _signals.asked = False
-    signal.signal(signal.SIGTERM, _signals)
+    """From now on SIGTERM stops the run in good order (see `Stopped`), and SIGINT between two steps.
+
+    After `join`, and in the main thread.
+    """
+    _signals.asked = _signals.interrupted = False
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _signals)
 
 
 def deferred() -> _Signals:
-    """Within it SIGTERM waits for `Pace`."""
+    """Within it SIGTERM and SIGINT wait for `Pace`."""
     return _signals
 
 

@@ -18,14 +18,13 @@ from ..model.sharding import make_layout
 from .baseline import BaselineScore, tfidf_svm
 from .calibration import fit_calibration
 from .config import TrainJob, read_curriculum
-from .datasets import Dataset, load_dataset
-from .evaluation import TokenizedSplit, measure, tokenize
+from .evaluation import measure
+from .inputs import Inputs, load_inputs, open_data
 from .loop import Fitted, Running, Trainee, fit
 from .metrics import Metrics
 from .place import LOGS
 from .processes import first_before_others, first_decides, is_first, leave
 
-GOLDEN_TEXTS = 8
 CARD_LABELS = 200  # labels that the model card lists of a task
 JOB_FILE = "job.json"
 
@@ -95,7 +94,7 @@ def run_job(job: TrainJob) -> TrainResult | None:
     layout = make_layout(fsdp=job.fsdp, tensor=job.tensor)
     if layout.mesh.size > 1:
         say(f"{layout.mesh.size} devices: " + ", ".join(f"{axis} {n}" for axis, n in layout.mesh.shape.items()) + ".")
-    dataset = load_dataset(job, say)
+    data = open_data(job, say)
     encoder_folder, encoder, weights = first_before_others(lambda: choose_encoder(job.recipe.encoder))
     encoder = dataclasses.replace(encoder, gated=job.recipe.focus_epochs > 0)
     if job.recipe.max_length > encoder.max_positions:
@@ -110,11 +109,19 @@ def run_job(job: TrainJob) -> TrainResult | None:
             f"{encoder_folder}: vocab.txt has {tokenizer.vocab_size:,} tokens, but the encoder only "
             f"{encoder.vocab_size:,}; they do not belong together."
         )
-    splits = _tokenize(job, dataset, tokenizer, say)
+    inputs = load_inputs(job, data, tokenizer, say)
     first_decides(lambda: _write_job(job) is None)
     running = Running(layout, job.save_steps, job.save_minutes, _job_json(job))
     trainee = Trainee(
-        job.recipe, dataset.taxonomy, encoder, splits["train"], splits["dev"], tokenizer.pad_id, job.out, running
+        job.recipe,
+        inputs.taxonomy,
+        encoder,
+        inputs.splits["train"],
+        inputs.splits["dev"],
+        tokenizer.pad_id,
+        job.out,
+        running,
+        inputs.shards,
     )
     fitted = fit(trainee, weights)
     first = is_first()
@@ -124,74 +131,49 @@ def run_job(job: TrainJob) -> TrainResult | None:
 
     trained = Bundle(
         encoder=encoder,
-        taxonomy=dataset.taxonomy,
+        taxonomy=inputs.taxonomy,
         tokenizer=tokenizer,
         weights=fitted.weights,
         precision="float32",
         calibration={},
         max_length=job.recipe.max_length,
-        golden_texts=(*_golden_texts(dataset), ""),
+        golden_texts=(*inputs.golden_texts, ""),
         card="",
         licences=tuple(file for file in (encoder_folder / "LICENSE", encoder_folder / "NOTICE") if file.is_file()),
     )
     if job.resume:  # a run that was stopped between its two bundles
         shutil.rmtree(job.out / "bundle-float32", ignore_errors=True)
-    float_bundle, float_metrics = _finish(job, dataset, splits, fitted, trained, "-float32")
-    int8_bundle, int8_metrics = _finish(job, dataset, splits, fitted, quantize(trained), "")
+    float_bundle, float_metrics = _finish(job, inputs, fitted, trained, "-float32")
+    int8_bundle, int8_metrics = _finish(job, inputs, fitted, quantize(trained), "")
     scores = []
-    for task in dataset.taxonomy.tasks:
-        name = task.name
+    for task in inputs.taxonomy.tasks:
+        name, dataset = task.name, inputs.dataset
         baseline = None
-        if job.baseline:
+        if job.baseline and dataset is not None:
             baseline = tfidf_svm(dataset.train[name], dataset.test.get(name) or dataset.dev[name], task)
-        scores.append(TaskScores(name, dataset.measured(name), float_metrics[name], int8_metrics[name], baseline))
+        scores.append(TaskScores(name, inputs.measured(name), float_metrics[name], int8_metrics[name], baseline))
     return TrainResult(int8_bundle, float_bundle, tuple(scores))
-
-
-def _tokenize(
-    job: TrainJob, dataset: Dataset, tokenizer: WordPieceTokenizer, say: Callable[[str], object]
-) -> dict[str, dict[str, TokenizedSplit]]:
-    """Split → task → examples."""
-    tasks, length = dataset.taxonomy.tasks, job.recipe.max_length
-    splits = {
-        split: {
-            task.name: tokenize(task, by_task[task.name], tokenizer, length) for task in tasks if task.name in by_task
-        }
-        for split, by_task in (("train", dataset.train), ("dev", dataset.dev), ("test", dataset.test))
-    }
-    if cut := sum(split.truncated for split in splits["train"].values()):
-        share = cut / sum(len(split.ids) for split in splits["train"].values())
-        say(f"{cut:,} training texts ({share:.0%}) are longer than {length} tokens and are cut there.")
-    return splits
-
-
-def _golden_texts(dataset: Dataset) -> list[str]:
-    """A few texts of every task, `GOLDEN_TEXTS` in all."""
-    tasks = dataset.taxonomy.tasks
-    turns = [dataset.dev[task.name][turn : turn + 1] for turn in range(GOLDEN_TEXTS) for task in tasks]
-    return [example.text for examples in turns for example in examples][:GOLDEN_TEXTS]
 
 
 def _finish(
     job: TrainJob,
-    dataset: Dataset,
-    splits: dict[str, dict[str, TokenizedSplit]],
+    inputs: Inputs,
     fitted: Fitted,
     bundle: Bundle,
     suffix: str,
 ) -> tuple[Bundle, dict[str, Metrics]]:
     """Calibrates, measures and writes one precision of the trained classifier; also its metrics by task."""
     predictor = bundle.predictor()
-    tasks = dataset.taxonomy.tasks
+    tasks = inputs.taxonomy.tasks
     calibration, metrics = {}, {}
     for task in tasks:
-        columns = dataset.taxonomy.slice_of(task.name)
-        dev = splits["dev"][task.name]
+        columns = inputs.taxonomy.slice_of(task.name)
+        dev = inputs.splits["dev"][task.name]
         dev_logits_NL = predictor.logits(dev.ids, columns=columns)
         calibration[task.name] = fit_calibration(task, dev_logits_NL, dev.targets_NL)
-        measured = splits[dataset.measured(task.name)][task.name]
+        measured = inputs.splits[inputs.measured(task.name)][task.name]
         logits_NL = dev_logits_NL if measured is dev else predictor.logits(measured.ids, columns=columns)
-        title = f"{task.name}, {dataset.measured(task.name)}, {bundle.precision}"
+        title = f"{task.name}, {inputs.measured(task.name)}, {bundle.precision}"
         results = job.out / f"results{suffix}"
         metrics[task.name] = measure(
             task,
@@ -202,7 +184,7 @@ def _finish(
             results=results / task.name if len(tasks) > 1 else results,
         )
     finished = dataclasses.replace(bundle, calibration=calibration)
-    finished = dataclasses.replace(finished, card=_model_card(job, dataset, fitted, finished, metrics))
+    finished = dataclasses.replace(finished, card=_model_card(job, inputs, fitted, finished, metrics))
     return save_bundle(finished, job.out / f"bundle{suffix}"), metrics
 
 
@@ -261,16 +243,15 @@ def _write_job(job: TrainJob) -> None:
     whole.rename(job.out / JOB_FILE)
 
 
-def _model_card(job: TrainJob, dataset: Dataset, fitted: Fitted, bundle: Bundle, metrics: dict[str, Metrics]) -> str:
-    tasks = dataset.taxonomy.tasks
+def _model_card(job: TrainJob, inputs: Inputs, fitted: Fitted, bundle: Bundle, metrics: dict[str, Metrics]) -> str:
+    tasks = inputs.taxonomy.tasks
     licence = " (its licence stands beside this file)" if bundle.licences else ""
-    examples = sum(len(split) for split in dataset.train.values())
     lines = [
         f"# {', '.join(task.name for task in tasks)}",
         "",
         f"A classifier of {len(tasks)} task{'s' * (len(tasks) > 1)}, {bundle.precision}, by Classer {__version__}.",
         "",
-        f"- Trained from {job.recipe.encoder}{licence} on {examples:,} "
+        f"- Trained from {job.recipe.encoder}{licence} on {inputs.num_train:,} "
         f"examples: {fitted.best_epoch} of {fitted.epochs} epochs, seed {job.recipe.seed}.",
         f"- Texts are read up to {bundle.max_length} tokens.",
         "",
@@ -283,7 +264,7 @@ def _model_card(job: TrainJob, dataset: Dataset, fitted: Fitted, bundle: Bundle,
             f"## {task.name}",
             "",
             f"- {task.kind.capitalize()}, {len(task.labels):,} labels: {names}{f' and {more:,} more' * (more > 0)}.",
-            f"- On {measured.n:,} {dataset.measured(task.name)} examples: accuracy {measured.accuracy:.2%}, "
+            f"- On {measured.n:,} {inputs.measured(task.name)} examples: accuracy {measured.accuracy:.2%}, "
             f"macro-F1 {measured.macro_f1:.3f}, expected calibration error {measured.ece:.3f}.",
             f"- Temperature {bundle.calibration[task.name].temperature:.3f}.",
             "",

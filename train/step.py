@@ -98,6 +98,7 @@ def make_train_step(
     temperature: float = 1.0,
     draw_focus: DrawFocus | None = None,
     layout: Layout | None = None,
+    batch_size: int | None = None,
 ) -> TrainStep:
     """Builds the step; it compiles once for each batch shape and takes over the memory of the state it is given.
 
@@ -109,6 +110,7 @@ def make_train_step(
       seed: of dropout and focus, which are functions of the seed and the step alone.
       draw_focus: (key, steps done, rows) → what each row keeps; None trains the dense classifier.
       layout: of the devices that state and batches are divided over; None computes on the default device.
+      batch_size: of the whole batch, where each process is given its own rows only; None where it is given all.
     """
 
     def loss_fn(params, batch: Arrays, step: jax.Array) -> jax.Array:
@@ -144,7 +146,7 @@ def make_train_step(
         if layout is None:
             return step(state, arrays_of(batch))
         with layout.active():
-            return step(state, layout.put_batch(arrays_of(batch)))
+            return step(state, layout.put_batch(arrays_of(batch), batch_size))
 
     return run
 

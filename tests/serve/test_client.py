@@ -47,6 +47,9 @@ def test_codes_that_we_do_not_send_are_internal_errors() -> None:
         (lambda client: client.classify("\ud800"), "lone surrogate"),
         (lambda client: client.classify(7), "must be strings"),
         (lambda client: client.classify("a", top_k=-1), "number from 0"),
+        (lambda client: client.classify("a", threshold="much"), "of its own type"),
+        (lambda client: client.classify("a", priority="soon"), "'interactive' or 'bulk'"),
+        (lambda client: list(client.classify_stream(iter(["a", None]))), "must be strings"),
         (lambda client: client.classify("a" * (MAX_MESSAGE_BYTES + 1)), "takes 16777216 at most"),
         (lambda client: client.classify_batch([]), "at least one"),
         (lambda client: client.classify_batch("one text"), "list of texts"),
@@ -59,6 +62,11 @@ def test_what_cannot_be_sent_is_refused_with_a_sentence(call, says: str, monkeyp
         monkeypatch.setattr(client._classifier, "ClassifyBatch", lambda *_, **__: pb.ClassifyBatchResponse())
         with pytest.raises(InvalidRequest, match=says):
             call(client)
+
+
+def test_an_option_that_there_is_not_is_a_programming_error() -> None:
+    with Client(NOWHERE) as client, pytest.raises(TypeError, match=r"no option 'colour'; there are: top_k, .*"):
+        client.classify("a", colour="red")  # pyright: ignore[reportCallIssue]
 
 
 def test_large_batches_are_cut_into_calls_that_the_server_takes(monkeypatch) -> None:

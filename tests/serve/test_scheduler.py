@@ -151,6 +151,36 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once(
     assert names([met]) == [7]
 
 
+def test_a_text_is_refused_even_before_it_is_tokenised(
+    scheduler: Scheduler, device: FakeDevice, clock: FakeClock
+) -> None:
+    """Where what waits, and what was announced before it, would take too long."""
+    scheduler.submit_all(device.work(name) for name in range(6))
+    with pytest.raises(DeadlineExceeded) as refused:
+        scheduler.expect(clock.now + 2, Priority.INTERACTIVE)
+    assert refused.value.retry_seconds == pytest.approx(2)
+    scheduler.expect(clock.now + 4, Priority.INTERACTIVE)
+    run_all(scheduler)
+    assert scheduler.backlog_seconds == 0
+
+
+def test_announced_texts_count_until_they_arrive(clock: FakeClock, device: FakeDevice) -> None:
+    """Once the mean text is known: a third of a second, as three share a batch."""
+    scheduler = Scheduler(clock=clock)
+    scheduler.submit_all(device.work(name) for name in range(200))
+    run_all(scheduler)
+    for _ in range(30):
+        scheduler.expect(None, Priority.INTERACTIVE)
+    with pytest.raises(DeadlineExceeded):
+        scheduler.expect(clock.now + 8, Priority.INTERACTIVE)
+    scheduler.expect(clock.now + 14, Priority.INTERACTIVE)
+    with pytest.raises(DeadlineExceeded):
+        scheduler.expect(clock.now + 8, Priority.BULK)
+    scheduler.arrived([Priority.INTERACTIVE] * 31)
+    scheduler.expect(clock.now + 0.1, Priority.BULK)
+    scheduler.expect(clock.now + 0.1, Priority.INTERACTIVE)  # bulk ones do not go before it
+
+
 def test_bulk_texts_ahead_do_not_count_for_an_interactive_deadline(
     scheduler: Scheduler, device: FakeDevice, clock: FakeClock
 ) -> None:

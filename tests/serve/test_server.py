@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from classer.data.errors import InputError
 from classer.data.readers import MAX_TEXT_CHARS
+from classer.data.tokenizer import WordPieceTokenizer
 from classer.model.bundle import load_bundle
 from classer.serve.client import (
     AsyncClient,
@@ -26,6 +27,7 @@ from classer.serve.client import (
     InternalError,
     InvalidRequest,
     Overloaded,
+    TaskInfo,
     Unavailable,
     UnknownTask,
 )
@@ -129,6 +131,69 @@ def test_the_async_client_gives_the_same_answers(running, client: Client) -> Non
 
     for text, answer in zip(TEXTS, asyncio.run(main()), strict=True):
         assert answer.best.name == client.classify(text, "topic").best.name
+
+
+def test_options_reach_the_model(running, client: Client) -> None:
+    name = client.tasks()[0].model
+    one = client.classify("card", "topic", model=name, request_id="mine", priority="bulk", focus=1, top_k=1)
+    assert (one.model, one.request_id, len(one.labels)) == (name, "mine", 1)
+    assert client.classify("card", "topic", threshold=0.0).chosen
+    assert not client.classify("card", "topic", threshold=1.0).chosen
+    with pytest.raises(InvalidRequest, match="focus"):
+        client.classify("card", "topic", focus=0.123)
+    with pytest.raises(UnknownTask):
+        client.classify("card", "topic", model="another")
+
+
+def test_tasks_can_be_listed(running, client: Client) -> None:
+    async def listed() -> list[TaskInfo]:
+        async with AsyncClient(running.address) as other:
+            return await other.tasks()
+
+    tasks = client.tasks()
+    assert (tasks[0].name, tasks[0].kind) == ("topic", "multiclass")
+    assert all(task.num_labels >= 2 and task.model_version for task in tasks)
+    assert asyncio.run(listed()) == client.tasks(tasks[0].model) == tasks
+
+
+def test_a_stream_gives_an_outcome_for_each_text_in_order(running, client: Client) -> None:
+    texts = [TEXTS[i % len(TEXTS)] for i in range(300)]
+    texts[150] = "x" * (MAX_TEXT_CHARS + 1)
+
+    async def streamed() -> list[object]:
+        async def asynchronous() -> AsyncIterator[str]:
+            for text in texts:
+                yield text
+
+        async with AsyncClient(running.address) as other:
+            first = [one async for one in other.classify_stream(asynchronous(), "topic")]
+            return first + [one async for one in other.classify_stream(texts, "topic")]
+
+    def essence(outcomes: Sequence[object]) -> list[object]:
+        return [one.chosen if isinstance(one, Classification) else type(one) for one in outcomes]
+
+    wanted = essence(client.classify_batch(texts, "topic"))
+    assert wanted[150] is InvalidRequest
+    assert essence(list(client.classify_stream(iter(texts), "topic"))) == wanted
+    assert essence(asyncio.run(streamed())) == wanted * 2
+
+
+def test_texts_that_fail_to_come_end_a_stream_with_their_own_error(running, client: Client) -> None:
+    def breaking() -> Iterator[str]:
+        yield from ["card"] * 200
+        raise OSError("the disk is gone")
+
+    async def streamed() -> None:
+        async with AsyncClient(running.address) as other:
+            async for _ in other.classify_stream(breaking(), "topic"):
+                pass
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        list(client.classify_stream(breaking(), "topic"))
+    with pytest.raises(OSError, match="the disk is gone"):
+        asyncio.run(streamed())
+    with pytest.raises(UnknownTask):
+        list(client.classify_stream(["card"], "no such task"))
 
 
 def test_it_describes_itself(running) -> None:
@@ -256,6 +321,29 @@ def test_a_deadline_ends_the_wait_and_the_text_is_not_run(running, client: Clien
         valve.open.set()
         assert first.result(TIMEOUT).chosen
     assert valve.ran == [1]
+
+
+def test_what_cannot_be_answered_in_time_is_not_even_tokenised(
+    running, client: Client, valve: Valve, monkeypatch
+) -> None:
+    encoded: list[str] = []
+    real = WordPieceTokenizer.encode
+
+    def encode(tokenizer: WordPieceTokenizer, texts: Sequence[str], max_length: int) -> object:
+        encoded.extend(texts)
+        return real(tokenizer, texts, max_length)
+
+    monkeypatch.setattr(WordPieceTokenizer, "encode", encode)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(client.classify, "card", "topic")
+        assert valve.closed.wait(TIMEOUT)
+        monkeypatch.setattr(type(running.server.scheduler), "_backlog", lambda *_: 1000.0)
+        with pytest.raises(DeadlineExceeded, match="turn would come in about 1000") as refused:
+            client.classify("money", "topic", timeout=TIMEOUT)
+        assert refused.value.retry_seconds == pytest.approx(1000)
+        valve.open.set()
+        assert first.result(TIMEOUT).chosen
+    assert encoded == ["card"]
 
 
 def test_cancelled_requests_leave_the_queue_and_their_mates_are_answered(running, valve: Valve) -> None:

@@ -18,7 +18,7 @@ from classer.data.taxonomy import TaskKind
 from classer.tests.helpers import write_toy_data
 from classer.tools import cli
 from classer.tools.cli import main
-from classer.tools.commands import parse_job
+from classer.tools.training import parse_job
 from classer.train.config import TrainJob
 from classer.train.datasets import load_dataset
 

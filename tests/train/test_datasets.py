@@ -54,7 +54,7 @@ def test_the_kind_is_found_and_a_share_set_aside_for_development(tmp_path: Path,
     assert (task_of(dataset).name, task_of(dataset).kind) == ("tickets", kind)
     assert len(only(dataset.train)) + len(only(dataset.dev)) == 100
     assert len(only(dataset.dev)) == pytest.approx(20, abs=2)
-    assert dataset.measured("tickets") == "dev"
+    assert "tickets" not in dataset.test
     assert any(f"a {kind} task" in sentence for sentence in said)
     assert any(f"Set {len(only(dataset.dev))} of 100 training examples aside" in sentence for sentence in said)
     assert not {example.source for example in only(dataset.train)} & {example.source for example in only(dataset.dev)}
@@ -85,7 +85,7 @@ def test_files_for_development_and_test_are_taken_as_given(tmp_path: Path) -> No
     )
     dataset, said = load(train, dev=dev, test=test)
     assert [len(split) for split in (only(dataset.train), only(dataset.dev), only(dataset.test))] == [60, 20, 30]
-    assert dataset.measured("train") == "test"
+    assert "train" in dataset.test
     assert "Examples: 60 to train on, 20 for development, 30 to test." in said
     assert not any("aside" in sentence for sentence in said)
 

@@ -5,7 +5,7 @@ JAX lowers `erf` and `top_k` to composites, which TensorFlow 2.21 does not know.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,28 +13,42 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
+# What stands for a primitive: its operands and parameters → its results.
+Replacement = Callable[..., Sequence[Any]]
 
-def in_basic_operators(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, in which other operators stand for those that not every reader knows."""
+
+def in_basic_operators(
+    function: Callable[..., Any], *, like: Sequence[Any] | None = None, more: Mapping[str, Replacement] | None = None
+) -> Callable[..., Any]:
+    """The same function, in which other operators stand for those that not every reader knows.
+
+    Args:
+      function: takes arrays, or trees of them.
+      like: what it is traced on, where it is called with arguments of other types, which `more` must know to handle.
+      more: what stands for further primitives, by their names.
+    """
+    replaced = {**_REPLACED, **(more or {})}
 
     def rewritten(*arguments: Any) -> Any:
-        closed, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
-        outputs = _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(arguments))
+        closed, shape = jax.make_jaxpr(function, return_shape=True)(*(arguments if like is None else like))
+        outputs = _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(arguments), replaced)
         return jax.tree.unflatten(jax.tree.structure(shape), outputs)
 
     return rewritten
 
 
-def _evaluate(jaxpr: Jaxpr, constants: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
+def _evaluate(
+    jaxpr: Jaxpr, constants: Sequence[Any], arguments: Sequence[Any], replaced: Mapping[str, Replacement]
+) -> list[Any]:
     values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*constants, *arguments), strict=True))
     for equation in jaxpr.eqns:
         inputs = [v.val if isinstance(v, Literal) else values[v] for v in equation.invars]
         primitive, params = equation.primitive, equation.params
         inner = params.get("jaxpr", params.get("call_jaxpr"))
-        if primitive.name in _REPLACED:
-            outputs = _REPLACED[primitive.name](*inputs, **params)
+        if primitive.name in replaced:
+            outputs = replaced[primitive.name](*inputs, **params)
         elif isinstance(inner, ClosedJaxpr):  # a function that was called, with or without a gradient of its own
-            outputs = _evaluate(inner.jaxpr, inner.consts, inputs)
+            outputs = _evaluate(inner.jaxpr, inner.consts, inputs, replaced)
         else:
             outputs = primitive.bind(*inputs, **primitive.get_bind_params(params))
             outputs = outputs if primitive.multiple_results else [outputs]
@@ -62,4 +76,4 @@ def _top_k(x: jax.Array, *, k: int, **_: Any) -> list[jax.Array]:
     return [-lax.slice_in_dim(negated, 0, k, axis=-1), lax.slice_in_dim(order, 0, k, axis=-1)]
 
 
-_REPLACED: dict[str, Callable[..., list[jax.Array]]] = {"erf": _erf, "top_k": _top_k}
+_REPLACED: dict[str, Replacement] = {"erf": _erf, "top_k": _top_k}

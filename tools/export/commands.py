@@ -16,7 +16,7 @@ from classer.data.errors import InputError
 if TYPE_CHECKING:
     from .run import Checked
 
-Target = Literal["safetensors", "stablehlo", "savedmodel", "onnx", "onnx-int8", "openvino"]
+Target = Literal["safetensors", "stablehlo", "savedmodel", "onnx", "onnx-int8", "openvino", "litert"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -69,6 +69,7 @@ FORMATS: dict[str, Format] = {
     "onnx": Format("to_onnx", ("float32", "float16", "bfloat16"), ("onnx", "onnxruntime", "openvino")),
     "onnx-int8": Format("to_onnx", ("int8",), ("onnx", "onnxruntime")),
     "openvino": Format("to_openvino", ("float32", "int8"), ("onnx", "openvino")),
+    "litert": Format("to_litert", ("float32", "int8"), ("tensorflow", "ai_edge_litert"), static=True),
 }
 
 

@@ -1,0 +1,136 @@
+"""Training on what `classer prepare` made: tokenised shards, read as they are needed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from classer.data.errors import InputError
+from classer.data.prepare.local import prepare
+from classer.data.prepare.plan import Plan, PrepareConfig
+from classer.data.shards import ShardBatches, Shards
+from classer.data.taxonomy import TaskKind
+from classer.data.tokenizer import WordPieceTokenizer
+from classer.model.bundle import load_bundle
+from classer.tests.helpers import VOCAB, write_toy_data
+from classer.train.config import Recipe, TrainJob
+from classer.train.prepared import text_of
+from classer.train.run import run_job, train
+
+LENGTH = 16
+
+
+@contextlib.contextmanager
+def silent(stage: str, unit: str, total: int | None) -> Iterator[Any]:
+    yield SimpleNamespace(update=lambda n: None)
+
+
+def prepared(folder: Path, tokenizer: Path, **config: Any) -> Path:
+    """Two tasks' toy texts, different ones, as shards."""
+    one = write_toy_data(folder / "toy.jsonl", TaskKind.MULTICLASS, 300)
+    other = write_toy_data(folder / "tags.jsonl", TaskKind.MULTILABEL, 300, seed=1)
+    settings = {"dev_fraction": 0.2, "near_duplicates": 0, "records_per_shard": 100, "max_length": LENGTH, **config}
+    plan = Plan.make(PrepareConfig(**settings), [one, other], [], tokenizer, folder / "shards")
+    prepare(plan, progress=silent)
+    return folder / "shards"
+
+
+@pytest.fixture(scope="module")
+def shards(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepared(tmp_path_factory.mktemp("prepared"), tiny_encoder)
+
+
+def job_of(shards: Path, out: Path, tiny_encoder: Path, **recipe: Any) -> TrainJob:
+    options = {"max_length": LENGTH, "epochs": 6, "batch_size": 16, "learning_rate": 3e-3, "patience": 0, **recipe}
+    return TrainJob(data=shards, out=out, recipe=Recipe(encoder=str(tiny_encoder), **options))
+
+
+def test_a_classifier_is_trained_on_shards(shards: Path, tiny_encoder: Path, tmp_path: Path) -> None:
+    result = train(job_of(shards, tmp_path / "run", tiny_encoder))
+    assert [(scores.task, scores.split) for scores in result.tasks] == [("toy", "dev"), ("tags", "dev")]
+    assert result.tasks[0].float_metrics.accuracy > 0.9
+    assert result.tasks[1].float_metrics.micro_f1 > 0.7
+    dev = Shards(shards, "dev")
+    assert sum(scores.float_metrics.n for scores in result.tasks) == len(dev)
+    bundle = load_bundle(tmp_path / "run" / "bundle")  # whose golden texts are answered as they were
+    assert len(bundle.golden_texts) == 9
+    assert f"on {len(Shards(shards)):,} examples" in bundle.card
+    assert "toy" in (tmp_path / "run" / "results" / "toy" / "report.md").read_text()
+
+
+def test_a_run_that_was_stopped_goes_on_with_the_next_batch(
+    shards: Path, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut off after a checkpoint within an epoch: the weights are in the end those of a run that was not."""
+    whole = train(job_of(shards, tmp_path / "whole", tiny_encoder, epochs=2))
+    job = dataclasses.replace(job_of(shards, tmp_path / "cut", tiny_encoder, epochs=2), save_steps=5)
+    real, steps = ShardBatches.batch, []
+
+    def batch(batches: ShardBatches, step: int) -> Any:
+        steps.append(step)
+        if len(steps) == 30:
+            raise OSError("the disk is gone")
+        return real(batches, step)
+
+    monkeypatch.setattr(ShardBatches, "batch", batch)
+    with pytest.raises(OSError, match="the disk is gone"):
+        run_job(job)
+    monkeypatch.undo()
+    resumed = train(dataclasses.replace(job, resume=True))
+    for name, value in whole.float_bundle.weights.items():
+        np.testing.assert_array_equal(resumed.float_bundle.weights[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"test": Path("x.csv")}, "no --test: measure the bundle afterwards"),
+        ({"baseline": True}, "no --baseline: it needs texts"),
+        ({"soft_labels": Path("x.jsonl")}, "no --soft-labels"),
+        ({"recipe": Recipe(max_length=LENGTH, focus_epochs=1)}, "no --focus-epochs"),
+        ({"recipe": Recipe(max_length=64)}, f"prepared for texts of {LENGTH} tokens; train with --max-length {LENGTH}"),
+    ],
+)
+def test_what_needs_texts_is_refused(
+    shards: Path, tiny_encoder: Path, tmp_path: Path, changes: dict[str, Any], says: str
+) -> None:
+    job = dataclasses.replace(job_of(shards, tmp_path / "run", tiny_encoder), **changes)
+    with pytest.raises(InputError, match=says):
+        train(job)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_vocabulary_is_refused(tiny_encoder: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    vocab = tmp_path / "other" / "vocab.txt"
+    vocab.write_text("".join(f"{token}\n" for token in (*VOCAB, "another")))
+    WordPieceTokenizer(vocab).save(tmp_path / "other")
+    job = job_of(prepared(tmp_path, tmp_path / "other"), tmp_path / "run", tiny_encoder)
+    with pytest.raises(InputError, match="tokenised with another vocabulary"):
+        train(job)
+
+
+def test_a_task_without_texts_for_development_is_refused(tiny_encoder: Path, tmp_path: Path) -> None:
+    rare = [{"text": text, "label": text} for text in ("rain", "storm")]
+    (tmp_path / "rare.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rare))
+    toy = write_toy_data(tmp_path / "toy.jsonl", TaskKind.MULTICLASS, 300)
+    config = PrepareConfig(dev_fraction=0.05, near_duplicates=0, max_length=LENGTH)
+    plan = Plan.make(config, [toy, tmp_path / "rare.jsonl"], [], tiny_encoder, tmp_path / "shards")
+    prepare(plan, progress=silent)
+    with pytest.raises(InputError, match="no examples of the task 'rare' for development"):
+        train(job_of(tmp_path / "shards", tmp_path / "run", tiny_encoder))
+
+
+def test_a_text_is_made_of_its_tokens(tiny_encoder: Path) -> None:
+    tokenizer = WordPieceTokenizer.from_folder(tiny_encoder)
+    (ids,) = tokenizer.encode(["my card has not arrived"], LENGTH).ids
+    text = text_of(ids, tokenizer)
+    assert tokenizer.encode([text], LENGTH).ids[0].tolist() == ids.tolist()

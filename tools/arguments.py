@@ -1,0 +1,36 @@
+"""What the arguments of several commands share."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from classer.data.errors import InputError
+
+BundleArgument = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="BUNDLE")]
+
+
+def parse(kind: type, argv: Sequence[str], prog: str, doc: str | None, fields: str | None = None) -> Any:
+    """Arguments as a `kind`; `doc` says what the command does, `fields` what they are where `kind` cannot."""
+    if fields is not None:
+        kind.__doc__ = fields
+    return tyro.cli(kind, prog=prog, args=list(argv), description=doc)
+
+
+def check_can_make(folder: Path, *, new: bool = False) -> None:
+    """Raises InputError where no folder of that name can be made, before the work that is to go into it is done."""
+    if new and folder.exists():
+        raise InputError(f"{folder} exists already and was not touched; name a new folder with --out.")
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise InputError(f"--out is {folder}, but {nearest} is a file; name a folder that can be made.")
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as e:
+        reason = (e.strerror or str(e)).lower()
+        raise InputError(f"--out is {folder}, but nothing can be written in {nearest}: {reason}.") from None

@@ -1,0 +1,169 @@
+"""LiteRT: model.tflite, with one signature a length: `tokens_64` takes `input_ids` (1, 64) and `lengths` (1,) by name.
+
+INT8 holds the bundle's own int8 kernels, in what LiteRT calls dynamic-range quantisation: it quantises activations
+itself, one scale a row. Ours reach it as whole numbers of which the largest in each row is 127, so that its scale is 1
+and its int8 numbers are ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorflow
+from ai_edge_litert import schema_py_generated as schema
+from ai_edge_litert.interpreter import Interpreter
+from ai_edge_litert.tools import flatbuffer_utils
+from jax import lax
+from jax.experimental import jax2tf
+
+from classer.model.quantize import INT8_MAX
+
+from .basic import in_basic_operators
+from .folder import Export
+from .formats import Request
+from .runtime import Runtime, TokenRuntime
+from .to_stablehlo import forward
+
+tf: Any = tensorflow  # its stubs do not know what `tf.function` makes
+
+MODEL = "model.tflite"
+
+
+def signature_name(length: int) -> str:
+    return f"tokens_{length}"
+
+
+def write(request: Request, folder: Path) -> None:
+    module = _TokenModule(request)
+    with tempfile.TemporaryDirectory() as saved:
+        tf.saved_model.save(module, saved, signatures=module.programs)
+        converter = tf.lite.TFLiteConverter.from_saved_model(saved, signature_keys=list(module.programs))
+        converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # it lists every operator
+            model = converter.convert()
+    (folder / MODEL).write_bytes(_with_int8_kernels(model) if request.precision == "int8" else model)
+
+
+class _TokenModule(tf.Module):
+    """The classifier as TensorFlow functions, one a length. Int8 kernels stand in it as floats, see `_int8_product`."""
+
+    def __init__(self, request: Request) -> None:
+        super().__init__()
+        weights = dict(sorted(request.bundle.weights.items()))  # TensorFlow's own dicts stay as they were filled
+        kernels = {name for name, value in weights.items() if name.endswith(".kernel") and value.dtype == np.int8}
+        self.variables_by_name = {
+            name: tf.Variable(value.astype(np.float32) if name in kernels else value, name=name)
+            for name, value in weights.items()
+        }
+        shapes = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in weights.items()}
+        self.programs = {signature_name(length): self._program(request, shapes, length) for length in request.lengths}
+
+    def _program(self, request: Request, shapes: dict[str, jax.ShapeDtypeStruct], length: int) -> Any:
+        like = (shapes, jax.ShapeDtypeStruct((1, length), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32))
+        more = {"dot_general": _product, "top_k": _top_k, "sort": _sort}
+        classify = jax2tf.convert(
+            jax.jit(in_basic_operators(forward(request), like=like, more=more)),
+            native_serialization_platforms=["cpu"],
+            with_gradient=False,
+        )
+        spec = [tf.TensorSpec([1, length], tf.int32, "input_ids"), tf.TensorSpec([1], tf.int32, "lengths")]
+
+        @tf.function(input_signature=spec, autograph=False)
+        def run(input_ids: Any, lengths: Any) -> dict[str, Any]:
+            logits, probabilities = classify(self.variables_by_name, input_ids, lengths)
+            return {"logits": logits, "probabilities": probabilities}
+
+        return run
+
+
+def _product(lhs: jax.Array, rhs: jax.Array, *, dimension_numbers: Any, **_: Any) -> list[jax.Array]:
+    """Products with kernels as LiteRT's FULLY_CONNECTED has them, by rows of the kernel; the only ones it quantises.
+
+    Of int8 activations and kernels: the same product of floats, which are whole numbers.
+    """
+    (over_lhs, over_rhs), (batch_lhs, batch_rhs) = dimension_numbers
+    lhs = lhs.astype(jnp.float32)
+    if not batch_lhs and rhs.ndim == 2 and tuple(over_rhs) == (0,):
+        rhs, over_rhs = rhs.T, (1,)
+    return [lax.dot_general(lhs, rhs, ((over_lhs, over_rhs), (batch_lhs, batch_rhs)))]
+
+
+def _top_k(x: jax.Array, *, k: int, **_: Any) -> list[jax.Array]:
+    places = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+    return [one[..., :k] for one in _sorted(-x, [x, places])]
+
+
+def _sort(*operands: jax.Array, dimension: int, num_keys: int, **_: Any) -> list[jax.Array]:
+    if num_keys != 1 or dimension != operands[0].ndim - 1:
+        raise NotImplementedError("LiteRT's sort is by one key, along the last axis.")
+    return _sorted(operands[0], operands)
+
+
+def _sorted(key: jax.Array, operands: Sequence[jax.Array]) -> list[jax.Array]:
+    """A stable sort without sorting, which LiteRT lacks: each entry goes where as many are before it."""
+    size = key.shape[-1]
+    mine, other = key[..., :, None], key[..., None, :]
+    places = jnp.arange(size)
+    before = (other < mine) | ((other == mine) & (places[None, :] < places[:, None]))
+    goes_to = before.astype(jnp.int32).sum(axis=-1)
+    comes_from = goes_to[..., None, :] == places[:, None]
+    return [jnp.where(comes_from, one[..., None, :], jnp.zeros((), one.dtype)).sum(axis=-1) for one in operands]
+
+
+def _with_int8_kernels(model: bytes) -> bytes:
+    """Turns the kernels that hold whole numbers into int8 with a scale of 1."""
+    graph: Any = flatbuffer_utils.convert_bytearray_to_object(bytearray(model))
+    fully_connected = [
+        max(code.builtinCode, code.deprecatedBuiltinCode) == schema.BuiltinOperator.FULLY_CONNECTED
+        for code in graph.operatorCodes
+    ]
+    packed: set[int] = set()  # buffers, which the lengths share
+    for subgraph in graph.subgraphs:
+        for operator in subgraph.operators:
+            tensor = subgraph.tensors[operator.inputs[1]] if fully_connected[operator.opcodeIndex] else None
+            if tensor is None or tensor.type != schema.TensorType.FLOAT32:
+                continue
+            buffer = graph.buffers[tensor.buffer]
+            if tensor.buffer not in packed:
+                if buffer.data is None:  # not a constant
+                    continue
+                floats = np.frombuffer(bytes(buffer.data), np.float32)
+                if np.abs(floats).max() > INT8_MAX or (floats != np.round(floats)).any():
+                    continue
+                buffer.data = np.frombuffer(floats.astype(np.int8).tobytes(), np.uint8)
+                packed.add(tensor.buffer)
+            tensor.type = schema.TensorType.INT8
+            tensor.quantization = schema.QuantizationParametersT(scale=[1.0], zeroPoint=[0])
+    return bytes(flatbuffer_utils.convert_object_to_bytearray(graph))
+
+
+def load(export: Export) -> Runtime:
+    interpreter = Interpreter(str(export.path / MODEL), num_threads=os.cpu_count())
+    programs = {length: interpreter.get_signature_runner(signature_name(length)) for length in export.lengths}
+
+    def run(tokens_BS: np.ndarray, lengths_B: np.ndarray) -> np.ndarray:
+        program = programs[tokens_BS.shape[1]]
+        rows = [slice(i, i + 1) for i in range(len(tokens_BS))]
+        return np.concatenate(
+            [program(input_ids=tokens_BS[row], lengths=lengths_B[row])["probabilities"] for row in rows]
+        )
+
+    return TokenRuntime.of(export, run)
+
+
+def usage(request: Request) -> str:
+    length = request.lengths[-1]
+    return f"""\
+import numpy as np
+from ai_edge_litert.interpreter import Interpreter
+classify = Interpreter("{MODEL}").get_signature_runner("{signature_name(length)}")
+tokens, lengths = np.zeros((1, {length}), np.int32), np.full(1, 6, np.int32)  # padded token ids, and how many are real
+probabilities = classify(input_ids=tokens, lengths=lengths)["probabilities"]"""

@@ -1,0 +1,86 @@
+"""What a run learns from and is measured on: tokenised, from texts or from prepared data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from ..data.shards import Shards
+from ..data.taxonomy import Taxonomy
+from ..data.tokenizer import WordPieceTokenizer
+from .config import TrainJob
+from .datasets import Dataset, load_dataset
+from .evaluation import TokenizedSplit, tokenize
+from .prepared import check_tokenizer, is_prepared, load_splits, open_prepared, text_of
+
+GOLDEN_TEXTS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a run learns from and is measured on.
+
+    Attributes:
+      taxonomy: the tasks.
+      splits: split ("train", "dev", "test") → task → tokenised examples; of prepared data a sample of "train".
+      golden_texts: some texts of each task.
+      num_train: examples to train on.
+      dataset: the examples with their texts; None of prepared data.
+      shards: the training examples of prepared data.
+    """
+
+    taxonomy: Taxonomy
+    splits: dict[str, dict[str, TokenizedSplit]]
+    golden_texts: list[str]
+    num_train: int
+    dataset: Dataset | None = None
+    shards: Shards | None = None
+
+    def measured(self, task: str) -> str:
+        """The split that the finished model is measured on: "test", or "dev" where there is none."""
+        return "test" if task in self.splits["test"] else "dev"
+
+
+def open_data(job: TrainJob, say: Callable[[str], object]) -> Dataset | Shards:
+    """The examples that a job names, read, or where to read them. Raises as `load_dataset` and `open_prepared`."""
+    return open_prepared(job) if is_prepared(job) else load_dataset(job, say)
+
+
+def load_inputs(
+    job: TrainJob, data: Dataset | Shards, tokenizer: WordPieceTokenizer, say: Callable[[str], object]
+) -> Inputs:
+    """Raises InputError: prepared data were made for another encoder, or lack examples for development."""
+    if isinstance(data, Dataset):
+        splits = _tokenize(job, data, tokenizer, say)
+        count = sum(len(split) for split in data.train.values())
+        return Inputs(data.taxonomy, splits, _golden_texts(data), count, dataset=data)
+    check_tokenizer(job, tokenizer)
+    splits = load_splits(job, data, say)
+    dev = splits["dev"].values()
+    turns = [split.ids[turn] for turn in range(GOLDEN_TEXTS) for split in dev if turn < len(split.ids)]
+    golden = [text_of(ids, tokenizer) for ids in turns[:GOLDEN_TEXTS]]
+    return Inputs(data.taxonomy, splits, golden, len(data), shards=data)
+
+
+def _tokenize(
+    job: TrainJob, dataset: Dataset, tokenizer: WordPieceTokenizer, say: Callable[[str], object]
+) -> dict[str, dict[str, TokenizedSplit]]:
+    """Split → task → examples."""
+    tasks, length = dataset.taxonomy.tasks, job.recipe.max_length
+    splits = {
+        split: {
+            task.name: tokenize(task, by_task[task.name], tokenizer, length) for task in tasks if task.name in by_task
+        }
+        for split, by_task in (("train", dataset.train), ("dev", dataset.dev), ("test", dataset.test))
+    }
+    if cut := sum(split.truncated for split in splits["train"].values()):
+        share = cut / sum(len(split.ids) for split in splits["train"].values())
+        say(f"{cut:,} training texts ({share:.0%}) are longer than {length} tokens and are cut there.")
+    return splits
+
+
+def _golden_texts(dataset: Dataset) -> list[str]:
+    """A few texts of every task, `GOLDEN_TEXTS` in all."""
+    tasks = dataset.taxonomy.tasks
+    turns = [dataset.dev[task.name][turn : turn + 1] for turn in range(GOLDEN_TEXTS) for task in tasks]
+    return [example.text for examples in turns for example in examples][:GOLDEN_TEXTS]
