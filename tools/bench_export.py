@@ -1,9 +1,9 @@
 """Exports beside Classer's own programs: how far apart, how large, how soon loaded, how fast.
 
-    .venv/bin/python tools/bench_export.py runs/x/bundle-float32 runs/x/bundle --data FOLDER
+    .venv/bin/python tools/bench_export.py runs/x/bundle-float32 runs/x/bundle --data FOLDER …
 
 Writes every format of both bundles, and ONNX Runtime's own dynamic quantisation of the float32 ONNX file. Then, over
-real texts: the largest difference of a probability from Classer's float32 (INT8: from Classer's INT8) and the share of
+real texts of each folder: the largest difference of a probability from Classer's float32 (INT8: from Classer's INT8) and the share of
 texts with the same most probable label, in each task; and for INT8 the mean and the largest distance from Classer's
 float32 besides. Speed is measured on batches of `--tokens` tokens, all runtimes in turn, round by round; the median
 counts.
@@ -58,9 +58,9 @@ class Arguments:
     Attributes:
       float_bundle: a float32 bundle.
       int8_bundle: the INT8 bundle of the same run.
-      data: a folder with task.json.
-      split: which of its splits.
-      texts: how many texts, drawn at random.
+      data: folders with task.json.
+      split: which of their splits.
+      texts: how many texts of each, drawn at random.
       tokens: length of the batches that are timed.
       batches: their sizes.
       rounds: how often each runtime is timed; 0 leaves speed out.
@@ -71,7 +71,7 @@ class Arguments:
 
     float_bundle: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FLOAT32")]
     int8_bundle: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="INT8")]
-    data: Path
+    data: tuple[Path, ...]
     split: str = "test"
     texts: int = 1000
     tokens: int = 64
@@ -98,20 +98,28 @@ class Row:
 def main(argv: Sequence[str]) -> None:
     a = tyro.cli(Arguments, args=list(argv), description=__doc__)
     bundles = {"float32": load_bundle(a.float_bundle), "int8": load_bundle(a.int8_bundle)}
-    examples = list(read_task_folder(a.data).splits[a.split])
-    chosen = np.random.default_rng(a.seed).permutation(len(examples))[: a.texts]
-    texts = [examples[i].text for i in chosen]
     ours = {name: own(bundle) for name, bundle in bundles.items()}
-    references = {name: row.classify(texts, BATCH) for name, row in ours.items()}
+    figures: dict[str, dict[str, dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         rows = [*ours.values(), *load_all(bundles, Path(folder), a.only)]
-        for row in tqdm(rows, desc="Comparing", unit="runtime"):
-            compare(row, bundles["float32"], row.classify(texts, BATCH), references)
         times = measure_speed(rows, a) if a.rounds else {}
-    print_tables(rows, times, a, len(texts))
+        for data in a.data:
+            texts = drawn_texts(data, a)
+            references = {name: row.classify(texts, BATCH) for name, row in ours.items()}
+            for row in tqdm(rows, desc=f"Comparing on {data.name}", unit="runtime"):
+                compare(row, bundles["float32"], row.classify(texts, BATCH), references)
+            print_tables(rows, times, a, f"{data.name}, {len(texts):,} texts of {a.split}")
+            figures[data.name] = {
+                f"{row.name}, {row.precision}": {**row.measured, **times.get(id(row), {})} for row in rows
+            }
     if a.out is not None:
-        figures = {f"{row.name}, {row.precision}": {**row.measured, **times.get(id(row), {})} for row in rows}
         a.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def drawn_texts(data: Path, a: Arguments) -> list[str]:
+    examples = list(read_task_folder(data, (a.split,)).splits[a.split])
+    chosen = np.random.default_rng(a.seed).permutation(len(examples))[: a.texts]
+    return [examples[i].text for i in chosen]
 
 
 def own(bundle: Bundle) -> Row:
@@ -201,8 +209,8 @@ def measure_speed(rows: Sequence[Row], a: Arguments) -> dict[int, dict[str, floa
     return times
 
 
-def print_tables(rows: Sequence[Row], times: dict[int, dict[str, float]], a: Arguments, texts: int) -> None:
-    print(f"\n{a.data.name}, {texts:,} texts of {a.split}\n")
+def print_tables(rows: Sequence[Row], times: dict[int, dict[str, float]], a: Arguments, title: str) -> None:
+    print(f"\n{title}\n")
     speed = [f"milliseconds at batch {size}" for size in a.batches] if times else []
     head = ["runtime", "precision", "largest difference", "same top label", "MB", "load, s"]
     print("| " + " | ".join([*head, *(f"ms, batch {size}" for size in a.batches if times)]) + " |")
