@@ -3,10 +3,10 @@
     .venv/bin/python tools/bench_export.py runs/x/bundle-float32 runs/x/bundle --data FOLDER …
 
 Writes every format of both bundles, and ONNX Runtime's own dynamic quantisation of the float32 ONNX file. Then, over
-real texts of each folder: the largest difference of a probability from Classer's float32 (INT8: from Classer's INT8) and the share of
-texts with the same most probable label, in each task; and for INT8 the mean and the largest distance from Classer's
-float32 besides. Speed is measured on batches of `--tokens` tokens, all runtimes in turn, round by round; the median
-counts.
+real texts of each folder: the largest difference of a probability from Classer's float32 (INT8: from Classer's INT8)
+and the share of texts with the same most probable label, in each task; and for INT8 the mean and the largest distance
+from Classer's float32 besides. Speed is measured on batches of `--tokens` tokens, all runtimes in turn, round by round;
+the median counts.
 """
 
 from __future__ import annotations
