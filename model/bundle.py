@@ -13,8 +13,6 @@ README.md            the model card; LICENSE and NOTICE of the pretrained encode
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,19 +25,34 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from ..data.errors import InputError
-from ..data.fetch import sha256_of
 from ..data.taxonomy import Taxonomy
 from ..data.tokenizer import WordPieceTokenizer
 from .classifier import TextClassifier
 from .config import ComputeDtype, EncoderConfig
 from .decode import Calibration, probabilities
 from .focus import Focus
+from .manifest import FolderKind, read_json, write_json
 from .predict import Predictor
 from .quantize import Precision, Quantization, Weights, convert
 
-FORMAT = "classer-bundle"
-FORMAT_VERSION = 1
 MANIFEST = "bundle.json"
+_WEIGHTS = "weights.safetensors"
+_KIND = FolderKind(
+    noun="bundle",
+    format="classer-bundle",
+    format_version=1,
+    manifest=MANIFEST,
+    needed=(
+        "encoder.json",
+        "taxonomy.json",
+        "calibration.json",
+        "golden.json",
+        _WEIGHTS,
+        "tokenizer/vocab.txt",
+        "README.md",
+    ),
+    written_by="`classer train` writes bundles, to OUT/bundle.",
+)
 
 # Largest difference of a golden probability that is put down to another machine's arithmetic. INT8 rounds activations,
 # so that a last bit can move a whole step.
@@ -127,32 +140,19 @@ def _write_files(bundle: Bundle, folder: Path) -> str:
     """Writes all of a bundle's files, the manifest last, and returns its version."""
     save_file({name: np.ascontiguousarray(value) for name, value in bundle.weights.items()}, folder / _WEIGHTS)
     bundle.tokenizer.save(folder / "tokenizer")
-    _write_json(folder / "encoder.json", bundle.encoder.to_json())
-    _write_json(folder / "taxonomy.json", bundle.taxonomy.to_json())
-    _write_json(folder / "calibration.json", {name: c.to_json() for name, c in bundle.calibration.items()})
+    write_json(folder / "encoder.json", bundle.encoder.to_json())
+    write_json(folder / "taxonomy.json", bundle.taxonomy.to_json())
+    write_json(folder / "calibration.json", {name: c.to_json() for name, c in bundle.calibration.items()})
     golden = [
         {"text": text, "probabilities": rows}
         for text, rows in zip(bundle.golden_texts, _golden_probabilities(bundle), strict=True)
     ]
-    _write_json(folder / "golden.json", golden)
+    write_json(folder / "golden.json", golden)
     (folder / "README.md").write_text(bundle.card, encoding="utf-8")
     for licence in bundle.licences:
         shutil.copyfile(licence, folder / licence.name)
 
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    manifest = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "precision": bundle.precision,
-        "max_length": bundle.max_length,
-        "files": {
-            file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
-            for file in files
-        },
-    }
-    manifest["version"] = _version(manifest)
-    _write_json(folder / MANIFEST, manifest)
-    return manifest["version"]
+    return _KIND.write(folder, {"precision": bundle.precision, "max_length": bundle.max_length})
 
 
 def load_bundle(path: Path) -> Bundle:
@@ -162,11 +162,9 @@ def load_bundle(path: Path) -> Bundle:
       InputError: no bundle, written by a newer Classer, damaged, incomplete, or it computes something else here.
     """
     manifest = _read_manifest(path)
-    for name, expected in manifest["files"].items():
-        _check_file(path, name, expected)
     precision: Precision = manifest["precision"]
-    encoder = EncoderConfig.from_json(_read_json(path / "encoder.json"), source=str(path / "encoder.json"))
-    taxonomy = Taxonomy.from_json(_read_json(path / "taxonomy.json"), source=str(path / "taxonomy.json"))
+    encoder = EncoderConfig.from_json(read_json(path / "encoder.json"), source=str(path / "encoder.json"))
+    taxonomy = Taxonomy.from_json(read_json(path / "taxonomy.json"), source=str(path / "taxonomy.json"))
     if manifest["max_length"] > encoder.max_positions:
         raise InputError(
             f"{path / MANIFEST}: max_length is {manifest['max_length']}, but the encoder has only "
@@ -196,7 +194,6 @@ def load_bundle(path: Path) -> Bundle:
     return bundle
 
 
-_WEIGHTS = "weights.safetensors"
 _LICENCES = ("LICENSE", "NOTICE")
 GOLDEN_LENGTH = 64  # golden texts are cut to this many tokens: one small program checks them all
 
@@ -214,23 +211,8 @@ def quantize(bundle: Bundle) -> Bundle:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    if not (path / MANIFEST).is_file():
-        what = "does not exist" if not path.exists() else f"holds no {MANIFEST}"
-        raise InputError(f"{path} is no bundle: it {what}. `classer train` writes bundles, to OUT/bundle.")
-    manifest = _read_json(path / MANIFEST)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise InputError(f"{path / MANIFEST} is not the manifest of a bundle (its 'format' is not '{FORMAT}').")
-    version = manifest.get("format_version")
-    if not isinstance(version, int):
-        raise InputError(f"{path / MANIFEST}: 'format_version' must be a whole number.")
-    if version > FORMAT_VERSION:
-        raise InputError(
-            f"{path} has bundle format {version}; this Classer reads up to {FORMAT_VERSION}. "
-            "Upgrade Classer to load it."
-        )
-    if manifest.get("version") != _version(manifest):
-        raise InputError(f"{path} is damaged or was changed: {MANIFEST} is not as it was written.")
-    for field, kind in (("files", dict), ("precision", str), ("max_length", int)):
+    manifest = _KIND.read(path)
+    for field, kind in (("precision", str), ("max_length", int)):
         if not isinstance(manifest.get(field), kind):
             raise InputError(f"{path / MANIFEST}: the field '{field}' is missing or is not a {kind.__name__}.")
     if manifest["precision"] not in GOLDEN_TOLERANCE:
@@ -238,35 +220,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             f"{path / MANIFEST}: precision '{manifest['precision']}' is none of those known "
             f"({', '.join(GOLDEN_TOLERANCE)})."
         )
-    if missing := sorted(_NEEDED - manifest["files"].keys()):
-        raise InputError(f"{path / MANIFEST} lists no file '{missing[0]}'; the bundle is incomplete.")
     return manifest
-
-
-_NEEDED = {
-    "encoder.json",
-    "taxonomy.json",
-    "calibration.json",
-    "golden.json",
-    _WEIGHTS,
-    "tokenizer/vocab.txt",
-    "README.md",
-}
-
-
-def _check_file(path: Path, name: str, expected: Any) -> None:
-    file = path / name
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise InputError(f"{path / MANIFEST} names a file outside the bundle.")
-    if not isinstance(expected, dict) or not expected.keys() >= {"bytes", "sha256"}:
-        raise InputError(f"{path / MANIFEST} gives no size and SHA-256 of {name}.")
-    if not file.is_file():
-        raise InputError(f"{path} is damaged: {name} is missing.")
-    size = file.stat().st_size
-    if size != expected["bytes"]:
-        raise InputError(f"{path} is damaged: {name} has {size} bytes where its manifest says {expected['bytes']}.")
-    if sha256_of(file) != expected["sha256"]:
-        raise InputError(f"{path} is damaged or was changed: the SHA-256 of {name} is not the one in its manifest.")
 
 
 def _check_weights(
@@ -300,7 +254,7 @@ def _check_weights(
 
 def _read_calibration(file: Path, taxonomy: Taxonomy) -> dict[str, Calibration]:
     """By task name, for every task of the taxonomy."""
-    data = _read_json(file)
+    data = read_json(file)
     calibration = {}
     for task in taxonomy.tasks:
         if not isinstance(data, dict) or task.name not in data:
@@ -313,7 +267,7 @@ def _read_calibration(file: Path, taxonomy: Taxonomy) -> dict[str, Calibration]:
 
 
 def _read_golden(file: Path, taxonomy: Taxonomy) -> list[dict[str, Any]]:
-    golden = _read_json(file)
+    golden = read_json(file)
     widths = {task.name: len(task.labels) for task in taxonomy.tasks}
     try:
         fits = all(
@@ -348,20 +302,3 @@ def _check_golden(bundle: Bundle, golden: list[dict[str, Any]], path: Path) -> N
                     f"{path} computes something else here: a probability of golden text {number} (task '{task}') "
                     f"differs by {difference:.4f}, more than {tolerance}. The bundle or this installation is broken."
                 )
-
-
-def _version(manifest: Mapping[str, Any]) -> str:
-    """A hash of the manifest's other fields, and through its checksums of every file."""
-    fields = {name: value for name, value in manifest.items() if name != "version"}
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _write_json(file: Path, data: Any) -> None:
-    file.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise InputError(f"{file} cannot be read as JSON: {e}") from None

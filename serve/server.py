@@ -9,6 +9,7 @@ import os
 import signal
 from pathlib import Path
 
+import jax
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import SERVICE_NAME as HEALTH_NAME
 from grpc_health.v1.health import aio as health_aio  # pyright: ignore[reportAttributeAccessIssue]
@@ -151,6 +152,7 @@ class Server:
         self._loop = asyncio.get_running_loop()
         self.scheduler = Scheduler(
             max_waiting_tokens=config.max_waiting_tokens,
+            depth=1 if jax.default_backend() == "cpu" else 2,
             on_death=self._device_lost,
             on_batch=self.operations.batch_ran,
         )

@@ -19,6 +19,7 @@ from classer.data.errors import InputError
 from classer.data.fetch import sha256_of
 from classer.model import bundle as bundle_module
 from classer.model.bundle import Bundle, load_bundle, quantize, save_bundle
+from classer.model.manifest import content_hash
 
 TEXTS = ("my card has not arrived", "", "rain , storm and snow where is the money")
 FILES = {
@@ -71,7 +72,7 @@ def vouch(path: Path) -> None:
     def renew(manifest: dict[str, Any]) -> None:
         for name, entry in manifest["files"].items():
             entry |= {"bytes": (path / name).stat().st_size, "sha256": sha256_of(path / name)}
-        manifest["version"] = bundle_module._version(manifest)
+        manifest["version"] = content_hash(manifest)
 
     change_json(path / "bundle.json", renew)
 
@@ -79,7 +80,7 @@ def vouch(path: Path) -> None:
 def change_manifest(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     def all_of_it(manifest: dict[str, Any]) -> None:
         change(manifest)
-        manifest["version"] = bundle_module._version(manifest)
+        manifest["version"] = content_hash(manifest)
 
     change_json(path / "bundle.json", all_of_it)
 
@@ -147,12 +148,12 @@ def test_an_existing_path_is_refused_and_stays_as_it_is(tiny_bundle: Bundle, tmp
     assert sorted(file.name for file in tmp_path.rglob("*")) == ["file", "folder"]
 
 
-@pytest.mark.parametrize("step", ["_golden_probabilities", "sha256_of", "_version"])
+@pytest.mark.parametrize("step", ["bundle._golden_probabilities", "manifest.sha256_of", "manifest.content_hash"])
 def test_a_save_that_fails_leaves_nothing(tiny_bundle: Bundle, tmp_path: Path, monkeypatch, step: str) -> None:
     def fail(*_: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(bundle_module, step, fail)
+    monkeypatch.setattr(f"classer.model.{step}", fail)
     with pytest.raises(OSError, match="No space left"):
         save_bundle(tiny_bundle, tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []

@@ -21,11 +21,12 @@ from classer.data.taxonomy import Label, Task, TaskKind, Taxonomy
 from classer.model.bundle import Bundle, quantize, save_bundle
 from classer.model.decode import Calibration, probabilities
 from classer.model.encoder import Encoder
+from classer.model.manifest import content_hash
 from classer.model.quantize import variables
 from classer.tests.helpers import TAXONOMY, make_bundle, with_gates
 from classer.tools.cli import main
 from classer.tools.export import decoding, run
-from classer.tools.export.folder import MANIFEST, content_hash, read_export
+from classer.tools.export.folder import MANIFEST, read_export
 from classer.tools.export.formats import FORMATS
 from classer.tools.export.run import export_bundle, make_request, verify
 
@@ -86,7 +87,7 @@ CASES = [
     pytest.param("safetensors", "float32", "1", marks=needs("torch", "transformers")),
     ("stablehlo", "float32", "1"),
     ("stablehlo", "int8", "0.5"),
-    pytest.param("savedmodel", "float32", "1", marks=pytest.mark.slow),
+    ("savedmodel", "float32", "1"),
     pytest.param("savedmodel", "float32", "0.5", marks=pytest.mark.slow),
     pytest.param("savedmodel", "int8", "1", marks=pytest.mark.slow),
 ]
