@@ -30,7 +30,7 @@ from grpc_reflection.v1alpha import reflection
 from ..data.readers import MAX_TEXT_CHARS
 from .errors import ClasserError, InvalidRequest, Overloaded
 from .limits import MAX_TEXTS
-from .listening import listen, make_server
+from .listening import listen, make_server, run_loop
 from .log import configure_logging
 from .operations import Operations, OperationsConfig
 from .proto import classifier_pb2 as pb
@@ -321,11 +321,7 @@ def run_front_end(config: FrontEndConfig, *, orphaned: bool = False) -> None:
       InputError: the address cannot be listened on.
     """
     configure_logging(config.operations.log_format, access=config.operations.access_log)
-    with contextlib.suppress(ImportError):  # not on every platform; it is only faster
-        import uvloop
-
-        asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
-    asyncio.run(_run(config, orphaned))
+    run_loop(_run(config, orphaned))
 
 
 async def _run(config: FrontEndConfig, orphaned: bool) -> None:

@@ -1,14 +1,25 @@
-"""Where gRPC servers are made and bound: the one of `classer serve`, its admin port, and front ends. Loads no JAX."""
+"""Where gRPC servers are made, bound and run: `classer serve`, its admin port, and front ends. Loads no JAX."""
 
 from __future__ import annotations
 
+import asyncio
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 
 import grpc.aio
 
 from ..data.errors import InputError
 from .limits import MAX_MESSAGE_BYTES
+
+
+def run_loop(main: Coroutine[None, None, None]) -> None:
+    """`asyncio.run`, on uvloop where there is one."""
+    try:
+        import uvloop
+    except ImportError:  # not on every platform; it is only faster
+        asyncio.run(main)
+    else:
+        uvloop.run(main)
 
 
 def make_server(

@@ -23,7 +23,7 @@ from .cache import check_private
 from .engine import Warmed
 from .errors import NotPossible
 from .frontends import MAX_FRONT_ENDS, FrontEnds
-from .listening import listen, make_server
+from .listening import listen, make_server, run_loop
 from .log import configure_logging, logger
 from .models import AUTO, Model, Models, ModelSettings, named_folders
 from .operations import Operations, OperationsConfig
@@ -95,7 +95,7 @@ def serve(config: ServeConfig) -> None:
       InputError: a bundle cannot be used, or an address not be listened on.
     """
     configure_logging(config.log_format, access=config.access_log)
-    asyncio.run(_serve(config))
+    run_loop(_serve(config))
 
 
 async def _serve(config: ServeConfig) -> None:

@@ -71,7 +71,8 @@ class Recorder:
         sent = time() - start
         try:
             outcomes = await call(number)
-            outcome = OK
+            # A batch none of whose texts was answered was refused, though the call itself ended well.
+            outcome = OK if OK in outcomes else collections.Counter(outcomes).most_common(1)[0][0]
         except ClasserError as error:
             outcome = STATUSES.get(type(error), "INTERNAL")
             if isinstance(error, DeadlineExceeded) and time() - start - sent >= self.timeout:

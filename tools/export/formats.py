@@ -11,8 +11,6 @@ from classer.data.errors import InputError
 from classer.model.bundle import Bundle
 from classer.model.focus import Focus
 
-INSTALL = "pip install 'classer[export]'"
-
 
 @dataclasses.dataclass(frozen=True)
 class Request:
@@ -41,6 +39,7 @@ class Format:
       module: its name in this package.
       precisions: of models it can hold, the default for a float32 bundle first; int8 is for INT8 bundles.
       needs: packages that writing and checking take.
+      extra: of Classer, which brings them.
       focused: whether Focused Attention can be expressed.
       static: whether it is bound to sequence lengths: always, when focused (`"focused"`), or never.
       guaranteed_days: for how long what is written can be read, where its maker says so.
@@ -49,33 +48,42 @@ class Format:
     module: str
     precisions: tuple[str, ...]
     needs: tuple[str, ...]
+    extra: str
     focused: bool = True
     static: bool | str = False
     guaranteed_days: int | None = None
 
     def load_module(self) -> ModuleType:
         """Raises InputError where a package it needs is missing."""
-        check_installed(self.needs)
+        check_installed(self.needs, self.extra)
         return importlib.import_module(f"{__package__}.{self.module}")
 
 
 FORMATS: dict[str, Format] = {
-    "safetensors": Format("to_safetensors", ("float32",), ("torch", "transformers"), focused=False),
-    # https://docs.jax.dev/en/latest/export/export.html, "Compatibility guarantees": six months.
-    "stablehlo": Format("to_stablehlo", ("float32", "bfloat16", "int8"), (), static="focused", guaranteed_days=180),
-    "savedmodel": Format(
-        "to_savedmodel", ("float32", "bfloat16", "int8"), ("tensorflow", "tensorflow_text"), static="focused"
+    "safetensors": Format(
+        "to_safetensors", ("float32",), ("torch", "transformers"), extra="transformers", focused=False
     ),
-    "onnx": Format("to_onnx", ("float32", "float16", "bfloat16"), ("onnx", "onnxruntime", "openvino")),
-    "onnx-int8": Format("to_onnx", ("int8",), ("onnx", "onnxruntime")),
-    "openvino": Format("to_openvino", ("float32", "int8"), ("onnx", "openvino")),
-    "litert": Format("to_litert", ("float32", "int8"), ("tensorflow", "ai_edge_litert"), static=True),
+    # https://docs.jax.dev/en/latest/export/export.html, "Compatibility guarantees": six months.
+    "stablehlo": Format(
+        "to_stablehlo", ("float32", "bfloat16", "int8"), (), extra="train", static="focused", guaranteed_days=180
+    ),
+    "savedmodel": Format(
+        "to_savedmodel",
+        ("float32", "bfloat16", "int8"),
+        ("tensorflow", "tensorflow_text"),
+        extra="train",
+        static="focused",
+    ),
+    "onnx": Format("to_onnx", ("float32", "float16", "bfloat16"), ("onnx", "onnxruntime", "openvino"), extra="onnx"),
+    "onnx-int8": Format("to_onnx", ("int8",), ("onnx", "onnxruntime"), extra="onnx"),
+    "openvino": Format("to_openvino", ("float32", "int8"), ("onnx", "openvino"), extra="openvino"),
+    "litert": Format("to_litert", ("float32", "int8"), ("tensorflow", "ai_edge_litert"), extra="litert", static=True),
 }
 
 
-def check_installed(packages: tuple[str, ...]) -> None:
+def check_installed(packages: tuple[str, ...], extra: str) -> None:
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
-        raise InputError(f"{' and '.join(missing)} must be installed for this format: {INSTALL}.")
+        raise InputError(f"{' and '.join(missing)} must be installed for this format: pip install 'classer[{extra}]'.")
 
 
 def format_named(name: str) -> Format:

@@ -66,7 +66,7 @@ def load(export: Export) -> Runtime:
 
 
 def _load_transformers(export: Export) -> Run:
-    check_installed(("torch", "transformers"))
+    check_installed(("torch", "transformers"), "transformers")
     import torch
     import transformers
 
