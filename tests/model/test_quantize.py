@@ -164,9 +164,11 @@ def test_minilm_in_int8_is_at_most_three_tenths_of_its_float_size(minilm: Path, 
     assert sizes[1] <= 0.30 * sizes[0]
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 2**-7)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 2**-8)])
 def test_the_served_product_is_that_of_aqt(dtype, tolerance: float) -> None:
-    """At bfloat16 AQT rounds the int32 sums before it scales them; then the served product is nearer to the truth."""
+    """Of what AQT computes in float32; in bfloat16 AQT rounds activations before it quantises them, and the int32 sums
+    before it scales them, so that there the served product is nearer to the truth.
+    """
     from aqt.jax.v2 import config as aqt_config
     from aqt.jax.v2.flax import aqt_flax
     from aqt.jax.v2.utils import QuantMode
@@ -194,11 +196,10 @@ def test_the_served_product_is_that_of_aqt(dtype, tolerance: float) -> None:
             kernel_DF = jnp.zeros((64, 96), x_ND.dtype)
             return product(x_ND, kernel_DF, (((1,), (0,)), ((), ())), precision=None)
 
-    expected = np.asarray(Aqt().apply(frozen, x_ND, rngs=rngs), np.float32)
+    expected = np.asarray(Aqt().apply(frozen, x_ND.astype(jnp.float32), rngs=rngs))
+    same_dtype = np.asarray(Aqt().apply(frozen, x_ND, rngs=rngs), np.float32)
     served = np.asarray(Dense(96, Quantization.SERVE, biased=False, name="up").apply(frozen, x_ND), np.float32)
-    far_NF = np.abs(served - expected) > tolerance * (np.abs(expected) + np.abs(expected).max())
-    # One of 3,552 was seen to differ in bfloat16; presumably an activation between two steps, rounded the other way.
-    assert far_NF.mean() <= (0 if dtype == jnp.float32 else 1e-3)
+    np.testing.assert_allclose(served, expected, rtol=tolerance, atol=1e-6 * np.abs(expected).max())
     exact = np.asarray(x_ND, np.float64) @ np.asarray(kernel_DF, np.float64)
-    assert np.square(served - exact).mean() <= 1.001 * np.square(expected - exact).mean()
+    assert np.square(served - exact).mean() <= 1.001 * np.square(same_dtype - exact).mean()
     assert np.all(served[3] == 0)
