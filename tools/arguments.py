@@ -14,10 +14,8 @@ from classer.data.errors import InputError
 BundleArgument = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="BUNDLE")]
 
 
-def parse(kind: type, argv: Sequence[str], prog: str, doc: str | None, fields: str | None = None) -> Any:
-    """Arguments as a `kind`; `doc` says what the command does, `fields` what they are where `kind` cannot."""
-    if fields is not None:
-        kind.__doc__ = fields
+def parse(kind: type, argv: Sequence[str], prog: str, doc: str | None) -> Any:
+    """Arguments as a `kind`; `doc` says what the command does."""
     return tyro.cli(kind, prog=prog, args=list(argv), description=doc)
 
 
