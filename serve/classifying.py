@@ -119,13 +119,15 @@ class Classifying:
                     )
             # What cannot be answered in time is refused before anything is spent on it.
             expected: list[int] = []
-            for i, one in enumerate(asked):
-                try:
-                    if i not in outcomes:
-                        self._scheduler.expect(one.deadline, one.priority)
-                        expected.append(i)
-                except ClasserError as error:
-                    outcomes[i] = error
+            announced: list[tuple[int, Priority]] = []
+            rest = [i for i in range(len(texts)) if i not in outcomes]
+            for _, group in _grouped(rest, [id(asked[i]) for i in rest]):
+                one = asked[group[0]]
+                fit, error = self._scheduler.expect(len(group), one.deadline, one.priority)
+                announced.append((fit, one.priority))
+                expected += group[:fit]
+                if error is not None:
+                    outcomes.update(dict.fromkeys(group[fit:], error))
             tokens: dict[int, Tokens] = {}
             try:
                 groups = _grouped(expected, [(asked[i].model, asked[i].evidence) for i in expected])
@@ -137,7 +139,8 @@ class Classifying:
                     Work(asked[i].engine, tokens[i].ids, asked[i].deadline, asked[i].priority) for i in order
                 )
             finally:
-                self._scheduler.arrived(asked[i].priority for i in expected)
+                for count, priority in announced:
+                    self._scheduler.arrived(count, priority)
             submitted = self._scheduler.clock()
             scored = _sorted_out(order, await finished(futures), outcomes)
             if scored:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -44,7 +45,7 @@ DRIFT_RANGE = (0.25, 8.0)
 # How fast the mean text follows those that come.
 TEXT_RATE = 0.05
 # What a deadline must leave beyond the prediction, as a factor of it.
-MARGIN = 1.2
+MARGIN = 1.4
 # A refusal's hint is no shorter: a caller who comes back sooner finds the same queue.
 MIN_RETRY_SECONDS = 0.02
 
@@ -144,30 +145,35 @@ class Scheduler:
         if self._thread.ident is not None:
             self._thread.join(timeout)
 
-    def expect(self, deadline: float | None, priority: Priority) -> None:
-        """Announces a text that has still to be tokenised, so that those behind it reckon with it, until `arrived`.
+    def expect(self, count: int, deadline: float | None, priority: Priority) -> tuple[int, ClasserError | None]:
+        """Announces texts that have still to be tokenised, so that those behind them reckon with them, until `arrived`.
 
-        Raises:
-          DeadlineExceeded, Overloaded, Unavailable: it would be refused as things stand; tokenising it would only take
-            time from those that can be answered.
+        Returns:
+          How many of them were announced, and why the rest was not: they would be refused as things stand, and
+          tokenising them would only take time from those that can be answered.
         """
         now = self._clock()
         with self._changed:
             if self._refusal is not None:
-                raise Unavailable(self._refusal)
+                return 0, Unavailable(self._refusal)
             if self.waiting_tokens >= self._max_waiting_tokens:
-                raise self._no_room(self.waiting_tokens, self._max_waiting_tokens, "tokens", now)
-            ahead = sum(count for other, count in self._expected.items() if other <= priority)
-            wait = self._backlog(priority, now) + ahead * self._text_seconds * self._drift
-            if deadline is not None and wait and now + MARGIN * wait > deadline:
-                raise _too_late(deadline - now, wait)
-            self._expected[priority] += 1
+                return 0, self._no_room(self.waiting_tokens, self._max_waiting_tokens, "tokens", now)
+            each = self._text_seconds * self._drift
+            ahead = sum(texts for other, texts in self._expected.items() if other <= priority)
+            wait = self._backlog(priority, now) + ahead * each
+            fit, error = count, None
+            if deadline is not None and each > 0:
+                left = (deadline - now) / MARGIN - wait
+                fit = min(count, max(math.floor(left / each) + 1, 1 if wait == 0 else 0))
+                if fit < count:
+                    error = _too_late(deadline - now, wait + fit * each)
+            self._expected[priority] += fit
+            return fit, error
 
-    def arrived(self, priorities: Iterable[Priority]) -> None:
+    def arrived(self, count: int, priority: Priority) -> None:
         """Ends what `expect` announced: these texts are queued now, or never will be."""
         with self._changed:
-            for priority in priorities:
-                self._expected[priority] -= 1
+            self._expected[priority] -= count
 
     def submit(self, work: Work) -> Future[Scored]:
         """`submit_all` for one text."""

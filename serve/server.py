@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import os
 import signal
+import sys
 from pathlib import Path
 
 import jax
@@ -38,6 +39,9 @@ ADMIN_NAME = pb.DESCRIPTOR.services_by_name["ModelAdmin"].full_name
 Health = health_pb2.HealthCheckResponse
 # How long the last answers may take onto the wire, once they are given.
 _SEND_SECONDS = 0.5
+# How long the loop of the calls may keep the device's thread from going on (Python's own default is 5 ms, and a batch
+# takes some tens of them).
+SWITCH_SECONDS = 0.0005
 # How often the device loop is looked after.
 _WATCH_SECONDS = 0.25
 
@@ -95,6 +99,7 @@ def serve(config: ServeConfig) -> None:
       InputError: a bundle cannot be used, or an address not be listened on.
     """
     configure_logging(config.log_format, access=config.access_log)
+    sys.setswitchinterval(SWITCH_SECONDS)
     run_loop(_serve(config))
 
 

@@ -170,10 +170,13 @@ class ClassifierService(ClassifierServicer):
 
 
 def _batch_response(outcomes: Sequence[Outcome]) -> pb.ClassifyBatchResponse:
-    return pb.ClassifyBatchResponse(items=[_item(outcome) for outcome in outcomes])
-
-
-def _item(outcome: Outcome) -> pb.ClassifyBatchItem:
-    if isinstance(outcome, ClasserError):
-        return pb.ClassifyBatchItem(error=to_status(outcome))
-    return pb.ClassifyBatchItem(response=outcome)
+    # Texts that are refused together share their error.
+    errors = {id(one): to_status(one) for one in outcomes if isinstance(one, ClasserError)}
+    return pb.ClassifyBatchResponse(
+        items=[
+            pb.ClassifyBatchItem(error=errors[id(one)])
+            if isinstance(one, ClasserError)
+            else pb.ClassifyBatchItem(response=one)
+            for one in outcomes
+        ]
+    )

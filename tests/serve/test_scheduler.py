@@ -146,7 +146,7 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once(
     assert isinstance(refused, DeadlineExceeded)
     assert refused.retry_seconds == pytest.approx(2)
     assert scheduler.backlog_seconds == pytest.approx(2)
-    met = scheduler.submit(device.work(7, deadline=clock.now + 4))
+    met = scheduler.submit(device.work(7, deadline=clock.now + 4.5))
     run_all(scheduler)
     assert names([met]) == [7]
 
@@ -154,12 +154,13 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once(
 def test_a_text_is_refused_even_before_it_is_tokenised(
     scheduler: Scheduler, device: FakeDevice, clock: FakeClock
 ) -> None:
-    """Where what waits, and what was announced before it, would take too long."""
+    """Where what waits would take too long."""
     scheduler.submit_all(device.work(name) for name in range(6))
-    with pytest.raises(DeadlineExceeded) as refused:
-        scheduler.expect(clock.now + 2, Priority.INTERACTIVE)
-    assert refused.value.retry_seconds == pytest.approx(2)
-    scheduler.expect(clock.now + 4, Priority.INTERACTIVE)
+    fit, refused = scheduler.expect(1, clock.now + 2, Priority.INTERACTIVE)
+    assert (fit, type(refused)) == (0, DeadlineExceeded)
+    assert refused is not None
+    assert refused.retry_seconds == pytest.approx(2)
+    assert scheduler.expect(1, clock.now + 4, Priority.INTERACTIVE) == (1, None)
     run_all(scheduler)
     assert scheduler.backlog_seconds == 0
 
@@ -169,16 +170,25 @@ def test_announced_texts_count_until_they_arrive(clock: FakeClock, device: FakeD
     scheduler = Scheduler(clock=clock)
     scheduler.submit_all(device.work(name) for name in range(200))
     run_all(scheduler)
-    for _ in range(30):
-        scheduler.expect(None, Priority.INTERACTIVE)
-    with pytest.raises(DeadlineExceeded):
-        scheduler.expect(clock.now + 8, Priority.INTERACTIVE)
-    scheduler.expect(clock.now + 14, Priority.INTERACTIVE)
-    with pytest.raises(DeadlineExceeded):
-        scheduler.expect(clock.now + 8, Priority.BULK)
-    scheduler.arrived([Priority.INTERACTIVE] * 31)
-    scheduler.expect(clock.now + 0.1, Priority.BULK)
-    scheduler.expect(clock.now + 0.1, Priority.INTERACTIVE)  # bulk ones do not go before it
+    fit, refused = scheduler.expect(60, clock.now + 14.1, Priority.INTERACTIVE)
+    assert fit == 31  # 30 of them take ten seconds, and MARGIN is kept
+    assert isinstance(refused, DeadlineExceeded)
+    assert scheduler.expect(1, clock.now + 8, Priority.INTERACTIVE)[0] == 0
+    assert scheduler.expect(1, clock.now + 15, Priority.INTERACTIVE) == (1, None)
+    assert scheduler.expect(1, clock.now + 8, Priority.BULK)[0] == 0
+    scheduler.arrived(32, Priority.INTERACTIVE)
+    assert scheduler.expect(1, clock.now + 0.1, Priority.BULK)[0] == 1
+    assert scheduler.expect(1, clock.now + 0.1, Priority.INTERACTIVE)[0] == 1  # bulk ones do not go before it
+    assert scheduler.expect(1, None, Priority.BULK) == (1, None)
+
+
+def test_nothing_is_announced_to_a_full_or_closed_scheduler(scheduler: Scheduler, device: FakeDevice) -> None:
+    scheduler.submit_all(device.work(name, 16) for name in range(4))
+    fit, refused = scheduler.expect(1, None, Priority.INTERACTIVE)
+    assert (fit, type(refused)) == (0, Overloaded)
+    scheduler.close()
+    fit, refused = scheduler.expect(1, None, Priority.INTERACTIVE)
+    assert (fit, type(refused)) == (0, Unavailable)
 
 
 def test_bulk_texts_ahead_do_not_count_for_an_interactive_deadline(
@@ -296,7 +306,7 @@ def test_a_deadline_that_passes_during_the_second_try_is_not_run(
     scheduler: Scheduler, device: FakeDevice, clock: FakeClock
 ) -> None:
     poison, late = scheduler.submit_all(
-        device.work(name, poison=name == 1, deadline=clock.now + 1.8) for name in (1, 2)
+        device.work(name, poison=name == 1, deadline=clock.now + 1.9) for name in (1, 2)
     )
     scheduler.step()
     assert isinstance(poison.exception(0), InternalError)
