@@ -29,6 +29,11 @@ from classer.data.readers import read_task_folder
 from classer.model.bundle import load_bundle
 from classer.tools.bench_serving import call
 
+try:
+    import litserve as lit  # pyright: ignore[reportMissingImports]
+except ImportError:
+    lit: Any = None
+
 LOADS = {"ClassifyBatch(32), 4 callers": (4, 32), "one text a call, 64 callers": (64, 0)}
 START_SECONDS = 300
 
@@ -132,9 +137,7 @@ def commands(a: Compare, folder: Path) -> list[tuple[str, str, list[str]]]:
     ):
         arguments = ["--kind", kind, "--export", str(folder / export), "--bundle", str(a.float_bundle)]
         found.append((name, protocol, [*own, *arguments]))
-    try:
-        import litserve  # noqa: F401  # pyright: ignore[reportMissingImports]
-    except ImportError:
+    if lit is None:
         print("skipped: LitServe is not installed (pip install litserve)", flush=True)
         found.pop()
     return found
@@ -275,6 +278,7 @@ def behind_our_server(a: Stand) -> None:
 
     run = _onnxruntime(a.export) if a.kind == "onnxruntime" else _openvino(a.export)
     models.variant_predictor = lambda *_: OtherRuntime(run)  # pyright: ignore[reportAttributeAccessIssue]
+    models._golden = lambda *_: None  # pyright: ignore[reportAttributeAccessIssue]  # the accuracy is measured instead
     serve(ServeConfig(bundles=(str(a.bundle),), port=0, precision="float32"))
 
 
@@ -353,31 +357,34 @@ def fastapi(a: Stand) -> None:
     asyncio.run(main())
 
 
+class LitServeApi(lit.LitAPI if lit else object):  # pyright: ignore[reportGeneralTypeIssues]
+    """`Torch` for LitServe, which starts it in a process of its own."""
+
+    export = Path()
+
+    def setup(self, device: str) -> None:
+        self.classify = Torch(self.export)
+
+    def decode_request(self, request: dict[str, list[str]], **_: Any) -> list[str]:
+        return request["texts"]
+
+    def batch(self, inputs: list[list[str]]) -> list[list[str]]:
+        return inputs
+
+    def predict(self, x: list[list[str]], **_: Any) -> list[list[tuple[str, float]]]:
+        answers = iter(self.classify([text for texts in x for text in texts]))
+        return [[next(answers) for _ in texts] for texts in x]
+
+    def unbatch(self, output: list[Any]) -> list[Any]:
+        return output
+
+    def encode_response(self, output: list[tuple[str, float]], **_: Any) -> dict[str, Any]:
+        return {"labels": output}
+
+
 def litserve(a: Stand) -> None:
     import socket
     import threading
-
-    import litserve as ls  # pyright: ignore[reportMissingImports]
-
-    class Api(ls.LitAPI):
-        def setup(self, device: str) -> None:
-            self.classify = Torch(a.export)
-
-        def decode_request(self, request: dict[str, list[str]], **_: Any) -> list[str]:
-            return request["texts"]
-
-        def batch(self, inputs: list[list[str]]) -> list[list[str]]:
-            return inputs
-
-        def predict(self, x: list[list[str]], **_: Any) -> list[list[tuple[str, float]]]:
-            answers = iter(self.classify([text for texts in x for text in texts]))
-            return [[next(answers) for _ in texts] for texts in x]
-
-        def unbatch(self, output: list[Any]) -> list[Any]:
-            return output
-
-        def encode_response(self, output: list[tuple[str, float]], **_: Any) -> dict[str, Any]:
-            return {"labels": output}
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -395,7 +402,9 @@ def litserve(a: Stand) -> None:
                 return
 
     threading.Thread(target=say, daemon=True).start()
-    server = ls.LitServer(Api(max_batch_size=32, batch_timeout=0.002), accelerator="cpu")
+    api = LitServeApi(max_batch_size=32, batch_timeout=0.002)
+    api.export = a.export
+    server = lit.LitServer(api, accelerator="cpu")
     server.run(host="127.0.0.1", port=port, generate_client_file=False, log_level="error")
 
 
