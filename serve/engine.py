@@ -20,14 +20,14 @@ from ..model.evidence import Kept
 from .work import Output
 
 # Few programs, so that a server starts in well under a minute on two cores: each takes one to three seconds to compile.
-BUCKETS = (32, 64, 128, 256, 512)
+BUCKETS = (16, 32, 64, 128, 256, 512)
 BATCH_SIZES = (1, 8, 32)
 # Beyond this a larger batch gains nothing, and those who wait for the device wait too long.
 MAX_BATCH_TOKENS = 8192
 # How near the best measured rate a program must come to be taken for its size.
 ABOUT_AS_GOOD = 0.9
 # The first run of a program may still allocate; of the others the fastest counts.
-WARM_UP_RUNS = 3
+WARM_UP_RUNS = 6
 
 
 class Program(Protocol):

@@ -67,8 +67,8 @@ GOLDEN = Golden(GOLDEN_IDS, off, tolerance=0.5)
 
 
 def test_programs_are_those_that_the_model_can_fill() -> None:
-    assert engine_of(Programs(), 100).buckets == (32, 64, 100)
-    assert engine_of(Programs(), 512).buckets == (32, 64, 128, 256, 512)
+    assert engine_of(Programs(), 100).buckets == (16, 32, 64, 100)
+    assert engine_of(Programs(), 512).buckets == (16, 32, 64, 128, 256, 512)
     assert engine_of(Programs(), 16).buckets == (16,)
     # 32 × 512 tokens would keep the device for too long.
     assert [size for bucket, size in engine_of(Programs(), 512).shapes if bucket == 512] == [1, 8]
@@ -81,11 +81,11 @@ def test_it_is_ready_only_when_every_program_is_warm() -> None:
     with pytest.raises(RuntimeError, match="warm the engine up"):
         engine.run([np.ones(3, np.int32)], 32)
     for warmed in engine.warm_up():
-        assert engine.ready == (len(programs.compiled) == 9)
+        assert engine.ready == (len(programs.compiled) == 12)
         assert warmed.compile_seconds == pytest.approx(2.0)
         assert warmed.run_seconds == pytest.approx(warmed.batch_size * warmed.length * 1e-3)
     assert engine.ready
-    assert sorted(programs.compiled) == sorted((size, bucket) for bucket in (32, 64, 100) for size in (1, 8, 32))
+    assert sorted(programs.compiled) == sorted((size, bucket) for bucket in (16, 32, 64, 100) for size in (1, 8, 32))
     assert set(programs.ran) == set(programs.compiled)
 
 
@@ -161,11 +161,12 @@ class Precisions:
 def test_each_bucket_runs_in_the_fastest_precision_that_computes_the_golden_outputs() -> None:
     precisions = Precisions()
     engine = precisions.engine()
-    assert len(list(engine.warm_up())) == engine.steps == 3 * (3 + 2)
-    assert engine.plan == {32: "float32", 64: "bfloat16", 100: "bfloat16"}
+    assert len(list(engine.warm_up())) == engine.steps == 4 * (3 + 2)
+    assert engine.plan == {16: "float32", 32: "float32", 64: "bfloat16", 100: "bfloat16"}
     # Smaller batches are compiled in the chosen precision only.
-    assert precisions.short.compiled == [(32, 32), (1, 32), (8, 32), (32, 64), (32, 100)]
-    assert precisions.wrong.compiled == [(32, 32), (32, 64), (32, 100)]
+    short = [(32, 16), (1, 16), (8, 16), (32, 32), (1, 32), (8, 32), (32, 64), (32, 100)]
+    assert precisions.short.compiled == short
+    assert precisions.wrong.compiled == [(32, 16), (32, 32), (32, 64), (32, 100)]
     assert {warmed.precision: warmed.off for warmed in engine.measured if warmed.length == 32} == {
         "float32": 0,
         "bfloat16": 0,
@@ -177,9 +178,10 @@ def test_each_bucket_runs_in_the_fastest_precision_that_computes_the_golden_outp
 
 def test_a_plan_is_followed_but_still_checked() -> None:
     precisions = Precisions()
-    engine = precisions.engine(plan={32: "bfloat16", 64: "float32", 100: "float32"})
-    assert len(list(engine.warm_up())) == engine.steps == 9
-    assert engine.plan == {32: "bfloat16", 64: "float32", 100: "float32"}
+    plan = {16: "float32", 32: "bfloat16", 64: "float32", 100: "float32"}
+    engine = precisions.engine(plan=plan)
+    assert len(list(engine.warm_up())) == engine.steps == 12
+    assert engine.plan == plan
     assert precisions.wrong.compiled == []
     with pytest.raises(InputError, match=r"No precision reproduces .* int8 is off by 1\.0000"):
         list(Precisions().engine(plan={32: "int8"}).warm_up())

@@ -110,7 +110,7 @@ def test_tasks_and_models_are_listed(stub: ClassifierStub) -> None:
         ("colour 1", "the 1th"),
     ]
     assert {(program.bucket, program.focus) for program in model.programs} == {
-        (bucket, focus) for bucket in (32, 48) for focus in ("1", "0.6")
+        (bucket, focus) for bucket in (16, 32, 48) for focus in ("1", "0.6")
     }
     assert all(program.run_micros > 0 and program.precision == "float32" for program in model.programs)
 
@@ -355,7 +355,7 @@ def test_precision_is_measured_for_each_bucket(start_server, folder: Path, capfd
         grpc.insecure_channel(running.address) as channel,
     ):
         model = ClassifierStub(channel).GetModel(pb.GetModelRequest(), timeout=TIMEOUT)
-        for bucket in (32, 48):
+        for bucket in (16, 32, 48):
             assert len({program.precision for program in model.programs if program.bucket == bucket}) == 1
         assert ClassifierStub(channel).Classify(pb.ClassifyRequest(text="card", task="topic"), timeout=TIMEOUT).labels
     printed = capfd.readouterr().out

@@ -354,10 +354,10 @@ def test_cancelled_requests_leave_the_queue_and_their_mates_are_answered(running
             kept, dropped = (asyncio.create_task(client.classify("money", "topic")) for _ in range(2))
             batch = asyncio.create_task(client.classify_batch(["a", "b", "c"], "topic"))
             scheduler = running.server.scheduler
-            assert await asyncio.to_thread(eventually, lambda: scheduler.waiting_tokens == 5 * 32)
+            assert await asyncio.to_thread(eventually, lambda: scheduler.waiting_tokens == 5 * 16)
             dropped.cancel()
             batch.cancel()
-            assert await asyncio.to_thread(eventually, lambda: scheduler.waiting_tokens == 32)
+            assert await asyncio.to_thread(eventually, lambda: scheduler.waiting_tokens == 16)
             valve.open.set()
             assert (await first).chosen
             assert (await kept).chosen
@@ -371,7 +371,7 @@ def test_cancelled_requests_leave_the_queue_and_their_mates_are_answered(running
 
 def test_too_much_waiting_is_refused(start_server, bundle_path, monkeypatch) -> None:
     valve = Valve(monkeypatch)
-    with start_server(bundle_path, warm=True, max_waiting_tokens=128) as running, Client(running.address) as client:
+    with start_server(bundle_path, warm=True, max_waiting_tokens=64) as running, Client(running.address) as client:
         with ThreadPoolExecutor(1) as pool:
             first = pool.submit(client.classify, "card", "topic")
             assert valve.closed.wait(TIMEOUT)
