@@ -126,9 +126,9 @@ def commands(a: Compare, folder: Path) -> list[tuple[str, str, list[str]]]:
     onnxruntime.quantization.quantize_dynamic(folder / "onnx" / "model.onnx", folder / "onnx" / "int8.onnx")
     serve = [sys.executable, "-m", "classer.tools.cli", "serve", "--port", "0"]
     own = [sys.executable, __file__, "stand"]
-    found = [("Turbine", "grpc", [*serve, str(a.int8_bundle)])]
+    found = [(f"Turbine, {path.name}", "grpc", [*serve, str(path)]) for path in (a.float_bundle, a.int8_bundle)]
     if a.focus:
-        found.append((f"Turbine, focus {a.focus}", "grpc", [*serve, str(a.int8_bundle), "--focus", a.focus]))
+        found.append((f"Turbine, focus {a.focus}", "grpc", [*serve, str(a.float_bundle), "--focus", a.focus]))
     for name, kind, export, protocol in (
         ("ONNX Runtime INT8, our gRPC", "onnxruntime", "onnx/int8.onnx", "grpc"),
         ("OpenVINO bfloat16, our gRPC", "openvino", "onnx/model.onnx", "grpc"),
