@@ -274,7 +274,9 @@ def test_a_manifest_that_makes_no_sense_is_refused(copy: Path, change, says: str
 
 def test_weights_that_compute_something_else_are_refused(copy: Path) -> None:
     change_weights(copy, lambda weights: weights.update({"head.kernel": weights["head.kernel"] * 1.5}))
-    says = r"computes something else here: a probability of golden text \d \(task 'topic'\) differs by 0\.\d+, more than"
+    says = (
+        r"computes something else here: a probability of golden text \d \(task 'topic'\) differs by 0\.\d+, more than"
+    )
     with pytest.raises(InputError, match=says):
         load_bundle(copy)
 
