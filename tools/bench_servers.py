@@ -13,6 +13,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -100,7 +102,7 @@ def compare(a: Compare) -> None:
                         print(f"round {number + 1}: {name}, {load}: {measured[0]:,.0f} texts/s", flush=True)
         finally:
             for process, _, _ in servers.values():
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)  # LitServe has children
                 process.wait()
     print(f"\n{a.data.name}, {len(texts):,} test texts\n")
     print("| server | accuracy | " + " | ".join(f"{load}: texts/s, p50, p99 ms" for load in LOADS) + " |")
@@ -145,7 +147,9 @@ def commands(a: Compare, folder: Path) -> list[tuple[str, str, list[str]]]:
 
 def start(command: Sequence[str], protocol: str) -> tuple[subprocess.Popen[str], str, str]:
     """The process, its protocol, and its address, which is the last word of the line that it prints once it is warm."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+    )
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("Serving "):
