@@ -160,7 +160,7 @@ def test_a_stream_gives_an_outcome_for_each_text_in_order(running, client: Clien
     texts = [TEXTS[i % len(TEXTS)] for i in range(300)]
     texts[150] = "x" * (MAX_TEXT_CHARS + 1)
 
-    async def streamed() -> list[object]:
+    async def streamed() -> Sequence[object]:
         async def asynchronous() -> AsyncIterator[str]:
             for text in texts:
                 yield text
