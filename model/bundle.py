@@ -13,7 +13,6 @@ README.md            the model card; LICENSE and NOTICE of the pretrained encode
 from __future__ import annotations
 
 import dataclasses
-import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,10 +57,6 @@ _KIND = FolderKind(
 # Largest difference of a golden probability that is put down to another machine's arithmetic. INT8 rounds activations,
 # so that a last bit can move a whole step.
 GOLDEN_TOLERANCE: Mapping[Precision, float] = {"float32": 1e-3, "int8": 3e-2}
-# The share of a task's own golden texts that may be beyond it in INT8. Where a text leaves a task undecided, as most
-# texts of other tasks do, a single step of an activation moves its probabilities far: by 0.11 when a text was padded
-# otherwise. Wrong weights or scales move all texts.
-UNDECIDED_SHARE = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,30 +292,13 @@ def _golden_probabilities(bundle: Bundle) -> list[dict[str, list[float]]]:
 
 
 def _check_golden(bundle: Bundle, golden: list[dict[str, Any]], path: Path) -> None:
-    rows = _golden_probabilities(bundle)
     tolerance = GOLDEN_TOLERANCE[bundle.precision]
-    allowed = undecided(len(golden), len(bundle.taxonomy.tasks), bundle.precision)
-    for task in (task.name for task in bundle.taxonomy.tasks):
-        expected_NL = np.array([row["probabilities"][task] for row in golden])
-        difference_N = np.abs(np.array([row[task] for row in rows]) - expected_NL).max(axis=1)
-        number, difference = beyond(difference_N, allowed)
-        if difference > tolerance:
-            raise InputError(
-                f"{path} computes something else here: a probability of golden text {number + 1} (task '{task}') "
-                f"differs by {difference:.4f}, more than {tolerance}. The bundle or this installation is broken."
-            )
-
-
-def undecided(num_texts: int, num_tasks: int, precision: str) -> int:
-    """How many of the golden texts, which the tasks share evenly, may differ in one task by more than the tolerance."""
-    if precision != "int8":
-        return 0
-    return num_texts - math.ceil((1 - UNDECIDED_SHARE) * num_texts / num_tasks)
-
-
-def beyond(difference_N: np.ndarray, allowed: int) -> tuple[int, float]:
-    """The text, and its difference, that is the largest but for `allowed` ones; infinite if any is NaN."""
-    if np.isnan(difference_N).any():
-        return int(np.argmax(np.isnan(difference_N))), math.inf
-    i = int(np.argsort(-difference_N, kind="stable")[min(allowed, len(difference_N) - 1)])
-    return i, float(difference_N[i])
+    got = _golden_probabilities(bundle)
+    for number, (row, ours) in enumerate(zip(golden, got, strict=True), start=1):
+        for task, expected in row["probabilities"].items():
+            difference = float(np.abs(np.subtract(expected, ours[task])).max())
+            if not difference <= tolerance:  # also when NaN
+                raise InputError(
+                    f"{path} computes something else here: a probability of golden text {number} (task '{task}') "
+                    f"differs by {difference:.4f}, more than {tolerance}. The bundle or this installation is broken."
+                )

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import jax.numpy as jnp
 import numpy as np
 
-from .bundle import GOLDEN_LENGTH, GOLDEN_TOLERANCE, Bundle, beyond, quantize, undecided
+from .bundle import GOLDEN_LENGTH, GOLDEN_TOLERANCE, Bundle, quantize
 from .config import ComputeDtype
 from .focus import Focus
 from .predict import Predictor
@@ -59,17 +59,12 @@ def golden_ids(bundle: Bundle) -> list[np.ndarray]:
 
 
 def disagreement(bundle: Bundle, logits_NL: np.ndarray, reference_NL: np.ndarray) -> float:
-    """How far the probabilities of two computations of golden texts are apart; infinite if either has a NaN.
-
-    In each task the largest difference of a text but those that may be undecided, as a variant may be INT8.
-    """
-    tasks = bundle.taxonomy.tasks
-    allowed = undecided(len(logits_NL), len(tasks), "int8")
-    apart = []
-    for task in tasks:
-        ours_NL, theirs_NL = (bundle.probabilities(task.name, one_NL) for one_NL in (logits_NL, reference_NL))
-        apart.append(beyond(np.abs(ours_NL - theirs_NL).max(axis=1), allowed)[1])
-    return max(apart)
+    """The largest difference of a probability between two computations of the same texts; NaN if either has one."""
+    differences = [
+        np.abs(bundle.probabilities(task.name, logits_NL) - bundle.probabilities(task.name, reference_NL)).max()
+        for task in bundle.taxonomy.tasks
+    ]
+    return float(np.max(differences))
 
 
 def _in_bfloat16(weights: Weights) -> Weights:

@@ -58,8 +58,7 @@ class Golden:
 
     Attributes:
       ids: token ids of each text.
-      off: how far logits_NL of the texts at these positions are from what they must be; infinite if they are not
-        finite.
+      off: how far logits_NL of the texts at these positions are from what they must be; NaN if they are not finite.
       tolerance: how far they may be.
     """
 

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from classer.data.errors import InputError
 from classer.data.fetch import sha256_of
 from classer.model import bundle as bundle_module
-from classer.model.bundle import Bundle, beyond, load_bundle, quantize, save_bundle, undecided
+from classer.model.bundle import Bundle, load_bundle, quantize, save_bundle
 from classer.model.manifest import content_hash
 
 TEXTS = ("my card has not arrived", "", "rain , storm and snow where is the money")
@@ -274,16 +274,14 @@ def test_a_manifest_that_makes_no_sense_is_refused(copy: Path, change, says: str
 
 def test_weights_that_compute_something_else_are_refused(copy: Path) -> None:
     change_weights(copy, lambda weights: weights.update({"head.kernel": weights["head.kernel"] * 1.5}))
-    says = (
-        r"computes something else here: a probability of golden text \d \(task 'topic'\) differs by 0\.\d+, more than"
-    )
+    says = r"computes something else here: a probability of golden text 1 \(task 'topic'\) differs by 0\.\d+, more than"
     with pytest.raises(InputError, match=says):
         load_bundle(copy)
 
 
 def test_weights_that_are_not_finite_are_refused(copy: Path) -> None:
     change_weights(copy, lambda weights: weights["head.bias"].fill(np.nan))
-    with pytest.raises(InputError, match="differs by inf"):
+    with pytest.raises(InputError, match="differs by nan"):
         load_bundle(copy)
 
 
@@ -338,34 +336,3 @@ def test_json_files_that_do_not_fit_are_named(copy: Path, name: str, change, say
     vouch(copy)
     with pytest.raises(InputError, match=says):
         load_bundle(copy)
-
-
-def test_of_int8_a_quarter_of_a_tasks_golden_texts_may_be_undecided() -> None:
-    assert [undecided(count, 1, "int8") for count in (2, 4, 9)] == [0, 1, 2]
-    assert undecided(9, 3, "int8") == 6  # most texts are of other tasks
-    assert undecided(9, 3, "float32") == 0
-    assert beyond(np.array([0.1, 0.5, 0.3]), 1) == (2, 0.3)
-    assert beyond(np.array([0.1, np.nan, 0.3]), 2) == (1, np.inf)
-
-
-@pytest.mark.parametrize(("changed", "change", "fine"), [(2, 0.2, True), (4, 0.2, False), (1, np.nan, False)])
-def test_golden_texts_that_differ_are_counted(
-    tiny_bundle: Bundle, tmp_path: Path, monkeypatch, changed: int, change: float, fine: bool
-) -> None:
-    texts = ("card", "money", "rain", "")
-    assert len(tiny_bundle.taxonomy.tasks) == 2
-    save_bundle(quantize(dataclasses.replace(tiny_bundle, golden_texts=texts)), tmp_path / "bundle")
-    real = bundle_module._golden_probabilities
-
-    def shifted(bundle: Bundle) -> list[dict[str, list[float]]]:
-        rows = real(bundle)
-        for row in rows[:changed]:
-            row["topic"] = [p + change for p in row["topic"]]
-        return rows
-
-    monkeypatch.setattr(bundle_module, "_golden_probabilities", shifted)
-    if fine:
-        load_bundle(tmp_path / "bundle")
-    else:
-        with pytest.raises(InputError, match="computes something else here"):
-            load_bundle(tmp_path / "bundle")
