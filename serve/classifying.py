@@ -135,13 +135,13 @@ class Classifying:
                     *(self._tokenize(model, spans, group, texts, tokens, outcomes) for (model, spans), group in groups)
                 )
                 order = sorted(tokens)
+                submitted = self._scheduler.clock()
                 futures = self._scheduler.submit_all(
                     Work(asked[i].engine, tokens[i].ids, asked[i].deadline, asked[i].priority) for i in order
                 )
             finally:
                 for count, priority in announced:
                     self._scheduler.arrived(count, priority)
-            submitted = self._scheduler.clock()
             scored = _sorted_out(order, await finished(futures), outcomes)
             if scored:
                 on_device = max(one.queue_seconds + one.compute_seconds for one in scored.values())

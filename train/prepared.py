@@ -13,6 +13,7 @@ from scipy.sparse import csr_array
 
 from ..data.errors import InputError
 from ..data.prepare.plan import read_manifest
+from ..data.readers import TASK_FILES
 from ..data.records import Record
 from ..data.shards import Shards
 from ..data.taxonomy import Task
@@ -28,7 +29,8 @@ _READ = 4096
 
 
 def is_prepared(job: TrainJob) -> bool:
-    return (job.data / "manifest.json").is_file()
+    """A task's own folder may hold a file of that name too."""
+    return (job.data / "manifest.json").is_file() and not any((job.data / file).is_file() for file in TASK_FILES)
 
 
 def open_prepared(job: TrainJob) -> Shards:

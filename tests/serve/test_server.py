@@ -346,6 +346,19 @@ def test_what_cannot_be_answered_in_time_is_not_even_tokenised(
     assert encoded == ["card"]
 
 
+def test_an_answers_way_back_is_taken_off_deadlines(running, client: Client, monkeypatch) -> None:
+    classifying = running.server._service._classifying
+    monkeypatch.setattr(classifying, "_way_back", 0.0)
+    client.classify("card", "topic")
+    assert 0 < classifying._way_back < TIMEOUT
+    clock = running.server.scheduler.clock
+    for way_back, taken in ((2.0, 2.0), (100.0, 5.0)):  # at most half of it
+        monkeypatch.setattr(classifying, "_way_back", way_back)
+        deadline = classifying.ask(pb.ClassifyRequest(task="topic"), 10.0).deadline
+        assert deadline - clock() == pytest.approx(10.0 - taken, abs=1.0)
+    assert classifying.ask(pb.ClassifyRequest(task="topic"), None).deadline is None
+
+
 def test_cancelled_requests_leave_the_queue_and_their_mates_are_answered(running, valve: Valve) -> None:
     async def main() -> None:
         async with AsyncClient(running.address) as client:

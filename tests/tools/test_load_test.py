@@ -159,6 +159,17 @@ def test_every_call_is_counted_by_what_became_of_it() -> None:
     assert "| TIMED_OUT | 2 | 25.00% |" in describe(summary)
 
 
+def test_a_batch_of_which_nothing_was_answered_was_refused() -> None:
+    async def call(number: int) -> Sequence[str]:
+        return (
+            ("RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED") if number else ("INTERNAL", OK, "INTERNAL")
+        )
+
+    recorder = in_no_time(run_open(call, np.zeros(2), timeout=2.0, texts=3, max_in_flight=1))
+    assert recorder.outcomes == [OK, "DEADLINE_EXCEEDED"]
+    assert recorder.texts == {OK: 1, "INTERNAL": 2, "RESOURCE_EXHAUSTED": 1, "DEADLINE_EXCEEDED": 2}
+
+
 def test_windows_hold_the_calls_that_were_due_in_them() -> None:
     recorder = Recorder(1.0)
     for due, done, outcome in ((0.1, 0.2, OK), (0.9, 2.5, OK), (1.5, 1.6, "UNAVAILABLE")):

@@ -22,7 +22,7 @@ from classer.data.tokenizer import WordPieceTokenizer
 from classer.model.bundle import load_bundle
 from classer.tests.helpers import VOCAB, write_toy_data
 from classer.train.config import Recipe, TrainJob
-from classer.train.prepared import text_of
+from classer.train.prepared import is_prepared, text_of
 from classer.train.run import run_job, train
 
 LENGTH = 16
@@ -127,6 +127,15 @@ def test_a_task_without_texts_for_development_is_refused(tiny_encoder: Path, tmp
     prepare(plan, progress=silent)
     with pytest.raises(InputError, match="no examples of the task 'rare' for development"):
         train(job_of(tmp_path / "shards", tmp_path / "run", tiny_encoder))
+
+
+def test_a_tasks_folder_with_a_manifest_of_its_own_is_not_taken_for_shards(tmp_path: Path) -> None:
+    job = TrainJob(data=tmp_path, out=tmp_path / "run")
+    assert not is_prepared(job)
+    (tmp_path / "manifest.json").write_text("{}")
+    assert is_prepared(job)
+    (tmp_path / "task.json").write_text("{}")
+    assert not is_prepared(job)
 
 
 def test_a_text_is_made_of_its_tokens(tiny_encoder: Path) -> None:
