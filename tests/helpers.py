@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from classer.data.prepare.local import prepare
+from classer.data.prepare.plan import Plan, PrepareConfig
 from classer.data.taxonomy import Label, Task, TaskKind, Taxonomy
 from classer.data.tokenizer import WordPieceTokenizer
 from classer.model.bundle import Bundle
@@ -117,3 +121,22 @@ def write_toy_data(file: Path, kind: TaskKind, count: int, *, seed: int = 0) -> 
             row |= {"label": labels[0]} if kind.exclusive else {"labels": labels}
             out.write(json.dumps(row) + "\n")
     return file
+
+
+TOY_LENGTH = 16
+
+
+@contextlib.contextmanager
+def no_progress(stage: str, unit: str, total: int | None) -> Iterator[Any]:
+    """For `prepare`, which would draw a bar."""
+    yield SimpleNamespace(update=lambda n: None)
+
+
+def write_shards(folder: Path, tokenizer: Path, **config: Any) -> Path:
+    """Two tasks' toy texts, different ones, as `classer prepare` makes shards of them, of `TOY_LENGTH` tokens."""
+    one = write_toy_data(folder / "toy.jsonl", TaskKind.MULTICLASS, 300)
+    other = write_toy_data(folder / "tags.jsonl", TaskKind.MULTILABEL, 300, seed=1)
+    fields = {"dev_fraction": 0.2, "near_duplicates": 0, "records_per_shard": 100, "max_length": TOY_LENGTH}
+    plan = Plan.make(PrepareConfig(**{**fields, **config}), [one, other], [], tokenizer, folder / "shards")
+    prepare(plan, progress=no_progress)
+    return folder / "shards"

@@ -6,9 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,16 +18,11 @@ from classer.data.prepare.local import prepare
 from classer.data.prepare.plan import Plan, PrepareConfig
 from classer.data.shards import ShardBatches, Shards
 from classer.data.tokenizer import WordPieceTokenizer
-from classer.tests.helpers import VOCAB
+from classer.tests.helpers import VOCAB, no_progress
 
 NUM_TEXTS = 230
 WORDS = [word for word in VOCAB if word.isalpha()]
 SETTINGS: dict[str, Any] = {"batch_size": 12, "seed": 3, "pad_id": 0, "num_epochs": 2, "window": 70}
-
-
-@contextlib.contextmanager
-def silent(stage: str, unit: str, total: int | None) -> Iterator[Any]:
-    yield SimpleNamespace(update=lambda n: None)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     WordPieceTokenizer(folder / "vocab.txt").save(folder / "tokenizer")
     config = PrepareConfig(dev_fraction=0, near_duplicates=0, records_per_shard=60)
     inputs = [folder / "tags.jsonl", folder / "kinds.jsonl"]
-    prepare(Plan.make(config, inputs, [], folder / "tokenizer", folder / "out"), progress=silent)
+    prepare(Plan.make(config, inputs, [], folder / "tokenizer", folder / "out"), progress=no_progress)
     return folder / "out"
 
 

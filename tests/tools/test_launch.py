@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 
 from classer.data.errors import InputError
 from classer.data.taxonomy import TaskKind
-from classer.tests.helpers import write_toy_data
+from classer.tests.helpers import TOY_LENGTH, write_shards, write_toy_data
 from classer.tools import launch_kubernetes, launch_slurm
 from classer.tools.launch_job import Launch
 from classer.train.place import Place
@@ -260,6 +260,19 @@ def test_a_stop_saves_and_another_number_of_processes_goes_on(options, begin, tm
 
 KILLS = 20
 EPOCHS = 100
+
+
+@pytest.mark.slow
+def test_processes_that_share_the_shards_learn_what_one_learns(tiny_encoder: Path, begin, tmp_path: Path) -> None:
+    """Two processes of a device each read half of each batch; one process of two devices reads all of it."""
+    words = ["--data", write_shards(tmp_path, tiny_encoder), "--encoder", tiny_encoder, "--max-length", TOY_LENGTH]
+    words += ["--batch-size", 32, "--compute-dtype", "float32", "--epochs", 2]
+    for name, processes in (("two", ("--processes", 2)), ("one", ("--processes", 1, "--devices-per-process", 2))):
+        process = begin(*words, "--out", tmp_path / name, *processes)
+        assert process.wait(TIMEOUT) == 0, (tmp_path / "output").read_text()[-3000:]
+    ours, theirs = (load_file(tmp_path / name / "bundle-float32" / "weights.safetensors") for name in ("two", "one"))
+    for name, value in ours.items():
+        np.testing.assert_allclose(value, theirs[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.slow

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,36 +17,26 @@ from classer.data.shards import ShardBatches, Shards
 from classer.data.taxonomy import TaskKind
 from classer.data.tokenizer import WordPieceTokenizer
 from classer.model.bundle import load_bundle
-from classer.tests.helpers import VOCAB, write_toy_data
+from classer.tests.helpers import TOY_LENGTH, VOCAB, no_progress, write_shards, write_toy_data
 from classer.train.config import Recipe, TrainJob
 from classer.train.prepared import is_prepared, text_of
 from classer.train.run import run_job, train
 
-LENGTH = 16
-
-
-@contextlib.contextmanager
-def silent(stage: str, unit: str, total: int | None) -> Iterator[Any]:
-    yield SimpleNamespace(update=lambda n: None)
-
-
-def prepared(folder: Path, tokenizer: Path, **config: Any) -> Path:
-    """Two tasks' toy texts, different ones, as shards."""
-    one = write_toy_data(folder / "toy.jsonl", TaskKind.MULTICLASS, 300)
-    other = write_toy_data(folder / "tags.jsonl", TaskKind.MULTILABEL, 300, seed=1)
-    settings = {"dev_fraction": 0.2, "near_duplicates": 0, "records_per_shard": 100, "max_length": LENGTH, **config}
-    plan = Plan.make(PrepareConfig(**settings), [one, other], [], tokenizer, folder / "shards")
-    prepare(plan, progress=silent)
-    return folder / "shards"
-
 
 @pytest.fixture(scope="module")
 def shards(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepared(tmp_path_factory.mktemp("prepared"), tiny_encoder)
+    return write_shards(tmp_path_factory.mktemp("prepared"), tiny_encoder)
 
 
 def job_of(shards: Path, out: Path, tiny_encoder: Path, **recipe: Any) -> TrainJob:
-    options = {"max_length": LENGTH, "epochs": 6, "batch_size": 16, "learning_rate": 3e-3, "patience": 0, **recipe}
+    options = {
+        "max_length": TOY_LENGTH,
+        "epochs": 6,
+        "batch_size": 16,
+        "learning_rate": 3e-3,
+        "patience": 0,
+        **recipe,
+    }
     return TrainJob(data=shards, out=out, recipe=Recipe(encoder=str(tiny_encoder), **options))
 
 
@@ -95,8 +82,11 @@ def test_a_run_that_was_stopped_goes_on_with_the_next_batch(
         ({"test": Path("x.csv")}, "no --test: measure the bundle afterwards"),
         ({"baseline": True}, "no --baseline: it needs texts"),
         ({"soft_labels": Path("x.jsonl")}, "no --soft-labels"),
-        ({"recipe": Recipe(max_length=LENGTH, focus_epochs=1)}, "no --focus-epochs"),
-        ({"recipe": Recipe(max_length=64)}, f"prepared for texts of {LENGTH} tokens; train with --max-length {LENGTH}"),
+        ({"recipe": Recipe(max_length=TOY_LENGTH, focus_epochs=1)}, "no --focus-epochs"),
+        (
+            {"recipe": Recipe(max_length=64)},
+            f"prepared for texts of {TOY_LENGTH} tokens; train with --max-length {TOY_LENGTH}",
+        ),
     ],
 )
 def test_what_needs_texts_is_refused(
@@ -113,7 +103,7 @@ def test_another_vocabulary_is_refused(tiny_encoder: Path, tmp_path: Path) -> No
     vocab = tmp_path / "other" / "vocab.txt"
     vocab.write_text("".join(f"{token}\n" for token in (*VOCAB, "another")))
     WordPieceTokenizer(vocab).save(tmp_path / "other")
-    job = job_of(prepared(tmp_path, tmp_path / "other"), tmp_path / "run", tiny_encoder)
+    job = job_of(write_shards(tmp_path, tmp_path / "other"), tmp_path / "run", tiny_encoder)
     with pytest.raises(InputError, match="tokenised with another vocabulary"):
         train(job)
 
@@ -122,9 +112,9 @@ def test_a_task_without_texts_for_development_is_refused(tiny_encoder: Path, tmp
     rare = [{"text": text, "label": text} for text in ("rain", "storm")]
     (tmp_path / "rare.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rare))
     toy = write_toy_data(tmp_path / "toy.jsonl", TaskKind.MULTICLASS, 300)
-    config = PrepareConfig(dev_fraction=0.05, near_duplicates=0, max_length=LENGTH)
+    config = PrepareConfig(dev_fraction=0.05, near_duplicates=0, max_length=TOY_LENGTH)
     plan = Plan.make(config, [toy, tmp_path / "rare.jsonl"], [], tiny_encoder, tmp_path / "shards")
-    prepare(plan, progress=silent)
+    prepare(plan, progress=no_progress)
     with pytest.raises(InputError, match="no examples of the task 'rare' for development"):
         train(job_of(tmp_path / "shards", tmp_path / "run", tiny_encoder))
 
@@ -140,6 +130,6 @@ def test_a_tasks_folder_with_a_manifest_of_its_own_is_not_taken_for_shards(tmp_p
 
 def test_a_text_is_made_of_its_tokens(tiny_encoder: Path) -> None:
     tokenizer = WordPieceTokenizer.from_folder(tiny_encoder)
-    (ids,) = tokenizer.encode(["my card has not arrived"], LENGTH).ids
+    (ids,) = tokenizer.encode(["my card has not arrived"], TOY_LENGTH).ids
     text = text_of(ids, tokenizer)
-    assert tokenizer.encode([text], LENGTH).ids[0].tolist() == ids.tolist()
+    assert tokenizer.encode([text], TOY_LENGTH).ids[0].tolist() == ids.tolist()
