@@ -54,8 +54,9 @@ def native(bundle: Bundle) -> Variant:
 
 
 def golden_ids(bundle: Bundle) -> list[np.ndarray]:
-    """The token ids of the golden texts, cut as for the golden outputs."""
-    return list(bundle.tokenizer.encode(bundle.golden_texts, min(GOLDEN_LENGTH, bundle.max_length)).ids)
+    """The token ids of the golden texts, cut as for the golden outputs, and of the empty text, which fits everywhere."""
+    texts = dict.fromkeys((*bundle.golden_texts, ""))
+    return list(bundle.tokenizer.encode(list(texts), min(GOLDEN_LENGTH, bundle.max_length)).ids)
 
 
 def disagreement(bundle: Bundle, logits_NL: np.ndarray, reference_NL: np.ndarray) -> float:

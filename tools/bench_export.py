@@ -25,6 +25,7 @@ import tyro
 from tqdm import tqdm
 
 from classer.data.readers import read_task_folder
+from classer.data.taxonomy import Task
 from classer.model.bundle import Bundle, load_bundle
 from classer.tools.cli import run
 from classer.tools.export.folder import Export
@@ -175,7 +176,7 @@ def compare(row: Row, bundle: Bundle, got_NL: np.ndarray, references: dict[str, 
     agreement, to_float = [], []
     for task in bundle.taxonomy.tasks:
         columns = bundle.taxonomy.slice_of(task.name)
-        best = [p_NL[:, columns].argmax(axis=1) for p_NL in (got_NL, own_NL, references["float32"])]
+        best = [top_labels(task, p_NL[:, columns]) for p_NL in (got_NL, own_NL, references["float32"])]
         agreement.append((best[0] == best[1]).mean())
         to_float.append((best[0] == best[2]).mean())
     distance_NL = np.abs(got_NL - references["float32"])
@@ -188,6 +189,11 @@ def compare(row: Row, bundle: Bundle, got_NL: np.ndarray, references: dict[str, 
         "megabytes": row.megabytes,
         "load_seconds": row.load_seconds,
     }
+
+
+def top_labels(task: Task, probs_NL: np.ndarray) -> np.ndarray:
+    """Each text's most probable label; of a tree, leaf."""
+    return np.where(task.leaves_L, probs_NL, -1.0).argmax(axis=1)
 
 
 def measure_speed(rows: Sequence[Row], a: Arguments) -> dict[int, dict[str, float]]:

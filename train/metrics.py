@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..data.taxonomy import Task
+from ..model.decode import Calibration, choose_all
 
 NUM_BINS = 15  # of the expected calibration error, as in Guo et al. 2017
 
@@ -67,8 +68,8 @@ class Reliability:
     """Confidence against truth in equal-width bins (Guo et al. 2017, "On Calibration of Modern Neural Networks", §2).
 
     Binary and multiclass: one decision a text; its confidence is the highest probability, and it is right when that
-    label holds. Multilabel: one decision for each text and label; its confidence is the label's probability, and it is
-    right when the label holds.
+    label holds. Hierarchical: the same of the most probable leaf. Multilabel: one decision for each text and label; its
+    confidence is the label's probability, and it is right when the label holds.
 
     Attributes:
       counts: (NUM_BINS,) int, decisions in each bin; bin m covers (m / NUM_BINS, (m + 1) / NUM_BINS], the first 0 too.
@@ -129,8 +130,8 @@ def reliability(task: Task, probs_NL: np.ndarray, targets_NL: np.ndarray) -> Rel
     """Bins the decisions by confidence; arguments as for `evaluate`."""
     held_NL = targets_NL > 0.5
     if task.kind.exclusive:
-        rows, best = np.arange(len(probs_NL)), probs_NL.argmax(axis=1)
-        confidence, right = probs_NL[rows, best], held_NL[rows, best]
+        answer_NL = choose_all(task, probs_NL, Calibration())
+        confidence, right = probs_NL[answer_NL], held_NL[answer_NL]
     else:
         confidence, right = probs_NL.ravel(), held_NL.ravel()
     confidence = confidence.astype(np.float64)

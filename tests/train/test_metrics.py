@@ -103,6 +103,16 @@ def test_ece_of_multilabel_counts_every_decision():
     assert found.ece == pytest.approx((2 * 0.3 + 2 * 0.1) / 4)
 
 
+def test_ece_of_a_tree_is_that_of_its_leaves():
+    labels = (Label("a"), Label("b"), Label("a1", parent="a"), Label("a2", parent="a"))
+    tree = Task("t", TaskKind.HIERARCHICAL, labels)
+    probs = np.array([[0.9, 0.1, 0.6, 0.3], [0.3, 0.7, 0.2, 0.1]])
+    targets = np.eye(4)[[2, 0]]
+    found = reliability(tree, probs, targets)
+    assert found.counts.sum() == 2
+    assert found.ece == pytest.approx((abs(0.6 - 1) + 0.7) / 2)
+
+
 def test_ece_tells_calibrated_from_overconfident():
     rng = np.random.default_rng(0)
     honest = rng.uniform(0.5, 1, 20_000)

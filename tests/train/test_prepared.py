@@ -48,7 +48,7 @@ def test_a_classifier_is_trained_on_shards(shards: Path, tiny_encoder: Path, tmp
     dev = Shards(shards, "dev")
     assert sum(scores.float_metrics.n for scores in result.tasks) == len(dev)
     bundle = load_bundle(tmp_path / "run" / "bundle")  # whose golden texts are answered as they were
-    assert len(bundle.golden_texts) == 9
+    assert len(bundle.golden_texts) == 8
     assert f"on {len(Shards(shards)):,} examples" in bundle.card
     assert "toy" in (tmp_path / "run" / "results" / "toy" / "report.md").read_text()
 

@@ -4,7 +4,10 @@ Batch and length stay open. INT8 is our own: int8 kernels with one scale a chann
 quantised on the fly with one scale a token, products in int32 (MatMulInteger). Half precisions are as in our programs:
 weights and activations in the dtype, norms, scores, softmax and pooling in float32.
 
-Axes: B batch, S sequence, K kept sequence, N = B × S, D model width, F outputs, H heads, L labels of all tasks.
+Between attention and the selection of tokens, the tokens of all texts stand in one axis: quantisation is by token, and
+ONNX Runtime fuses the residual sum of three axes with its norm into something slower than the two.
+
+Axes: B batch, S sequence, K kept sequence, N = B × K, D model width, F outputs, H heads, L labels of all tasks.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from .graph import Graph
 # AQT maps a token's largest magnitude to 127.5 and rounds it down to 127. QuantizeLinear would saturate -127.5 at -128;
 # a hair below 127.5 both round to 127 in magnitude, and no other value is the wiser.
 INT8_BOUND = 127.49995
+INT8_ZERO = 128  # activations are written as uint8 around it: runtimes have fast kernels for uint8 × int8
 SMALLEST_BOUND = 1e-30
 GATE_EPS = 1e-6
 
@@ -62,21 +66,23 @@ class _Builder:
 
     def build(self) -> onnx.ModelProto:
         g, c = self.g, self.config
-        self.length = g.dimension("input_ids", 1)
+        self.batch, self.length = g.dimension("input_ids", 0), g.dimension("input_ids", 1)
+        if self.bundle.precision == "int8" and not self.compressed:
+            self.one = g.cast(g.op("Greater", g.op("Squeeze", self.length), g.constant(0, "int64")), "float32")
         mask_BS = g.cast("attention_mask", "float32")
         self.lengths_B1 = g.op("ReduceSum", "attention_mask", g.constant([1], "int64"), keepdims=1)
         tokens = _Tokens(mask_BS, self._bias(mask_BS), None)
-        x_BSD = self._embeddings()
+        x_ND = self._embeddings()
         for i in range(c.num_layers):
             g.scope(f"layer_{i}")
             before = self.focus.units[i - 1] if i else UNITS
             if self.focus.units[i] < before:
-                x_BSD, tokens = self._gather(x_BSD, tokens, i)
-            x_BSD = self._layer(x_BSD, tokens, i)
+                x_ND, tokens = self._gather(x_ND, tokens, i)
+            x_ND = self._layer(x_ND, tokens, i)
         g.scope("")
         if c.pre_norm:
-            x_BSD = self._norm(x_BSD, "encoder.final_norm")
-        self._head(x_BSD, tokens)
+            x_ND = self._norm(x_ND, "encoder.final_norm")
+        self._head(x_ND, tokens)
         shape, labels = ("batch", "length"), self.bundle.taxonomy.num_labels
         return g.model(
             {"input_ids": ("int64", shape), "attention_mask": ("int64", shape)},
@@ -111,7 +117,12 @@ class _Builder:
             if self.bundle.precision == "int8":
                 table = table * self.weights["encoder.embeddings.segment.table_scale"][:, None]
             x_BSD = g.op("Add", x_BSD, g.constant(table[0], name="encoder.embeddings.segment"))
-        return self._to_compute(self._layer_or_rms_norm(x_BSD, "encoder.embeddings.norm"))
+        x_ND = g.reshape(x_BSD, -1, c.d_model)
+        return self._to_compute(self._layer_or_rms_norm(x_ND, "encoder.embeddings.norm"))
+
+    def _by_text(self, x_ND: str, *inner: int) -> str:
+        """(N, …) → (B, K, …): by default the model's width."""
+        return self.g.reshape(x_ND, self.batch, -1, *(inner or (self.config.d_model,)))
 
     def _lookup(self, table: str, ids: str) -> str:
         """Rows of an embedding table, float32."""
@@ -140,23 +151,23 @@ class _Builder:
         mean = g.op("ReduceMean", square, g.constant([-1], "int64"), keepdims=1)
         return g.op("Sqrt", g.op("Add", mean, g.constant(eps, "float32")))
 
-    def _layer(self, x_BSD: str, tokens: _Tokens, i: int) -> str:
+    def _layer(self, x_ND: str, tokens: _Tokens, i: int) -> str:
         g, c, name = self.g, self.config, f"encoder.layer_{i}"
         if c.pre_norm:
-            normed_BSD = self._norm(x_BSD, f"{name}.attention_norm") if i else x_BSD
-            x_BSD = g.op("Add", x_BSD, self._attention(normed_BSD, tokens, i))
-            normed_BSD = self._norm(x_BSD, f"{name}.feed_forward_norm")
-            return g.op("Add", x_BSD, self._feed_forward(normed_BSD, f"{name}.feed_forward"))
-        x_BSD = self._norm(g.op("Add", x_BSD, self._attention(x_BSD, tokens, i)), f"{name}.attention_norm")
-        hidden_BSD = self._feed_forward(x_BSD, f"{name}.feed_forward")
-        return self._norm(g.op("Add", x_BSD, hidden_BSD), f"{name}.feed_forward_norm")
+            normed_ND = self._norm(x_ND, f"{name}.attention_norm") if i else x_ND
+            x_ND = g.op("Add", x_ND, self._attention(normed_ND, tokens, i))
+            normed_ND = self._norm(x_ND, f"{name}.feed_forward_norm")
+            return g.op("Add", x_ND, self._feed_forward(normed_ND, f"{name}.feed_forward"))
+        x_ND = self._norm(g.op("Add", x_ND, self._attention(x_ND, tokens, i)), f"{name}.attention_norm")
+        hidden_ND = self._feed_forward(x_ND, f"{name}.feed_forward")
+        return self._norm(g.op("Add", x_ND, hidden_ND), f"{name}.feed_forward_norm")
 
-    def _attention(self, x_BSD: str, tokens: _Tokens, i: int) -> str:
+    def _attention(self, x_ND: str, tokens: _Tokens, i: int) -> str:
         g, c, name = self.g, self.config, f"encoder.layer_{i}.attention"
-        qkv_BSE = self._dense(x_BSD, f"{name}.qkv", scale_first=c.head_dim**-0.5)
-        parts = g.ops("Split", qkv_BSE, names=(None, None, None), axis=-1, num_outputs=3)
+        qkv_NE = self._dense(x_ND, f"{name}.qkv", scale_first=c.head_dim**-0.5)
+        parts = g.ops("Split", qkv_NE, names=(None, None, None), axis=-1, num_outputs=3)
         query, key, value = (
-            g.op("Transpose", g.reshape(part, 0, 0, c.num_heads, c.head_dim), perm=(0, 2, 1, 3)) for part in parts
+            g.op("Transpose", self._by_text(part, c.num_heads, c.head_dim), perm=(0, 2, 1, 3)) for part in parts
         )
         if c.rope_base is not None:
             base = c.local_rope_base if c.is_local(i) else c.rope_base
@@ -170,7 +181,7 @@ class _Builder:
             )
         weights_BHST = self._to_compute(g.op("Softmax", scores_BHST, axis=-1))
         mixed_BSHK = g.op("Transpose", g.op("MatMul", weights_BHST, value), perm=(0, 2, 1, 3))
-        return self._dense(g.reshape(mixed_BSHK, 0, 0, c.d_model), f"{name}.out")
+        return self._dense(g.reshape(mixed_BSHK, -1, c.d_model), f"{name}.out")
 
     def _positions(self, positions_BK: str | None) -> str:
         """Places in the text, float32 (1 or B, K)."""
@@ -203,19 +214,19 @@ class _Builder:
         distance = g.op("Abs", g.op("Sub", g.unsqueeze(places, 2), g.unsqueeze(places, 1)))
         return g.unsqueeze(g.op("Greater", distance, g.constant(self.config.local_window, "float32")), 1)
 
-    def _feed_forward(self, x_BSD: str, name: str) -> str:
+    def _feed_forward(self, x_ND: str, name: str) -> str:
         g, c = self.g, self.config
-        hidden_BSF = self._to_float(self._dense(x_BSD, f"{name}.up"))
+        hidden_NF = self._to_float(self._dense(x_ND, f"{name}.up"))
         if c.activation == "gelu":
-            hidden_BSF = g.op("Gelu", hidden_BSF)
+            hidden_NF = g.op("Gelu", hidden_NF)
         else:
-            gate_BSF, value_BSF = g.ops("Split", hidden_BSF, names=(None, None), axis=-1, num_outputs=2)
+            gate_NF, value_NF = g.ops("Split", hidden_NF, names=(None, None), axis=-1, num_outputs=2)
             silu = c.activation == "swiglu"
-            gate_BSF = g.op("Mul", gate_BSF, g.op("Sigmoid", gate_BSF)) if silu else g.op("Gelu", gate_BSF)
-            hidden_BSF = g.op("Mul", gate_BSF, value_BSF)
-        return self._dense(self._to_compute(hidden_BSF), f"{name}.down")
+            gate_NF = g.op("Mul", gate_NF, g.op("Sigmoid", gate_NF)) if silu else g.op("Gelu", gate_NF)
+            hidden_NF = g.op("Mul", gate_NF, value_NF)
+        return self._dense(self._to_compute(hidden_NF), f"{name}.down")
 
-    def _dense(self, x_BSD: str, name: str, scale_first: float = 1.0) -> str:
+    def _dense(self, x_ND: str, name: str, scale_first: float = 1.0) -> str:
         """A linear layer, float or INT8.
 
         `scale_first` multiplies the first third of its outputs: attention's 1 / √K, which costs nothing when it is in
@@ -227,39 +238,40 @@ class _Builder:
         if scale_first != 1.0:
             factor_F[: len(factor_F) // 3] = scale_first
         if kernel_DF.dtype != np.int8:
-            y_BSF = g.op("MatMul", x_BSD, g.constant(kernel_DF * factor_F, self.dtype, f"{name}.kernel"))
+            y_NF = g.op("MatMul", x_ND, g.constant(kernel_DF * factor_F, self.dtype, f"{name}.kernel"))
         else:
             scale_F = g.constant(self.weights[f"{name}.kernel_scale"] * factor_F, name=f"{name}.kernel_scale")
             if self.compressed:
                 kernel = g.op("DequantizeLinear", self._weight(f"{name}.kernel"), scale_F, axis=1)
-                y_BSF = g.op("MatMul", x_BSD, kernel)
+                y_NF = g.op("MatMul", x_ND, kernel)
             else:
-                y_BSF = self._int8_product(x_BSD, self._weight(f"{name}.kernel"), scale_F)
+                y_NF = self._int8_product(x_ND, self._weight(f"{name}.kernel"), scale_F)
         if not self.config.biases:
-            return y_BSF
-        return g.op("Add", y_BSF, g.constant(self.weights[f"{name}.bias"] * factor_F, self.dtype, f"{name}.bias"))
+            return y_NF
+        return g.op("Add", y_NF, g.constant(self.weights[f"{name}.bias"] * factor_F, self.dtype, f"{name}.bias"))
 
-    def _int8_product(self, x_BSD: str, kernel_DF: str, scale_F: str) -> str:
+    def _int8_product(self, x_ND: str, kernel_DF: str, scale_F: str) -> str:
         """MatMulInteger with one scale a token, by its largest magnitude.
 
-        Activations are written as uint8 around 128, which is the same number: runtimes have fast kernels for uint8
-        times int8. The scale is divided out before QuantizeLinear, which rounds, saturates and shifts, so that tensors
-        keep their three axes and runtimes can fuse what follows.
+        ONNX Runtime fuses a product with its outputs' scales where a scalar that is not a constant stands beside them:
+        hence the one.
         """
         g = self.g
         last = g.constant([-1], "int64")
-        high, low = (g.op(kind, x_BSD, last, keepdims=1) for kind in ("ReduceMax", "ReduceMin"))
+        high, low = (g.op(kind, x_ND, last, keepdims=1) for kind in ("ReduceMax", "ReduceMin"))
         # An all-zero token, which no text has, is to give zeros and not NaN.
-        largest_BS1 = g.op("Max", high, g.op("Neg", low), g.constant(SMALLEST_BOUND, "float32"))
-        scale_BS1 = g.op("Mul", largest_BS1, g.constant(1 / INT8_BOUND, "float32"))
-        zero_point = g.constant(128, "uint8")
-        x_BSD = g.op("QuantizeLinear", g.op("Div", x_BSD, scale_BS1), g.constant(1, "float32"), zero_point)
-        product_BSF = g.op("MatMulInteger", x_BSD, kernel_DF, zero_point)
-        return g.op("Mul", g.op("Mul", g.cast(product_BSF, "float32"), scale_BS1), scale_F)
+        largest_N1 = g.op("Max", high, g.op("Neg", low), g.constant(SMALLEST_BOUND, "float32"))
+        scale_N1 = g.op("Mul", largest_N1, g.constant(1 / INT8_BOUND, "float32"))
+        scale_N = g.reshape(scale_N1, -1)
+        zero = g.constant(INT8_ZERO, "uint8")
+        zero_N = g.op("Expand", zero, g.op("Shape", scale_N))
+        x_ND = g.op("QuantizeLinear", x_ND, scale_N, zero_N, axis=0)
+        sums_NF = g.cast(g.op("MatMulInteger", x_ND, kernel_DF, zero), "float32")
+        return g.op("Mul", g.op("Mul", sums_NF, g.op("Mul", self.one, scale_F)), scale_N1)
 
-    def _gather(self, x_BSD: str, tokens: _Tokens, i: int) -> tuple[str, _Tokens]:
+    def _gather(self, x_ND: str, tokens: _Tokens, i: int) -> tuple[str, _Tokens]:
         """Each row's best tokens, as `encoder._gather` and `focus.select`; ties go to the earlier token in both."""
-        g, units = self.g, self.focus.units[i]
+        g, units, x_BSD = self.g, self.focus.units[i], self._by_text(x_ND)
         columns = g.dimension(x_BSD, 1)
         scores_BS = self._gate(x_BSD, tokens, i)
         kept_B1, width = self._kept_length(self.lengths_B1, units), self._kept_length(self.length, units)
@@ -273,7 +285,7 @@ class _Builder:
         if tokens.positions_BK is not None:
             positions_BK = g.op("GatherElements", tokens.positions_BK, places_BK, axis=1)
         weights_BK = g.cast(mine_BK, "float32")
-        return x_BKD, _Tokens(weights_BK, self._bias(weights_BK), positions_BK)
+        return g.reshape(x_BKD, -1, self.config.d_model), _Tokens(weights_BK, self._bias(weights_BK), positions_BK)
 
     def _gate(self, x_BSD: str, tokens: _Tokens, i: int) -> str:
         """`layers.Gate` and `focus.token_scores`."""
@@ -297,9 +309,9 @@ class _Builder:
         share = g.op("Div", raised, g.constant(UNITS, "int64"))
         return g.op("Min", length, g.op("Max", share, g.constant(MIN_KEPT, "int64")))
 
-    def _head(self, x_BSD: str, tokens: _Tokens) -> None:
-        g, x_BSD = self.g, self._to_float(x_BSD)
-        sum_BD = g.op("Squeeze", g.op("MatMul", g.unsqueeze(tokens.weights_BK, 1), x_BSD), g.constant([1], "int64"))
+    def _head(self, x_ND: str, tokens: _Tokens) -> None:
+        g, x_BKD = self.g, self._by_text(self._to_float(x_ND))
+        sum_BD = g.op("Squeeze", g.op("MatMul", g.unsqueeze(tokens.weights_BK, 1), x_BKD), g.constant([1], "int64"))
         count_B1 = g.op("ReduceSum", tokens.weights_BK, g.constant([1], "int64"), keepdims=1)
         pooled_BD = g.op("Div", sum_BD, g.op("Max", count_B1, g.constant(1, "float32")))
         product_BL = g.op("MatMul", pooled_BD, self._weight("head.kernel"))

@@ -143,10 +143,10 @@ def golden(request: Request) -> list[Golden]:
     """The texts that every check runs, with the answers of Classer's own programs.
 
     The bundle's own; and for float models the empty text, and one that is cut. INT8 of a text that the model has never
-    seen the like of rounds too wildly to compare.
+    seen the like of rounds too wildly to compare: see `bundle.quantize`.
     """
     bundle = request.bundle
-    texts = [*bundle.golden_texts]
+    texts = [text for text in bundle.golden_texts if text]
     if request.precision != "int8" or not texts:
         texts += ["", " ".join([*bundle.golden_texts, "a text"] * 100)[: 8 * bundle.max_length]]
     ids = bundle.tokenizer.encode(texts, request.max_length).ids
