@@ -21,9 +21,10 @@ from .scheduler import Scheduler
 from .tokenizing import Tokens
 from .work import Priority, Scored, Work
 
-# How fast the estimate of an answer's way from the device to its caller follows, and the part of a deadline that it may
-# take at most: whatever it says, a text that finds the device free is run, and mends it.
-WAY_BACK_RATE = 0.1
+# How an answer's way from the device to its caller is foreseen: as TCP foresees round trips (RFC 6298 §2), by a smoothed
+# mean and four times a smoothed deviation. Also the part of a deadline that it may take at most: whatever it says, a
+# text that finds the device free is run, and mends it.
+MEAN_RATE, SPREAD_RATE, SPREADS = 1 / 8, 1 / 4, 4
 MAX_WAY_BACK_SHARE = 0.5
 
 Options = pb.ClassifyRequest | pb.ClassifyBatchRequest
@@ -49,6 +50,22 @@ class Asked:
     request_id: str
 
 
+@dataclasses.dataclass
+class Foreseen:
+    """Seconds that vary: how many they will be at most, nearly always."""
+
+    mean: float = 0.0
+    spread: float = 0.0
+
+    @property
+    def most(self) -> float:
+        return self.mean + SPREADS * self.spread
+
+    def add(self, seconds: float) -> None:
+        self.spread += SPREAD_RATE * (abs(seconds - self.mean) - self.spread)
+        self.mean += MEAN_RATE * (seconds - self.mean)
+
+
 class Classifying:
     """Classifies texts with whatever models there are.
 
@@ -60,7 +77,7 @@ class Classifying:
     def __init__(self, models: Models, scheduler: Scheduler) -> None:
         self._models = models
         self._scheduler = scheduler
-        self._way_back = 0.0  # seconds from the device's answer until it can be sent
+        self._way_back = Foreseen()  # seconds from the device's answer until it can be sent
 
     def ask(self, options: Options, seconds: float | None, priority: Priority = Priority.INTERACTIVE) -> Asked:
         """Checks the options of a request.
@@ -99,7 +116,7 @@ class Classifying:
             seconds = own if seconds is None else min(own, seconds)
         deadline = None
         if seconds is not None:
-            deadline = self._scheduler.clock() + seconds - min(self._way_back, MAX_WAY_BACK_SHARE * seconds)
+            deadline = self._scheduler.clock() + seconds - min(self._way_back.most, MAX_WAY_BACK_SHARE * seconds)
         return Asked(
             model, task, engine, options.top_k, threshold, options.evidence, priority, deadline, options.request_id
         )
@@ -145,8 +162,7 @@ class Classifying:
             scored = _sorted_out(order, await finished(futures), outcomes)
             if scored:
                 on_device = max(one.queue_seconds + one.compute_seconds for one in scored.values())
-                way_back = max(self._scheduler.clock() - submitted - on_device, 0.0)
-                self._way_back += WAY_BACK_RATE * (way_back - self._way_back)
+                self._way_back.add(max(self._scheduler.clock() - submitted - on_device, 0.0))
             self._decode(asked, tokens, scored, outcomes)
             return [outcomes[i] for i in range(len(texts))]
 

@@ -40,7 +40,7 @@ BULK_SHARE = 0.5
 # By how many seconds a bulk text's arrival counts as later; also how long a stream of interactive ones can hold it up.
 BULK_PATIENCE = 2.0
 # How fast predictions follow what batches really take, and within which factors of the warm-up's measurements.
-DRIFT_RATE = 0.2
+DRIFT_RATE = 0.1
 DRIFT_RANGE = (0.25, 8.0)
 # How fast the mean text follows those that come.
 TEXT_RATE = 0.05
@@ -95,6 +95,7 @@ class Scheduler:
         self._expected = dict.fromkeys(Priority, 0)  # texts that were announced and are not here yet
         self._text_seconds = 0.0  # of the last texts, each one's share of a full batch, as the warm-up measured
         self._running: collections.deque[_Batch] = collections.deque()
+        self._answered: list[tuple[Entry, Scored]] = []  # of the last batch, not handed out yet
         self._drift = 1.0
         self._collected = clock()
         self._orders = itertools.count()
@@ -208,19 +209,25 @@ class Scheduler:
     def step(self) -> bool:
         """Starts a batch of what waits, and waits for the oldest one that runs unless more can be started.
 
+        What a batch gave is handed out when the next one has been started, so that the device does not wait for that.
+
         Returns:
           Whether there was anything to do.
         """
         entries, expired = self._take()
-        for entry in expired:
-            _deliver(entry, DeadlineExceeded("The deadline passed, or was too near, when the text's turn came."))
         try:
             if entries:
                 self._launch(entries)
+            self._hand_out()
+            for entry in expired:
+                _deliver(entry, DeadlineExceeded("The deadline passed, or was too near, when the text's turn came."))
             full = len(self._running) >= self._depth or not self.waiting_tokens
             if self._running and (full or not entries):
                 self._collect()
+            if not self.waiting_tokens:
+                self._hand_out()
         except BaseException:
+            self._hand_out()
             for entry in (*entries, *(entry for batch in self._running for entry in batch.entries)):
                 if not entry.future.done():
                     _deliver(entry, Unavailable("The server lost its device while it ran the text."))
@@ -332,15 +339,24 @@ class Scheduler:
         now = self._clock()
         # With several on the device, one begins when the one before it ends.
         began = max(batch.started, self._collected)
+        # To those behind it a batch costs the time from the last one's end: its taking, padding and starting too.
+        cost = now - max(self._collected, min(entry.enqueued for entry in batch.entries))
         with self._changed:
             self._running.popleft()
             self._collected = now
-            ratio = (now - began) / max(batch.expected, 1e-9)
+            ratio = cost / max(batch.expected, 1e-9)
             low, high = DRIFT_RANGE
             self._drift += DRIFT_RATE * (min(max(ratio, low), high) - self._drift)
-        for entry, output in zip(batch.entries, outputs, strict=True):
-            _deliver(entry, Scored(output, began - entry.enqueued, now - began))
+        self._answered += [
+            (entry, Scored(output, began - entry.enqueued, now - began))
+            for entry, output in zip(batch.entries, outputs, strict=True)
+        ]
         self._on_batch(_account(batch, began, now))
+
+    def _hand_out(self) -> None:
+        answered, self._answered = self._answered, []
+        for entry, scored in answered:
+            _deliver(entry, scored)
 
     def _run_apart(self, batch: _Batch) -> None:
         """After a failed batch: one text's failure is not its batch-mates', and a lost device is not one text's."""
@@ -375,9 +391,9 @@ class Scheduler:
     def _wait(self) -> bool:
         """Blocks until something waits or runs (True), or nothing ever will again (False)."""
         with self._changed:
-            while not self._queues and not self._running and self._refusal is None:
+            while not self._queues and not self._running and not self._answered and self._refusal is None:
                 self._changed.wait()
-            return bool(self._queues or self._running)
+            return bool(self._queues or self._running or self._answered)
 
     def _die(self) -> None:
         with self._changed:

@@ -42,12 +42,39 @@ def run_all(scheduler: Scheduler) -> None:
 
 def test_what_waits_runs_together_and_each_gets_its_own_answer(scheduler: Scheduler, device: FakeDevice) -> None:
     futures = scheduler.submit_all(device.work(name) for name in range(5))
-    assert scheduler.step()
-    assert [future.done() for future in futures] == [True] * 3 + [False] * 2
-    assert scheduler.step()
-    assert not scheduler.step()
+    run_all(scheduler)
     assert names(futures) == [0, 1, 2, 3, 4]
     assert device.ran == [[0, 1, 2], [3, 4]]
+
+
+def test_answers_are_handed_out_when_the_next_batch_has_started(scheduler: Scheduler, device: FakeDevice) -> None:
+    futures = scheduler.submit_all(device.work(name) for name in range(5))
+    begun: list[int] = []
+    futures[0].add_done_callback(lambda _: begun.append(len(device.ran)))
+    assert scheduler.step()
+    assert not any(future.done() for future in futures)
+    assert scheduler.step()
+    assert all(future.done() for future in futures)  # nothing waits: at once
+    assert begun == [2]
+    assert not scheduler.step()
+
+
+def test_answers_are_handed_out_when_those_that_waited_are_gone(scheduler: Scheduler, device: FakeDevice) -> None:
+    futures = scheduler.submit_all(device.work(name) for name in range(4))
+    assert scheduler.step()
+    assert futures[3].cancel()
+    assert not scheduler.step()
+    assert names(futures[:3]) == [0, 1, 2]
+
+
+def test_a_lost_device_does_not_take_answers_with_it(scheduler: Scheduler, device: FakeDevice) -> None:
+    futures = scheduler.submit_all(device.work(name) for name in range(4))
+    assert scheduler.step()
+    device.lost = True
+    with pytest.raises(RuntimeError):
+        scheduler.step()
+    assert names(futures[:3]) == [0, 1, 2]
+    assert isinstance(futures[3].exception(0), Unavailable)
 
 
 def test_the_oldest_text_decides_which_bucket_runs(scheduler: Scheduler, device: FakeDevice) -> None:
@@ -115,10 +142,11 @@ def test_with_two_on_the_device_the_next_one_starts_before_the_first_ends(device
     scheduler = Scheduler(depth=2, clock=clock)
     futures = scheduler.submit_all(device.work(name) for name in range(7))
     assert scheduler.step()  # starts the first
-    assert not futures[0].done()
     assert scheduler.step()  # starts the second, waits for the first
-    assert (futures[0].done(), futures[3].done()) == (True, False)
     assert [when for _, _, when in device.batches] == [100.0, 100.0]
+    assert not futures[0].done()
+    assert scheduler.step()  # starts the third, hands out what the first gave
+    assert (futures[0].done(), futures[6].done()) == (True, False)
     run_all(scheduler)
     assert names(futures) == list(range(7))
     assert [futures[i].result(0).compute_seconds for i in (0, 3, 6)] == [RUN_SECONDS] * 3

@@ -19,6 +19,7 @@ from classer.data.errors import InputError
 from classer.data.readers import MAX_TEXT_CHARS
 from classer.data.tokenizer import WordPieceTokenizer
 from classer.model.bundle import load_bundle
+from classer.serve.classifying import Foreseen
 from classer.serve.client import (
     AsyncClient,
     Classification,
@@ -348,12 +349,12 @@ def test_what_cannot_be_answered_in_time_is_not_even_tokenised(
 
 def test_an_answers_way_back_is_taken_off_deadlines(running, client: Client, monkeypatch) -> None:
     classifying = running.server._service._classifying
-    monkeypatch.setattr(classifying, "_way_back", 0.0)
+    monkeypatch.setattr(classifying, "_way_back", Foreseen())
     client.classify("card", "topic")
-    assert 0 < classifying._way_back < TIMEOUT
+    assert 0 < classifying._way_back.mean < classifying._way_back.most < TIMEOUT
     clock = running.server.scheduler.clock
-    for way_back, taken in ((2.0, 2.0), (100.0, 5.0)):  # at most half of it
-        monkeypatch.setattr(classifying, "_way_back", way_back)
+    for mean, spread, taken in ((2.0, 0.0, 2.0), (1.0, 0.5, 3.0), (100.0, 0.0, 5.0)):  # at most half of it
+        monkeypatch.setattr(classifying, "_way_back", Foreseen(mean, spread))
         deadline = classifying.ask(pb.ClassifyRequest(task="topic"), 10.0).deadline
         assert deadline - clock() == pytest.approx(10.0 - taken, abs=1.0)
     assert classifying.ask(pb.ClassifyRequest(task="topic"), None).deadline is None
