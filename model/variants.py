@@ -54,7 +54,7 @@ def native(bundle: Bundle) -> Variant:
 
 
 def golden_ids(bundle: Bundle) -> list[np.ndarray]:
-    """The token ids of the golden texts, cut as for the golden outputs, and of the empty text, which fits everywhere."""
+    """The token ids of the golden texts, cut as for the golden outputs, and of the empty text, which always fits."""
     texts = dict.fromkeys((*bundle.golden_texts, ""))
     return list(bundle.tokenizer.encode(list(texts), min(GOLDEN_LENGTH, bundle.max_length)).ids)
 

@@ -21,8 +21,8 @@ from .scheduler import Scheduler
 from .tokenizing import Tokens
 from .work import Priority, Scored, Work
 
-# How an answer's way from the device to its caller is foreseen: as TCP foresees round trips (RFC 6298 §2), by a smoothed
-# mean and four times a smoothed deviation. Also the part of a deadline that it may take at most: whatever it says, a
+# How an answer's way from the device to its caller is foreseen, as TCP does with round trips (RFC 6298 §2): by a smooth
+# mean and four times a smooth deviation. Also the part of a deadline that it may take at most: whatever it says, a
 # text that finds the device free is run, and mends it.
 MEAN_RATE, SPREAD_RATE, SPREADS = 1 / 8, 1 / 4, 4
 MAX_WAY_BACK_SHARE = 0.5
