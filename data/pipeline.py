@@ -179,7 +179,8 @@ class TrainBatches:
 
     def _make_plan(self, epoch: int) -> list[PlannedBatch]:
         rng = np.random.default_rng((self._seed, epoch))
-        return plan_batches(rng.permutation(len(self._bucket_N)), self._bucket_N, self._batch_size, rng)
+        shuffled = rng.permutation(len(self._bucket_N))
+        return plan_batches(shuffled, self._bucket_N[shuffled], self._batch_size, rng)
 
 
 def plan_batches(
@@ -188,16 +189,16 @@ def plan_batches(
     """Cuts rows into batches of like length; all but one are full.
 
     Args:
-      shuffled: the rows, in the order in which they are taken.
-      bucket_N: the bucket of every row there is.
+      shuffled: (N,) the rows, in the order in which they are taken.
+      bucket_N: the bucket of each, in tokens.
       batch_size: rows a batch.
       rng: shuffles the batches.
     """
-    buckets = np.unique(bucket_N[shuffled])
+    buckets = np.unique(bucket_N)
     plan: list[PlannedBatch] = []
     left_over = shuffled[:0]
     for bucket in buckets:
-        rows = np.concatenate([left_over, shuffled[bucket_N[shuffled] == bucket]])
+        rows = np.concatenate([left_over, shuffled[bucket_N == bucket]])
         full = len(rows) // batch_size * batch_size
         for first in range(0, full, batch_size):
             plan.append(PlannedBatch(int(bucket), rows[first : first + batch_size]))

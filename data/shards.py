@@ -4,7 +4,7 @@ An epoch is a random order of all records, cut into windows of whole batches. Wi
 length bucket and are cut into batches as `pipeline.TrainBatches` does it with a whole epoch. So the batch of a step is
 a function of (seed, step) alone; every process works the plan out for itself, from the records' lengths, and reads its
 own rows of each batch. All processes have the same bucket at the same step, which they must, since they run one
-program. The position in the data is one number, the next step, whatever the number of processes or workers.
+program. A stage of a curriculum is planned likewise, by `curriculum.StagePlan`. The position in the data is one number, the next step, whatever the number of processes or workers.
 
 Workers make whole batches, each from its step's number: nothing is batched after them, so that nothing that they have
 made ahead can be lost or doubled when a run goes on (grain #1129).
@@ -15,7 +15,6 @@ Axes: `B` rows of this process, `S` sequence (a bucket's length), `L` labels of 
 from __future__ import annotations
 
 import bisect
-import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -27,22 +26,15 @@ import numpy as np
 from absl import flags
 
 from .buckets import BUCKETS, pad_batch
+from .curriculum import StagePlan
 from .errors import InputError
-from .pipeline import Batch
+from .pipeline import Batch, Batches, PlannedBatch, plan_batches
 from .prepare.plan import read_manifest
 from .records import Record, decode_record
 from .taxonomy import Task, Taxonomy
 
 # Records a window, about: enough for full batches in every bucket, and few enough to plan in a moment.
 WINDOW = 65_536
-
-
-@dataclasses.dataclass(frozen=True)
-class Planned:
-    """A step's batch: its length in tokens, and the records of all of its rows, over all processes."""
-
-    length: int
-    records: np.ndarray
 
 
 class Shards:
@@ -52,7 +44,7 @@ class Shards:
         """Reads the manifest and the records' lengths.
 
         Raises:
-          InputError: the folder is not prepared, has no such split, or lacks one of its files.
+          InputError: the folder is not prepared or is too old, has no such split, or lacks one of its files.
         """
         self.folder = Path(folder)
         manifest = read_manifest(self.folder)
@@ -63,17 +55,54 @@ class Shards:
         for path in self._paths:
             if not path.is_file():
                 raise InputError(f"{path} is missing, which the manifest names; prepare the data anew.")
+        if not all("tasks" in shard for shard in shards):
+            raise InputError(f"{folder} was prepared by an older Classer; remove it and prepare the data anew.")
+        self._tasks = [self.folder / shard["tasks"] for shard in shards]
         self._firsts = np.cumsum([0] + [shard["records"] for shard in shards]).tolist()
         self._vocab_size = manifest["vocab_size"]
         self._readers: dict[int, Any] = {}
         self.lengths_N = np.concatenate([np.load(self.folder / shard["lengths"]) for shard in shards])
         tasks = [Task.from_json(task, source=f"{folder}/manifest.json") for task in manifest["tasks"]]
         self.taxonomy = Taxonomy(tuple(tasks))
+        self._label_starts = [self.taxonomy.slice_of(task.name).start for task in tasks]
         sums = [entry["sha256"] for entry in manifest["files"] if entry["file"].startswith(f"{split}-")]
         self.fingerprint = hashlib.sha256("".join(sums).encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self.lengths_N)
+
+    @functools.cached_property
+    def numbers_T(self) -> tuple[np.ndarray, ...]:
+        """The numbers of each task's records, uint32."""
+        tasks_N = np.concatenate([np.load(path) for path in self._tasks])
+        order = np.argsort(tasks_N, kind="stable").astype(np.uint32)
+        counts_T = np.bincount(tasks_N, minlength=len(self.taxonomy.tasks))
+        return tuple(np.split(order, np.cumsum(counts_T)[:-1]))
+
+    def batch(self, planned: PlannedBatch, rows: np.ndarray, batch_size: int, pad_id: int) -> Batch:
+        """One process's rows of a batch.
+
+        Args:
+          planned: the batch's records, over all processes.
+          rows: which of the batch's rows are wanted, ascending.
+          batch_size: rows of the batch over all processes; those beyond its records are fillers.
+          pad_id: fills rows up to the batch's length.
+        """
+        records = self.read(planned.rows[rows[rows < len(planned.rows)]])
+        tokens_BS, lengths_B = pad_batch([record.ids for record in records], len(rows), planned.length, pad_id)
+        targets_BL = np.zeros((len(rows), self.taxonomy.num_labels), np.float32)
+        tasks_B = np.zeros(len(rows), np.int32)
+        for row, record in enumerate(records):
+            targets_BL[row, self._label_starts[record.task] + record.labels] = 1.0
+            tasks_B[row] = record.task
+        weights_B = (np.arange(len(rows)) < len(records)).astype(np.float32)
+        return Batch(tokens_BS, lengths_B, targets_BL, weights_B, tasks_B)
+
+    def check_buckets(self, buckets: Sequence[int]) -> None:
+        """Raises InputError where a record fits no bucket."""
+        longest = int(self.lengths_N.max())
+        if longest > buckets[-1]:
+            raise InputError(f"{self.folder} holds texts of {longest} tokens; the largest bucket holds {buckets[-1]}.")
 
     def read(self, numbers: Sequence[int] | np.ndarray) -> list[Record]:
         """The records of these numbers, in their order."""
@@ -137,16 +166,11 @@ class ShardBatches:
         Raises:
           InputError: a record fits no bucket.
         """
-        longest = int(shards.lengths_N.max())
-        if longest > buckets[-1]:
-            raise InputError(
-                f"{shards.folder} holds texts of {longest} tokens; the largest bucket holds {buckets[-1]}."
-            )
+        shards.check_buckets(buckets)
         self._shards, self._batch_size, self._seed, self._pad_id = shards, batch_size, seed, pad_id
         self._buckets = np.asarray(buckets)
         self._window_steps = max(1, window // batch_size)
         self._rows = np.arange(batch_size) if rows is None else np.asarray(rows)
-        self._label_starts = [shards.taxonomy.slice_of(task.name).start for task in shards.taxonomy.tasks]
         self.steps_per_epoch = -(-len(shards) // batch_size)
         self.num_steps = num_epochs * self.steps_per_epoch
         self._make_caches()
@@ -175,56 +199,103 @@ class ShardBatches:
         """
         return ShardIterator(self, num_workers, ahead)
 
-    def planned(self, step: int) -> Planned:
-        """What the batch of a step consists of, over all processes."""
+    def planned(self, step: int) -> PlannedBatch:
+        """The records of a step's batch, over all processes."""
         epoch, within = divmod(step, self.steps_per_epoch)
         window, position = divmod(within, self._window_steps)
         return self._window(epoch, window)[position]
 
     def batch(self, step: int) -> Batch:
         """This process's rows of the batch of a step, counted from 0 over all epochs."""
-        planned = self.planned(step)
-        num_rows = len(self._rows)
-        records = self._shards.read(planned.records[self._rows[self._rows < len(planned.records)]])
-        tokens_BS, lengths_B = pad_batch([record.ids for record in records], num_rows, planned.length, self._pad_id)
-        targets_BL = np.zeros((num_rows, self._shards.taxonomy.num_labels), np.float32)
-        tasks_B = np.zeros(num_rows, np.int32)
-        for row, record in enumerate(records):
-            targets_BL[row, self._label_starts[record.task] + record.labels] = 1.0
-            tasks_B[row] = record.task
-        weights_B = (np.arange(num_rows) < len(records)).astype(np.float32)
-        return Batch(tokens_BS, lengths_B, targets_BL, weights_B, tasks_B)
+        return self._shards.batch(self.planned(step), self._rows, self._batch_size, self._pad_id)
 
-    @functools.cached_property
+    @property
     def fingerprint(self) -> str:
         """A hash of all that decides which batches come. Neither the processes nor the epochs do."""
         what = (self._shards.fingerprint, self._batch_size, self._seed, self._buckets.tolist(), self._window_steps)
         return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
 
-    def _plan_window(self, epoch: int, window: int) -> list[Planned]:
+    def _plan_window(self, epoch: int, window: int) -> list[PlannedBatch]:
         first = window * self._window_steps * self._batch_size
         last = min(first + self._window_steps * self._batch_size, len(self._shards))
         base = epoch * len(self._shards)
         records = np.array([self._order[base + i] for i in range(first, last)])
-        bucket = np.searchsorted(self._buckets, self._shards.lengths_N[records])
-        plan: list[Planned] = []
-        left_over = records[:0]
-        for i in np.unique(bucket):
-            rows = np.concatenate([left_over, records[bucket == i]])
-            full = len(rows) // self._batch_size * self._batch_size
-            for begin in range(0, full, self._batch_size):
-                plan.append(Planned(int(self._buckets[i]), rows[begin : begin + self._batch_size]))
-            left_over = rows[full:]
-        if len(left_over):
-            plan.append(Planned(int(self._buckets[bucket.max()]), left_over))
-        shuffle = np.random.default_rng((self._seed, epoch, window)).permutation(len(plan))
-        return [plan[i] for i in shuffle]
+        bucket_N = self._buckets[np.searchsorted(self._buckets, self._shards.lengths_N[records])]
+        return plan_batches(records, bucket_N, self._batch_size, np.random.default_rng((self._seed, epoch, window)))
+
+
+class ShardCurriculum:
+    """The batches of one stage of a curriculum; see `curriculum.StagePlan`.
+
+    Holds twelve bytes a record in memory: its number, and its place in two passes over its task.
+
+    Attributes:
+      num_steps: of the stage.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        shares_T: np.ndarray,
+        num_steps: int,
+        *,
+        batch_size: int,
+        seed: int,
+        stage: int,
+        pad_id: int,
+        rows: Sequence[int] | np.ndarray | None = None,
+        buckets: Sequence[int] = BUCKETS,
+    ) -> None:
+        """Takes the shards.
+
+        Args:
+          shards, pad_id, rows: see `ShardBatches`.
+          shares_T, batch_size, buckets, seed, stage: see `StagePlan`.
+          num_steps: of the stage.
+
+        Raises:
+          InputError: a record fits no bucket.
+        """
+        shards.check_buckets(buckets)
+        self._shards, self._batch_size, self._pad_id = shards, batch_size, pad_id
+        self._rows = np.arange(batch_size) if rows is None else np.asarray(rows)
+        self.num_steps = num_steps
+        self._plan = StagePlan(
+            shards.numbers_T,
+            shards.lengths_N,
+            shares_T,
+            batch_size=batch_size,
+            buckets=buckets,
+            seed=seed,
+            stage=stage,
+        )
+
+    def __iter__(self) -> ShardIterator:
+        return self.iterate()
+
+    def iterate(self, *, num_workers: int = 0, ahead: int = 8) -> ShardIterator:
+        """As `ShardBatches.iterate`."""
+        return ShardIterator(self, num_workers, ahead)
+
+    def batch(self, step: int) -> Batch:
+        """This process's rows of the batch of a step, counted from 0 in the stage."""
+        return self._shards.batch(self._plan.planned(step), self._rows, self._batch_size, self._pad_id)
+
+    def drawn(self, steps: int) -> np.ndarray:
+        """See `StagePlan.drawn`."""
+        return self._plan.drawn(steps)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all that decides which batches come. Neither the processes nor the steps do."""
+        facts = repr((self._shards.fingerprint, self._plan.facts))
+        return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
 class _StepSource:
-    """`ShardBatches` as Grain's random-access source: element i is the batch of step `first` + i."""
+    """Batches as Grain's random-access source: element i is the batch of step `first` + i."""
 
-    def __init__(self, batches: ShardBatches, first: int) -> None:
+    def __init__(self, batches: Batches, first: int) -> None:
         self._batches, self._first = batches, first
 
     def __len__(self) -> int:
@@ -235,9 +306,9 @@ class _StepSource:
 
 
 class ShardIterator(Iterator[Batch]):
-    """Iterates over `ShardBatches`, some batches ahead; its position can be saved and set."""
+    """Iterates over batches from shards, some ahead; its position can be saved and set."""
 
-    def __init__(self, batches: ShardBatches, num_workers: int, ahead: int) -> None:
+    def __init__(self, batches: Batches, num_workers: int, ahead: int) -> None:
         self._batches, self._num_workers, self._ahead = batches, num_workers, ahead
         self._next_step = 0
         self._source: Any = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from flax import traverse_util
 from ..data.curriculum import CurriculumBatches
 from ..data.errors import InputError
 from ..data.pipeline import TrainBatches, TrainExamples
-from ..data.shards import ShardBatches, Shards
+from ..data.shards import ShardBatches, ShardCurriculum, Shards
 from ..data.taxonomy import Taxonomy
 from ..model.classifier import TextClassifier
 from ..model.config import EncoderConfig
@@ -94,7 +95,7 @@ class Part:
       draws_focus: whether rows are trained with budgets drawn at random.
     """
 
-    batches: TrainBatches | CurriculumBatches | ShardBatches
+    batches: TrainBatches | CurriculumBatches | ShardBatches | ShardCurriculum
     looks: int
     patience: int
     label_smoothing: float
@@ -197,10 +198,13 @@ def _fit_epochs(trainee: Trainee, weights: Weights) -> Fitted:
 
 def _fit_stages(trainee: Trainee, weights: Weights) -> Fitted:
     """Dense training by the curriculum, one part a stage."""
-    recipe, taxonomy = trainee.recipe, trainee.taxonomy
-    sizes_T = [len(trainee.train[task.name].ids) for task in taxonomy.tasks]
+    recipe, taxonomy, shards = trainee.recipe, trainee.taxonomy, trainee.shards
+    if shards is not None:
+        sizes_T = [len(numbers) for numbers in shards.numbers_T]
+    else:
+        sizes_T = [len(trainee.train[task.name].ids) for task in taxonomy.tasks]
     planned = plan_curriculum(recipe.curriculum, taxonomy, sizes_T, recipe.batch_size)
-    examples = _join(trainee)
+    batches_of = _stages_of(trainee)
     fitted: Fitted | None = None
     drawn: dict[str, np.ndarray] = {}
     for number, plan in enumerate(planned):
@@ -212,15 +216,7 @@ def _fit_stages(trainee: Trainee, weights: Weights) -> Fitted:
                 + (f", {stage.replay:.0%} of them on earlier tasks." if stage.replay else "."),
                 flush=True,
             )
-        batches = CurriculumBatches(
-            examples,
-            plan.shares_T,
-            plan.num_steps,
-            batch_size=recipe.batch_size,
-            seed=recipe.seed,
-            stage=number,
-            pad_id=trainee.pad_id,
-        )
+        batches = batches_of(plan.shares_T, plan.num_steps, stage=number)
         part = Part(
             batches,
             looks=plan.looks,
@@ -238,6 +234,16 @@ def _fit_stages(trainee: Trainee, weights: Weights) -> Fitted:
             write_curriculum(trainee.out / "stages", taxonomy, drawn)
     assert fitted is not None
     return fitted
+
+
+def _stages_of(trainee: Trainee) -> Callable[..., CurriculumBatches | ShardCurriculum]:
+    """(shares_T, the number of steps, stage=its number) → its batches."""
+    recipe = trainee.recipe
+    options = {"batch_size": recipe.batch_size, "seed": recipe.seed, "pad_id": trainee.pad_id}
+    if trainee.shards is None:
+        return functools.partial(CurriculumBatches, _join(trainee), **options)
+    rows = trainee.layout.rows(recipe.batch_size)
+    return functools.partial(ShardCurriculum, trainee.shards, rows=rows, **options)
 
 
 def _epochs(trainee: Trainee, num_epochs: int) -> TrainBatches | ShardBatches:

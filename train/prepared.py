@@ -46,7 +46,6 @@ def open_prepared(job: TrainJob) -> Shards:
         ("--texts", job.texts, "prepare fewer"),
         ("--baseline", job.baseline, "it needs texts"),
         ("--focus-epochs", job.recipe.focus_epochs, "only from texts so far"),
-        ("--curriculum", job.recipe.curriculum, "only from texts so far"),
         ("--class-weights", job.recipe.class_weights != "none", "only from texts so far"),
     ):
         if given:

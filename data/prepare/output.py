@@ -29,7 +29,7 @@ SPLITS = ("train", "dev")
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A finished shard: its two files, and the number of its texts that were cut."""
+    """A finished shard: its files, and the number of its texts that were cut."""
 
     split: str
     index: int
@@ -37,6 +37,7 @@ class Shard:
     truncated: int
     file: str
     lengths_file: str
+    tasks_file: str
 
 
 def shard_name(split: str, index: int, num_shards: int) -> str:
@@ -47,10 +48,11 @@ def write_shard(out: Path, split: str, index: int, num_shards: int, rows: Sequen
     """Writes a shard in the order of its rows' keys: their order here does not matter."""
     rows = sorted(rows, key=lambda row: row.key)
     name = shard_name(split, index, num_shards)
-    file, lengths_file = f"{name}.array_record", f"{name}.lengths.npy"
+    file, lengths_file, tasks_file = f"{name}.array_record", f"{name}.lengths.npy", f"{name}.tasks.npy"
     write_array_records(out / file, [row.record for row in rows])
     np.save(out / lengths_file, np.array([row.length for row in rows], np.uint16))
-    return Shard(split, index, len(rows), sum(row.truncated for row in rows), file, lengths_file)
+    np.save(out / tasks_file, np.array([row.task for row in rows], np.uint16))
+    return Shard(split, index, len(rows), sum(row.truncated for row in rows), file, lengths_file, tasks_file)
 
 
 def already_made(plan: Plan, inputs: dict[str, Any], progress: Callable[[int], object]) -> bool:
@@ -100,7 +102,7 @@ def finish(
     _write_lines(out / "dropped.jsonl", _drops_json(plan, dropped))
     tokenizer = WordPieceTokenizer.from_folder(plan.tokenizer)
     tokenizer.save(out / "tokenizer")
-    names = [name for shard in shards for name in (shard.file, shard.lengths_file)]
+    names = [name for shard in shards for name in (shard.file, shard.lengths_file, shard.tasks_file)]
     names += ["rejects.jsonl", "dropped.jsonl", "tokenizer/vocab.txt", "tokenizer/tokenizer_config.json"]
     manifest = {
         "inputs": inputs,
@@ -126,7 +128,9 @@ def _split_json(out: Path, shards: Sequence[Shard]) -> dict[str, Any]:
     lengths = [np.load(out / shard.lengths_file) for shard in shards]
     lengths_N = np.concatenate(lengths) if lengths else np.zeros(0, np.uint16)
     return {
-        "shards": [{"file": s.file, "lengths": s.lengths_file, "records": s.records} for s in shards],
+        "shards": [
+            {"file": s.file, "lengths": s.lengths_file, "tasks": s.tasks_file, "records": s.records} for s in shards
+        ],
         "lengths": length_stats(lengths_N, sum(shard.truncated for shard in shards), BUCKETS),
     }
 
@@ -152,7 +156,7 @@ def clear(plan: Plan) -> None:
     """Removes what a run that was broken off has left in `out`; its work folder tells that there was one."""
     if plan.work.exists():
         for path in plan.out.iterdir():
-            if re.fullmatch(r"(train|dev)-\d{5}-of-\d{5}\.(array_record|lengths\.npy)", path.name):
+            if re.fullmatch(r"(train|dev)-\d{5}-of-\d{5}\.(array_record|lengths\.npy|tasks\.npy)", path.name):
                 path.unlink()
         shutil.rmtree(plan.work)
     plan.work.mkdir(parents=True)

@@ -25,6 +25,7 @@ from ..taxonomy import Label, Task, TaskKind
 from ..tokenizer import WordPieceTokenizer
 
 _ROW_BITS = 40
+_TASK_BYTES = 2
 
 
 class SourceRow(NamedTuple):
@@ -106,7 +107,7 @@ def hash_text(text: str) -> bytes:
 
 def exact_key(row: SourceRow) -> bytes:
     """Equal for rows that are duplicates: equal texts of one task."""
-    return row.text_hash + row.task.to_bytes(2, "big")
+    return row.text_hash + row.task.to_bytes(_TASK_BYTES, "big")
 
 
 def split_of(text_hash: bytes, dev_fraction: float) -> str:
@@ -128,7 +129,7 @@ class TokenizedRow(NamedTuple):
 
     Attributes:
       split: "train" or "dev".
-      key: what a shard's records are ordered by: a hash, so that the order is random and always the same.
+      key: what a shard's records are ordered by: `exact_key`, so that the order is random and always the same.
       record: see `records`.
       length: tokens.
       truncated: whether the text had more.
@@ -139,6 +140,11 @@ class TokenizedRow(NamedTuple):
     record: bytes
     length: int
     truncated: bool
+
+    @property
+    def task(self) -> int:
+        """The position of its task among the inputs' tasks."""
+        return int.from_bytes(self.key[-_TASK_BYTES:], "big")
 
 
 def tokenize_rows(

@@ -6,17 +6,21 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from classer.data.curriculum import WINDOW
 from classer.data.errors import InputError
 from classer.data.pipeline import Batch
 from classer.data.prepare.local import prepare
 from classer.data.prepare.plan import Plan, PrepareConfig
-from classer.data.shards import ShardBatches, Shards
+from classer.data.shards import ShardBatches, ShardCurriculum, Shards
 from classer.data.tokenizer import WordPieceTokenizer
 from classer.tests.helpers import VOCAB, no_progress
 
@@ -47,9 +51,20 @@ def batches_of(folder: Path, **changes: Any) -> ShardBatches:
     return ShardBatches(Shards(folder), **(SETTINGS | changes))
 
 
-def part_of(folder: Path, process: int, num_processes: int) -> ShardBatches:
+def stage_of(folder: Path, **changes: Any) -> ShardCurriculum:
+    """As many batches, of a stage that draws the second task more often than its size says."""
+    settings = {name: SETTINGS[name] for name in ("batch_size", "seed", "pad_id")}
+    shares_T = changes.pop("shares_T", np.array([0.4, 0.6]))
+    return ShardCurriculum(Shards(folder), shares_T, 40, **({"stage": 1} | settings | changes))
+
+
+Make = Callable[..., ShardBatches | ShardCurriculum]
+both = pytest.mark.parametrize("make", [batches_of, stage_of])
+
+
+def part_of(make: Make, folder: Path, process: int, num_processes: int) -> ShardBatches | ShardCurriculum:
     """One process's batches of several's."""
-    return batches_of(folder, rows=np.array_split(np.arange(SETTINGS["batch_size"]), num_processes)[process])
+    return make(folder, rows=np.array_split(np.arange(SETTINGS["batch_size"]), num_processes)[process])
 
 
 def rows_of(batches: list[Batch]) -> list[tuple[bytes, bytes]]:
@@ -94,17 +109,36 @@ def test_batches_are_full_but_one_and_no_longer_than_their_bucket(folder: Path) 
     for step in range(batches.num_steps):
         batch = batches.batch(step)
         assert batch.tokens_BS.shape == (12, batches.planned(step).length)
-    sizes = [len(batches.planned(step).records) for step in range(batches.steps_per_epoch)]
+    sizes = [len(batches.planned(step).rows) for step in range(batches.steps_per_epoch)]
     assert sorted(sizes)[1:] == [12] * (len(sizes) - 1)
     padded = sum(12 * batches.planned(step).length for step in range(batches.steps_per_epoch))
     longest = -(-NUM_TEXTS // 12) * 12 * max(batches.planned(step).length for step in range(batches.steps_per_epoch))
     assert padded < 0.75 * longest  # the buckets are of use
 
 
+def test_a_stage_draws_its_tasks_in_their_shares(folder: Path) -> None:
+    stage = stage_of(folder)
+    made = list(stage.iterate())
+    assert len(made) == stage.num_steps == 40
+    assert all(batch.weights_B.all() for batch in made)
+    rows = rows_of([stage.batch(step) for step in range(WINDOW)])
+    kinds = [
+        bool(np.frombuffer(targets, np.float32)[Shards(folder).taxonomy.slice_of("kinds")].any()) for _, targets in rows
+    ]
+    assert sum(kinds) == pytest.approx(0.6 * len(rows), abs=1)
+    assert stage.drawn(WINDOW).tolist() == [len(rows) - sum(kinds), sum(kinds)]
+    counts = Counter(rows)
+    assert len(counts) == NUM_TEXTS  # every record comes, and none much more often than its task's others
+    for kind in (False, True):
+        of_kind = [counts[row] for row, its in zip(rows, kinds, strict=True) if its is kind]
+        assert max(of_kind) - min(of_kind) <= 1
+
+
+@both
 @pytest.mark.parametrize("num_processes", [2, 3, 4])
-def test_processes_share_each_batch(folder: Path, num_processes: int) -> None:
-    whole = batches_of(folder)
-    parts = [part_of(folder, i, num_processes) for i in range(num_processes)]
+def test_processes_share_each_batch(folder: Path, make: Make, num_processes: int) -> None:
+    whole = make(folder)
+    parts = [part_of(make, folder, i, num_processes) for i in range(num_processes)]
     assert {part.fingerprint for part in parts} == {whole.fingerprint}
     for step in range(whole.num_steps):
         made = [part.batch(step) for part in parts]
@@ -117,14 +151,15 @@ def test_the_seed_decides_the_order(folder: Path) -> None:
     assert rows_of([batches_of(folder, seed=4).batch(5)]) != rows_of([batches_of(folder).batch(5)])
 
 
-def test_going_on_after_any_step_is_as_if_nothing_had_been(folder: Path) -> None:
-    expected = list(batches_of(folder).iterate())
+@both
+def test_going_on_after_any_step_is_as_if_nothing_had_been(folder: Path, make: Make) -> None:
+    expected = list(make(folder).iterate())
     for step in (0, 1, 11, 20, 39, 40):
-        iterator = batches_of(folder).iterate()
+        iterator = make(folder).iterate()
         list(itertools.islice(iterator, step))
         state = json.loads(json.dumps(iterator.get_state()))
         iterator.close()
-        resumed = batches_of(folder).iterate()
+        resumed = make(folder).iterate()
         next(resumed)  # a position may be set after batches were taken
         resumed.set_state(state)
         rest = list(resumed)
@@ -133,27 +168,29 @@ def test_going_on_after_any_step_is_as_if_nothing_had_been(folder: Path) -> None
             assert_equal(left, right)
 
 
-def test_a_position_goes_over_to_another_number_of_processes(folder: Path) -> None:
-    expected = list(batches_of(folder).iterate())
-    two = [part_of(folder, i, 2).iterate() for i in range(2)]
+@both
+def test_a_position_goes_over_to_another_number_of_processes(folder: Path, make: Make) -> None:
+    expected = list(make(folder).iterate())
+    two = [part_of(make, folder, i, 2).iterate() for i in range(2)]
     for _ in range(7):
         states = [next(iterator) and iterator.get_state() for iterator in two]
     assert states[0] == states[1]
-    three = [part_of(folder, i, 3).iterate() for i in range(3)]
+    three = [part_of(make, folder, i, 3).iterate() for i in range(3)]
     for iterator in three:
         iterator.set_state(states[0])
     for step in range(7, len(expected)):
         assert rows_of([next(iterator) for iterator in three]) == rows_of([expected[step]])
 
 
-def test_workers_lose_and_double_nothing(folder: Path) -> None:
-    expected = list(batches_of(folder).iterate())
-    iterator = batches_of(folder).iterate(num_workers=2, ahead=3)
+@both
+def test_workers_lose_and_double_nothing(folder: Path, make: Make) -> None:
+    expected = list(make(folder).iterate())
+    iterator = make(folder).iterate(num_workers=2, ahead=3)
     with contextlib.closing(iterator):
         for batch in expected[:9]:
             assert_equal(next(iterator), batch)
         state = iterator.get_state()  # by now the workers are several batches ahead
-    resumed = part_of(folder, 1, 2).iterate(num_workers=1)
+    resumed = part_of(make, folder, 1, 2).iterate(num_workers=1)
     resumed.set_state(state)
     with contextlib.closing(resumed):
         for batch in expected[9:13]:
@@ -166,6 +203,10 @@ def test_a_position_in_other_data_is_refused(folder: Path) -> None:
     for changes in ({"seed": 4}, {"batch_size": 24}, {"window": 140}, {"buckets": (64,)}):
         with pytest.raises(InputError, match="other shards, another seed"):
             batches_of(folder, **changes).iterate().set_state(state)
+    state_of_stage = stage_of(folder).iterate().get_state()
+    for changes in ({"seed": 4}, {"stage": 0}, {"shares_T": np.array([0.5, 0.5])}, {"buckets": (64,)}):
+        with pytest.raises(InputError, match="other shards, another seed"):
+            stage_of(folder, **changes).iterate().set_state(state_of_stage)
     batches_of(folder, num_epochs=5).iterate().set_state(state)
     with pytest.raises(InputError, match="ends after 40"):
         batches_of(folder).iterate().set_state(state | {"next_step": 41})
@@ -176,5 +217,16 @@ def test_what_cannot_be_read_is_said(folder: Path, tmp_path: Path) -> None:
         Shards(tmp_path)
     with pytest.raises(InputError, match="no texts in the split 'dev'"):
         Shards(folder, "dev")
-    with pytest.raises(InputError, match="the largest bucket holds 32"):
-        batches_of(folder, buckets=(16, 32))
+    for make in (batches_of, stage_of):
+        with pytest.raises(InputError, match="the largest bucket holds 32"):
+            make(folder, buckets=(16, 32))
+
+
+def test_shards_that_do_not_say_their_records_tasks_are_refused(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "old")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for shard in manifest["splits"]["train"]["shards"]:
+        del shard["tasks"]
+    (tmp_path / "old" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="by an older Classer; remove it and prepare the data anew"):
+        Shards(tmp_path / "old")

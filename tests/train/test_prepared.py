@@ -13,14 +13,19 @@ import pytest
 from classer.data.errors import InputError
 from classer.data.prepare.local import prepare
 from classer.data.prepare.plan import Plan, PrepareConfig
-from classer.data.shards import ShardBatches, Shards
+from classer.data.shards import ShardBatches, ShardCurriculum, Shards
 from classer.data.taxonomy import TaskKind
 from classer.data.tokenizer import WordPieceTokenizer
 from classer.model.bundle import load_bundle
 from classer.tests.helpers import TOY_LENGTH, VOCAB, no_progress, write_shards, write_toy_data
-from classer.train.config import Recipe, TrainJob
+from classer.train.config import CurriculumStage, Recipe, TrainJob
 from classer.train.prepared import is_prepared, text_of
 from classer.train.run import run_job, train
+
+CURRICULUM = (
+    CurriculumStage("flat", kinds=("multiclass",), epochs=4),
+    CurriculumStage("many", kinds=("multilabel",), epochs=12, replay=0.4),
+)
 
 
 @pytest.fixture(scope="module")
@@ -53,21 +58,41 @@ def test_a_classifier_is_trained_on_shards(shards: Path, tiny_encoder: Path, tmp
     assert "toy" in (tmp_path / "run" / "results" / "toy" / "report.md").read_text()
 
 
+def test_a_curriculum_is_trained_on_shards(shards: Path, tiny_encoder: Path, tmp_path: Path) -> None:
+    job = job_of(shards, tmp_path / "run", tiny_encoder, curriculum=CURRICULUM)
+    result = train(job)
+    assert result.tasks[0].float_metrics.accuracy > 0.9
+    assert result.tasks[1].float_metrics.micro_f1 > 0.7
+    drawn = json.loads((job.out / "stages" / "curriculum.json").read_text())
+    sizes = [len(numbers) for numbers in Shards(shards).numbers_T]
+    assert drawn["flat"] == {"toy": pytest.approx(4 * sizes[0], abs=32), "tags": 0}
+    assert drawn["many"]["tags"] == pytest.approx(12 * sizes[1], abs=200)
+    assert drawn["many"]["toy"] == pytest.approx(0.4 * sum(drawn["many"].values()), abs=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "recipe"), [(ShardBatches, {"epochs": 2}), (ShardCurriculum, {"curriculum": CURRICULUM})]
+)
 def test_a_run_that_was_stopped_goes_on_with_the_next_batch(
-    shards: Path, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shards: Path,
+    tiny_encoder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: Any,
+    recipe: dict[str, Any],
 ) -> None:
     """Cut off after a checkpoint within an epoch: the weights are in the end those of a run that was not."""
-    whole = train(job_of(shards, tmp_path / "whole", tiny_encoder, epochs=2))
-    job = dataclasses.replace(job_of(shards, tmp_path / "cut", tiny_encoder, epochs=2), save_steps=5)
-    real, steps = ShardBatches.batch, []
+    whole = train(job_of(shards, tmp_path / "whole", tiny_encoder, **recipe))
+    job = dataclasses.replace(job_of(shards, tmp_path / "cut", tiny_encoder, **recipe), save_steps=5)
+    real, steps = kind.batch, []
 
-    def batch(batches: ShardBatches, step: int) -> Any:
+    def batch(batches: Any, step: int) -> Any:
         steps.append(step)
         if len(steps) == 30:
             raise OSError("the disk is gone")
         return real(batches, step)
 
-    monkeypatch.setattr(ShardBatches, "batch", batch)
+    monkeypatch.setattr(kind, "batch", batch)
     with pytest.raises(OSError, match="the disk is gone"):
         run_job(job)
     monkeypatch.undo()
