@@ -4,7 +4,8 @@ An epoch is a random order of all records, cut into windows of whole batches. Wi
 length bucket and are cut into batches as `pipeline.TrainBatches` does it with a whole epoch. So the batch of a step is
 a function of (seed, step) alone; every process works the plan out for itself, from the records' lengths, and reads its
 own rows of each batch. All processes have the same bucket at the same step, which they must, since they run one
-program. A stage of a curriculum is planned likewise, by `curriculum.StagePlan`. The position in the data is one number, the next step, whatever the number of processes or workers.
+program. A stage of a curriculum is planned likewise, by `curriculum.StagePlan`. The position in the data is one number,
+the next step, whatever the number of processes or workers.
 
 Workers make whole batches, each from its step's number: nothing is batched after them, so that nothing that they have
 made ahead can be lost or doubled when a run goes on (grain #1129).

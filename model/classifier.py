@@ -71,10 +71,11 @@ class TextClassifier(nn.Module):
     focus: Focus | None = None
     scan: bool = False
     remat: bool = False
+    by_text: bool = False
 
     def setup(self) -> None:
         self.encoder = Encoder(
-            self.config, self.dtype, self.quantization, self.dropout, self.focus, self.scan, self.remat
+            self.config, self.dtype, self.quantization, self.dropout, self.focus, self.scan, self.remat, self.by_text
         )
         self.head = LabelHead(self.num_labels)
 

@@ -62,6 +62,8 @@ class Encoder(nn.Module):
       scan: runs all layers but the first in one loop over stacked weights (see `stacking`), so that compiling takes no
         longer for a deeper model. Such layers have one shape: not together with a focus that cuts.
       remat: computes a layer's activations again in the backward pass instead of keeping them.
+      by_text: of long texts computes the attention of one after the other, which on a CPU is several times as fast: the
+        scores of a batch do not fit its caches. Not while training with dropout, nor together with `scan`.
     """
 
     config: EncoderConfig
@@ -71,6 +73,7 @@ class Encoder(nn.Module):
     focus: Focus | None = None
     scan: bool = False
     remat: bool = False
+    by_text: bool = False
 
     @nn.compact
     def __call__(self, tokens_BS: jax.Array, lengths_B: jax.Array, draw: FocusDraw | None = None) -> Encoded:
@@ -101,7 +104,9 @@ class Encoder(nn.Module):
                     x_ND, tokens = _gather(x_ND, tokens, gate_BS, lengths_B, units[i], kept_length(S, units[i]))
                 elif draw is not None:
                     tokens = _mask(tokens, gate_BS, lengths_B, draw, i)
-            layer = make_layer(c, self.quantization, self.dropout, first=i == 0, name=f"layer_{i}")
+            layer = make_layer(
+                c, self.quantization, self.dropout, first=i == 0, by_text=self.by_text, name=f"layer_{i}"
+            )
             x_ND = layer(x_ND, tokens.bias_BK, tokens.positions_BK, c.is_local(i))
         if self.scan and c.num_layers > 1:
             x_ND, tokens = self._scan_layers(x_ND, tokens, lengths_B, draw)

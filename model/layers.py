@@ -16,6 +16,8 @@ from .quantize import Quantization
 
 # Added to the score of a key that takes no part. Finite, so that a row of padding alone gives uniform weights, not NaN.
 MASKED_SCORE = -1e9
+# Up to so many tokens XLA's CPU programs keep the scores of a batch in the caches by themselves.
+MAX_TOGETHER = 256
 
 kernel_init = nn.initializers.truncated_normal(stddev=0.02)
 
@@ -120,11 +122,15 @@ class Dropout(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, section 3.2)."""
+    """Multi-head self-attention (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, section 3.2).
+
+    Attributes are those of `Encoder`.
+    """
 
     config: EncoderConfig
     quantization: Quantization
     dropout: float
+    by_text: bool = False
 
     @nn.compact
     def __call__(
@@ -141,18 +147,40 @@ class Attention(nn.Module):
             base = jnp.where(is_local, c.local_rope_base, c.rope_base)
             query, key = rotate(query, positions_BS, base), rotate(key, positions_BS, base)
 
+        def mix(
+            query: jax.Array, key: jax.Array, value: jax.Array, bias_BS: jax.Array, positions_BS: jax.Array
+        ) -> jax.Array:
+            return self._mix(query, key, value, bias_BS, positions_BS, is_local)
+
+        if self.by_text and S > MAX_TOGETHER:
+            texts = (query, key, value, bias_BS, positions_BS)
+            mixed_BHSK = jax.lax.map(lambda text: mix(*(part[None] for part in text))[0], texts)
+        else:
+            mixed_BHSK = mix(query, key, value, bias_BS, positions_BS)
+        mixed_ND = mixed_BHSK.transpose(0, 2, 1, 3).reshape(B * S, c.d_model)
+        return Dense(c.d_model, self.quantization, c.biases, name="out")(mixed_ND)
+
+    def _mix(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        bias_BS: jax.Array,
+        positions_BS: jax.Array,
+        is_local: jax.Array | bool,
+    ) -> jax.Array:
+        """softmax(QKᵀ / √K + bias) V, all of them and the result (B, H, S, K)."""
+        c = self.config
         scores_BHST = jnp.einsum("BHSK,BHTK->BHST", query, key, preferred_element_type=jnp.float32)
         scores_BHST = scores_BHST * c.head_dim**-0.5 + bias_BS[:, None, None, :]
         if c.local_window:
             distance_BST = jnp.abs(positions_BS[:, :, None] - positions_BS[:, None, :])
             beyond_B1ST = (is_local & (distance_BST > c.local_window))[:, None]
             scores_BHST = jnp.where(beyond_B1ST, MASKED_SCORE, scores_BHST)
-        weights_BHST = jax.nn.softmax(scores_BHST, axis=-1).astype(x_ND.dtype)
+        weights_BHST = jax.nn.softmax(scores_BHST, axis=-1).astype(value.dtype)
         weights_BHST = Dropout(self.dropout)(weights_BHST)
         mixed_BHSK = jnp.einsum("BHST,BHTK->BHSK", weights_BHST, value, preferred_element_type=jnp.float32)
-
-        mixed_ND = mixed_BHSK.astype(x_ND.dtype).transpose(0, 2, 1, 3).reshape(B * S, c.d_model)
-        return Dense(c.d_model, self.quantization, c.biases, name="out")(mixed_ND)
+        return mixed_BHSK.astype(value.dtype)
 
 
 def rotate(x_BHSK: jax.Array, positions_BS: jax.Array, base: jax.Array | float) -> jax.Array:
@@ -202,6 +230,7 @@ class EncoderLayer(nn.Module):
     quantization: Quantization
     dropout: float
     first: bool = False
+    by_text: bool = False
 
     @nn.compact
     def __call__(
@@ -210,7 +239,7 @@ class EncoderLayer(nn.Module):
         c = self.config
         x_ND = sharding.constrain(x_ND, "batch", None)
         dropout = Dropout(self.dropout)
-        attention = Attention(c, self.quantization, self.dropout, name="attention")
+        attention = Attention(c, self.quantization, self.dropout, self.by_text, name="attention")
         feed_forward = FeedForward(c, self.quantization, name="feed_forward")
         if c.pre_norm:
             normed_ND = x_ND if self.first else Norm(c, name="attention_norm")(x_ND)

@@ -118,7 +118,8 @@ class Predictor:
                 "leave the focus at 1."
             )
         quantization = Quantization.SERVE if precision == "int8" else Quantization.NONE
-        self._model = TextClassifier(config, num_labels, jnp.dtype(compute_dtype), quantization, focus=focus)
+        dtype, by_text = jnp.dtype(compute_dtype), jax.default_backend() == "cpu"
+        self._model = TextClassifier(config, num_labels, dtype, quantization, focus=focus, by_text=by_text)
         self._precision: Precision = precision
         self._variables = jax.device_put(variables(weights, precision))
         shapes = tuple(sorted((name, str(value.dtype)) for name, value in weights.items()))

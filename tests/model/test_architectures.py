@@ -15,7 +15,7 @@ import transformers
 
 from classer.data.buckets import pad_batch
 from classer.data.errors import InputError
-from classer.model import ops
+from classer.model import layers, ops
 from classer.model.classifier import TextClassifier
 from classer.model.config import NATIVE_SIZES, EncoderConfig, native
 from classer.model.encoder import Encoder, FocusDraw
@@ -220,6 +220,28 @@ def test_norms_and_products_without_biases_have_the_gradients_of_their_formulas(
 
 BERT = EncoderConfig(100, 4, 32, 4, 48, max_positions=64, gated=True)
 LOCAL = dataclasses.replace(SMALL, num_layers=5, local_window=6, global_every=3)
+
+
+@pytest.mark.parametrize("config", [SMALL, LOCAL, BERT], ids=["native", "local", "bert"])
+@pytest.mark.parametrize("shares", [[1.0], [1, 0.9, 0.88, 0.87, 0.5]], ids=["dense", "focused"])
+def test_attention_text_by_text_is_that_of_all_texts_together(
+    config: EncoderConfig, shares: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "MAX_TOGETHER", 32)
+    units = Focus.from_shares([*shares, *[shares[-1]] * config.num_layers][: config.num_layers])
+    together = TextClassifier(config, 3, focus=units)
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(0, 100, n, dtype=np.int32) for n in (40, 33, 12, 1)]
+    tokens_BS, lengths_B = pad_batch(rows, 5, 40, 0)
+    params = jax.tree.map(
+        lambda value: value + rng.normal(0, 0.2, value.shape).astype(np.float32),
+        jax.jit(together.init)(jax.random.key(0), tokens_BS, lengths_B)["params"],
+    )
+    by_text = together.clone(by_text=True)
+    lowered = jax.jit(by_text.apply).lower({"params": params}, tokens_BS, lengths_B)
+    assert "while" in lowered.as_text()
+    expected: Any = jax.jit(together.apply)({"params": params}, tokens_BS, lengths_B)
+    np.testing.assert_allclose(lowered.compile()({"params": params}, tokens_BS, lengths_B), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
