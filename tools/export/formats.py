@@ -43,6 +43,7 @@ class Format:
       focused: whether Focused Attention can be expressed.
       static: whether it is bound to sequence lengths: always, when focused (`"focused"`), or never.
       guaranteed_days: for how long what is written can be read, where its maker says so.
+      weights_only: INT8 is of the weights; how activations are rounded, if at all, is the runtime's affair.
     """
 
     module: str
@@ -52,6 +53,7 @@ class Format:
     focused: bool = True
     static: bool | str = False
     guaranteed_days: int | None = None
+    weights_only: bool = False
 
     def load_module(self) -> ModuleType:
         """Raises InputError where a package it needs is missing."""
@@ -76,7 +78,9 @@ FORMATS: dict[str, Format] = {
     ),
     "onnx": Format("to_onnx", ("float32", "float16", "bfloat16"), ("onnx", "onnxruntime", "openvino"), extra="onnx"),
     "onnx-int8": Format("to_onnx", ("int8",), ("onnx", "onnxruntime"), extra="onnx"),
-    "openvino": Format("to_openvino", ("float32", "int8"), ("onnx", "openvino"), extra="openvino"),
+    "openvino": Format(
+        "to_openvino", ("float32", "int8"), ("onnx", "openvino"), extra="openvino", weights_only=True
+    ),
     "litert": Format("to_litert", ("float32", "int8"), ("tensorflow", "ai_edge_litert"), extra="litert", static=True),
 }
 

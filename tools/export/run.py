@@ -16,6 +16,7 @@ import numpy as np
 from classer.data.errors import InputError
 from classer.model.bundle import Bundle
 from classer.model.focus import Focus
+from classer.model.variants import variant_predictor
 
 from .folder import Export, Golden, read_export, write_manifest, write_shared
 from .formats import FORMATS, Format, Request, format_named
@@ -85,7 +86,7 @@ def export_bundle(request: Request, target: str, out: Path, say: Say = lambda se
     with staged(out) as staging:
         say(f"Writing {target}, {request.precision} …")
         module.write(request, staging)
-        write_shared(staging, request.bundle, golden(request), _readme(request, target, module.usage(request)))
+        write_shared(staging, request.bundle, golden(request, target), _readme(request, target, module.usage(request)))
         packages = ("jax", "numpy", *FORMATS[target].needs)
         write_manifest(
             staging,
@@ -139,18 +140,23 @@ def verify(path: Path) -> Checked:
     return Checked(export, worst, load_seconds)
 
 
-def golden(request: Request) -> list[Golden]:
-    """The texts that every check runs, with the answers of Classer's own programs.
+def golden(request: Request, target: str) -> list[Golden]:
+    """The texts that every check runs, with the answers of Classer's own programs; where only weights are INT8 in the
+    format, of those that compute with these weights and unrounded activations.
 
-    The bundle's own; and for float models the empty text, and one that is cut. INT8 of a text that the model has never
-    seen the like of rounds too wildly to compare: see `bundle.quantize`.
+    The texts are the bundle's own; and for float models the empty text, and one that is cut. INT8 of a text that the
+    model has never seen the like of rounds too wildly to compare: see `bundle.quantize`.
     """
     bundle = request.bundle
     texts = [text for text in bundle.golden_texts if text]
     if request.precision != "int8" or not texts:
         texts += ["", " ".join([*bundle.golden_texts, "a text"] * 100)[: 8 * bundle.max_length]]
     ids = bundle.tokenizer.encode(texts, request.max_length).ids
-    logits_NL = bundle.predictor(focus=request.focus).logits(ids, batch_size=len(ids))
+    if FORMATS[target].weights_only and request.precision == "int8":
+        predictor = variant_predictor(bundle, "float32", request.focus)
+    else:
+        predictor = bundle.predictor(focus=request.focus)
+    logits_NL = predictor.logits(ids, batch_size=len(ids))
     by_task = [bundle.probabilities(task.name, logits_NL) for task in bundle.taxonomy.tasks]
     rows = np.concatenate(by_task, axis=1)
     return [
