@@ -2,8 +2,8 @@
 
 INT8 holds the bundle's own int8 kernels, in what LiteRT calls dynamic-range quantisation: it quantises activations
 itself, one scale a row. Ours reach it as whole numbers, and beside them in each row stand two that no kernel reads,
-127.5 and -127.5: XNNPACK, which runs these models on CPUs, spreads its steps from a row's smallest number to its largest,
-so that they are 1 apart and its int8 numbers are ours.
+127.5 and -127.5: XNNPACK, which runs these models on CPUs, spreads its steps from a row's smallest number to its
+largest, so that they are 1 apart and its int8 numbers are ours.
 """
 
 from __future__ import annotations
