@@ -38,10 +38,10 @@ def probe_head(
     dev: Mapping[str, TokenizedSplit],
     tasks: Collection[str],
 ) -> Weights:
-    """A head whose rows of some tasks are what `discriminant_head` finds on train, as sure of themselves as dev allows.
+    """A head whose rows of some tasks are discriminants found on train, as sure of themselves as dev allows.
 
-    Of a hierarchical task each set of siblings is told apart on the examples below their parent. Multilabel tasks, and
-    siblings of whom fewer than two have examples, begin with zeros.
+    Of a hierarchical task each set of siblings is told apart on the examples below their parent; siblings of whom fewer
+    than two have examples begin with zeros. Of a multilabel task each label is told from its absence.
 
     Args:
       recipe: for the seed and the compute dtype.
@@ -61,14 +61,17 @@ def probe_head(
     identity = {"head.kernel": np.eye(D, dtype=np.float32), "head.bias": np.zeros(D, np.float32)}
     predictor = Predictor(encoder, D, {**weights, **identity}, "float32", recipe.compute_dtype)
     for task in taxonomy.tasks:
-        if task.name not in tasks or not task.kind.exclusive:
+        if task.name not in tasks:
             continue
         split = train[task.name]
         rows = np.random.default_rng(recipe.seed).permutation(len(split.ids))[:MAX_EXAMPLES]
         tokens_N = np.cumsum([len(split.ids[row]) for row in rows])
         rows = rows[: max(1, np.searchsorted(tokens_N, MAX_TOKENS, side="right"))]
         features_ND = predictor.logits([split.ids[row] for row in rows])
-        head = _sibling_heads(task, features_ND, split.targets[rows])
+        if task.kind.exclusive:
+            head = _sibling_heads(task, features_ND, split.targets[rows])
+        else:
+            head = presence_head(features_ND, split.targets[rows].toarray())
         dev_logits_NL = predictor.logits(dev[task.name].ids) @ head["head.kernel"] + head["head.bias"]
         temperature = fit_calibration(task, dev_logits_NL, dev[task.name].targets_NL).temperature
         kernel_DL[:, taxonomy.slice_of(task.name)] = head["head.kernel"] / temperature
@@ -94,6 +97,40 @@ def _sibling_heads(task: Task, features_ND: np.ndarray, targets: csr_array) -> W
     return head
 
 
+def presence_head(features_ND: np.ndarray, targets_NL: np.ndarray) -> Weights:
+    """The head whose sigmoids are the posteriors of Gaussians with one covariance: a label's, and its absence's.
+
+    Args:
+      features_ND: float32.
+      targets_NL: 1 where a label holds. A label that all or none have keeps a kernel of zeros.
+
+    Returns:
+      `head.kernel` (D, L) and `head.bias` (L,), float32.
+    """
+    x_ND = features_ND.astype(np.float64)
+    N, mean_D = len(x_ND), x_ND.mean(axis=0)
+    counts_L = targets_NL.sum(axis=0, dtype=np.float64)
+    # Seen from the mean of all, the centres of those with and without a label lie on one line.
+    sums_LD = targets_NL.T @ (x_ND - mean_D)
+    with_LD = sums_LD / np.maximum(counts_L, 1)[:, None]
+    without_LD = -sums_LD / np.maximum(N - counts_L, 1)[:, None]
+    between_DL = (with_LD - without_LD).T
+    kernel_DL = np.linalg.solve(_shrunk(np.cov(x_ND.T, bias=True)), between_DL)
+    # One solve for all labels, by the covariance of all texts; that within a label and its absence only scales it
+    # (Sherman and Morrison).
+    shares_L = counts_L / N
+    kernel_DL /= 1 - shares_L * (1 - shares_L) * np.einsum("DL,DL->L", between_DL, kernel_DL)
+    middle_LD = (with_LD + without_LD) / 2 + mean_D
+    prior_L = np.log(np.maximum(counts_L, 1) / np.maximum(N - counts_L, 1))
+    bias_L = prior_L - np.einsum("LD,DL->L", middle_LD, kernel_DL)
+    return {"head.kernel": kernel_DL.astype(np.float32), "head.bias": bias_L.astype(np.float32)}
+
+
+def _shrunk(covariance_DD: np.ndarray) -> np.ndarray:
+    scale = np.trace(covariance_DD) / len(covariance_DD)
+    return (1 - SHRINKAGE) * covariance_DD + (SHRINKAGE * scale + 1e-8) * np.eye(len(covariance_DD))
+
+
 def discriminant_head(features_ND: np.ndarray, targets_NL: np.ndarray) -> Weights:
     """The head whose softmax is the posterior of Gaussian classes with one covariance.
 
@@ -109,10 +146,7 @@ def discriminant_head(features_ND: np.ndarray, targets_NL: np.ndarray) -> Weight
     mean_D = x_ND.mean(axis=0)
     centres_LD = (targets_NL.T @ (x_ND - mean_D)) / np.maximum(counts_L, 1)[:, None]
     within_ND = x_ND - mean_D - targets_NL @ centres_LD
-    covariance_DD = within_ND.T @ within_ND / len(x_ND)
-    scale = np.trace(covariance_DD) / len(covariance_DD)
-    covariance_DD = (1 - SHRINKAGE) * covariance_DD + (SHRINKAGE * scale + 1e-8) * np.eye(len(covariance_DD))
-    kernel_DL = np.linalg.solve(covariance_DD, centres_LD.T)
+    kernel_DL = np.linalg.solve(_shrunk(within_ND.T @ within_ND / len(x_ND)), centres_LD.T)
     bias_L = -0.5 * np.einsum("LD,DL->L", centres_LD, kernel_DL) + np.log(np.maximum(counts_L, 1) / len(x_ND))
     bias_L -= mean_D @ kernel_DL
     return {

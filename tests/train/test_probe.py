@@ -25,3 +25,24 @@ def test_a_label_without_examples_is_finite() -> None:
     head = probe.discriminant_head(features_ND, np.eye(3, dtype=np.float32)[np.arange(20) % 2])
     assert all(np.isfinite(value).all() for value in head.values())
     assert head["head.kernel"].shape == (5, 3)
+
+
+def test_presence_head_is_scikit_learns_of_each_label(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "SHRINKAGE", 0.0)
+    rng = np.random.default_rng(0)
+    targets_NL = (rng.uniform(size=(900, 3)) < [0.5, 0.2, 0.04]).astype(np.float32)
+    features_ND = targets_NL @ rng.normal(size=(3, 6)) + rng.normal(size=(900, 6)) @ rng.normal(size=(6, 6)) + 2.0
+    head = probe.presence_head(features_ND.astype(np.float32), targets_NL)
+    logits_NL = features_ND @ head["head.kernel"] + head["head.bias"]
+    for label in range(3):
+        theirs = LinearDiscriminantAnalysis(solver="lsqr").fit(features_ND, targets_NL[:, label])
+        np.testing.assert_allclose(logits_NL[:, label], theirs.decision_function(features_ND), rtol=1e-3, atol=1e-3)
+
+
+def test_labels_that_all_or_none_have_are_finite() -> None:
+    features_ND = np.random.default_rng(0).normal(size=(20, 5)).astype(np.float32)
+    targets_NL = np.stack([np.ones(20), np.zeros(20), np.arange(20) % 2], axis=1).astype(np.float32)
+    head = probe.presence_head(features_ND, targets_NL)
+    assert all(np.isfinite(value).all() for value in head.values())
+    assert np.abs(head["head.kernel"][:, :2]).max() < 1e-9
+    assert head["head.bias"][0] > 2 > -2 > head["head.bias"][1]
