@@ -51,8 +51,8 @@ BREAKS = (
     Break(
         "a curriculum goes through each task's examples in turn",
         "data/curriculum.py",
-        "begin, end = self.drawn(window * WINDOW), self.drawn((window + 1) * WINDOW)",
-        "begin, end = self.drawn(0), self.drawn(WINDOW)",
+        "begin_T, end_T = self.drawn(window * WINDOW), self.drawn((window + 1) * WINDOW)",
+        "begin_T, end_T = self.drawn(0), self.drawn(WINDOW)",
         "tests/data/test_curriculum.py",
     ),
     Break(
