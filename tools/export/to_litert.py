@@ -1,9 +1,9 @@
 """LiteRT: model.tflite, with one signature a length: `tokens_64` takes `input_ids` (1, 64) and `lengths` (1,) by name.
 
 INT8 holds the bundle's own int8 kernels, in what LiteRT calls dynamic-range quantisation: it quantises activations
-itself, one scale a row. Ours reach it as whole numbers of which the largest in each row is 127, so that the scale of its
-own kernels is 1 and their int8 numbers are ours. XNNPACK, its default on CPUs, spreads its steps from a row's smallest
-number to its largest, which makes them a little finer.
+itself, one scale a row. Ours reach it as whole numbers of which the largest in each row is 127, so that the scale of
+its own kernels is 1 and their int8 numbers are ours. XNNPACK, its default on CPUs, spreads its steps from a row's
+smallest number to its largest, which makes them a little finer.
 """
 
 from __future__ import annotations
