@@ -1,9 +1,9 @@
 """LiteRT: model.tflite, with one signature a length: `tokens_64` takes `input_ids` (1, 64) and `lengths` (1,) by name.
 
 INT8 holds the bundle's own int8 kernels, in what LiteRT calls dynamic-range quantisation: it quantises activations
-itself, one scale a row. Ours reach it as whole numbers of which the largest in each row is 127, so that the scale of
-its own kernels is 1 and their int8 numbers are ours. XNNPACK, its default on CPUs, spreads its steps from a row's
-smallest number to its largest, which makes them a little finer.
+itself, one scale a row. Ours reach it as whole numbers, and beside them in each row stand two that no kernel reads,
+127.5 and -127.5: XNNPACK, which runs these models on CPUs, spreads its steps from a row's smallest number to its
+largest, so that they are 1 apart and its int8 numbers are ours.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from .to_stablehlo import forward
 tf: Any = tensorflow  # its stubs do not know what `tf.function` makes
 
 MODEL = "model.tflite"
+ROW_ENDS = (INT8_MAX + 0.5, -INT8_MAX - 0.5)
 
 
 def signature_name(length: int) -> str:
@@ -60,9 +61,10 @@ class _TokenModule(tf.Module):
         super().__init__()
         weights = dict(sorted(request.bundle.weights.items()))  # TensorFlow's own dicts stay as they were filled
         kernels = {name for name, value in weights.items() if name.endswith(".kernel") and value.dtype == np.int8}
+        # Rows of zeros for the numbers that no kernel reads; nothing but `_product` sees a kernel's shape.
+        padded = {name: np.pad(weights[name].astype(np.float32), ((0, 2), (0, 0))) for name in kernels}
         self.variables_by_name = {
-            name: tf.Variable(value.astype(np.float32) if name in kernels else value, name=name)
-            for name, value in weights.items()
+            name: tf.Variable(padded.get(name, value), name=name) for name, value in weights.items()
         }
         shapes = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in weights.items()}
         self.programs = {signature_name(length): self._program(request, shapes, length) for length in request.lengths}
@@ -88,10 +90,12 @@ class _TokenModule(tf.Module):
 def _product(lhs: jax.Array, rhs: jax.Array, *, dimension_numbers: Any, **_: Any) -> list[jax.Array]:
     """Products with kernels as LiteRT's FULLY_CONNECTED has them, by rows of the kernel; the only ones it quantises.
 
-    Of int8 activations and kernels: the same product of floats, which are whole numbers.
+    Of int8 activations and kernels: the same product of floats, which are whole numbers; see above.
     """
     (over_lhs, over_rhs), (batch_lhs, batch_rhs) = dimension_numbers
-    lhs = lhs.astype(jnp.float32)
+    if lhs.dtype == jnp.int8:
+        ends = jnp.broadcast_to(jnp.asarray(ROW_ENDS, jnp.float32), (lhs.shape[0], 2))
+        lhs = jnp.concatenate([lhs.astype(jnp.float32), ends], axis=1)
     if not batch_lhs and rhs.ndim == 2 and tuple(over_rhs) == (0,):
         rhs, over_rhs = rhs.T, (1,)
     return [lax.dot_general(lhs, rhs, ((over_lhs, over_rhs), (batch_lhs, batch_rhs)))]
