@@ -78,9 +78,7 @@ FORMATS: dict[str, Format] = {
     ),
     "onnx": Format("to_onnx", ("float32", "float16", "bfloat16"), ("onnx", "onnxruntime", "openvino"), extra="onnx"),
     "onnx-int8": Format("to_onnx", ("int8",), ("onnx", "onnxruntime"), extra="onnx"),
-    "openvino": Format(
-        "to_openvino", ("float32", "int8"), ("onnx", "openvino"), extra="openvino", weights_only=True
-    ),
+    "openvino": Format("to_openvino", ("float32", "int8"), ("onnx", "openvino"), extra="openvino", weights_only=True),
     "litert": Format("to_litert", ("float32", "int8"), ("tensorflow", "ai_edge_litert"), extra="litert", static=True),
 }
 
