@@ -53,9 +53,9 @@ def batches_of(folder: Path, **changes: Any) -> ShardBatches:
 
 def stage_of(folder: Path, **changes: Any) -> ShardCurriculum:
     """As many batches, of a stage that draws the second task more often than its size says."""
-    settings = {name: SETTINGS[name] for name in ("batch_size", "seed", "pad_id")}
+    settings: dict[str, Any] = {name: SETTINGS[name] for name in ("batch_size", "seed", "pad_id")}
     shares_T = changes.pop("shares_T", np.array([0.4, 0.6]))
-    return ShardCurriculum(Shards(folder), shares_T, 40, **({"stage": 1} | settings | changes))
+    return ShardCurriculum(Shards(folder), shares_T, 40, **({"stage": 1, **settings, **changes}))
 
 
 Make = Callable[..., ShardBatches | ShardCurriculum]
