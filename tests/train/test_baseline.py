@@ -32,6 +32,25 @@ def test_single_label_task_is_learnt():
     assert score.micro_f1 == 0.75
 
 
+def test_large_tree_is_walked_down():
+    tree = Task(
+        "t",
+        TaskKind.HIERARCHICAL,
+        (
+            Label("wild"),
+            Label("pet"),
+            *(Label(name, parent="pet") for name in ("cat", "dog")),
+            *(Label(name, parent="wild") for name in ("wolf", "bear")),
+        ),
+    )
+    wild = examples(("the wolf howls", "wolf"), ("a grey wolf", "wolf"), ("a brown bear", "bear"), ("the bear", "bear"))
+    train = [*ANIMALS[:4], *wild, *examples(("a beast of the woods", "wild"))]
+    test = examples(("my cat", "cat"), ("my dog", "dog"), ("that wolf", "wolf"), ("bear!", "bear"), ("cat", "bear"))
+    assert tfidf_svm(train, test, tree, most_labels=3).accuracy == 0.8
+    # A label whose only child has examples needs no SVM, one without any is an end.
+    assert tfidf_svm([*ANIMALS[:2], *wild], test[:1], tree, most_labels=3).accuracy == 1.0
+
+
 def test_multilabel_task_is_learnt_and_label_never_seen_is_never_chosen():
     train = examples(
         ("red hat", "red hat"), ("red shoe", "red"), ("blue hat", "hat"), ("blue shoe", ""), ("grey shoe", "")
