@@ -193,3 +193,23 @@ def test_a_model_that_computes_something_else_everywhere_is_refused(wrong: float
     programs.wrong = wrong
     with pytest.raises(InputError, match="broken"):
         list(engine_of(programs, golden=GOLDEN).warm_up())
+
+
+def test_the_empty_golden_text_counts_only_where_no_other_fits() -> None:
+    """INT8 may make something else of it than bfloat16, which is no reason to turn bfloat16 down."""
+    ids = [np.arange(1, 3, dtype=np.int32), np.arange(1, 21, dtype=np.int32)]
+    asked: list[Sequence[int]] = []
+
+    def off_of_empty(texts: Sequence[int], logits_NL: np.ndarray) -> float:
+        asked.append(texts)
+        assert logits_NL[:, 0].tolist() == [ids[i].sum() for i in texts]
+        return float(0 in texts)
+
+    golden = Golden(ids, off_of_empty, tolerance=0.5)
+    with pytest.raises(InputError, match=r"batches of 32 × 16 tokens: float32 is off by 1\.0000"):
+        list(engine_of(Programs(), golden=golden).warm_up())
+    assert asked == [[0]]
+    asked.clear()
+    list(engine_of(Programs(), golden=golden, buckets=(32,)).warm_up())
+    assert asked
+    assert all(texts == [1] for texts in asked)

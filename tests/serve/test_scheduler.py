@@ -241,6 +241,24 @@ def test_an_idle_device_tries_even_what_it_thinks_hopeless(
     assert not scheduler.submit(device.work(33, deadline=clock.now + 0.9)).done()
 
 
+def test_what_passes_between_two_batches_is_predicted_too(clock: FakeClock) -> None:
+    """The backlog is what two batches take from end to end, not what the device runs of it."""
+
+    class SlowToFill(FakeDevice):
+        def rows(self, bucket: int, count: int) -> int:
+            self.clock.now += RUN_SECONDS
+            return super().rows(bucket, count)
+
+    device, scheduler = SlowToFill(clock), Scheduler(clock=clock)
+    scheduler.submit_all(device.work(name) for name in range(300))
+    began = clock.now
+    run_all(scheduler)
+    a_batch = (clock.now - began) / len(device.batches)
+    assert a_batch >= 2 * RUN_SECONDS
+    scheduler.submit_all(device.work(name) for name in range(6))
+    assert scheduler.backlog_seconds == pytest.approx(2 * a_batch, rel=0.01)
+
+
 def test_a_text_whose_deadline_is_nearer_than_its_batch_would_take_is_not_run(
     scheduler: Scheduler, device: FakeDevice, clock: FakeClock
 ) -> None:

@@ -23,12 +23,13 @@ from classer.model.decode import Calibration, probabilities
 from classer.model.encoder import Encoder
 from classer.model.manifest import content_hash
 from classer.model.quantize import variables
+from classer.model.variants import variant_predictor
 from classer.tests.helpers import TAXONOMY, make_bundle, with_gates
 from classer.tools.cli import main
 from classer.tools.export import decoding, run
 from classer.tools.export.folder import MANIFEST, read_export
 from classer.tools.export.formats import FORMATS
-from classer.tools.export.run import export_bundle, make_request, verify
+from classer.tools.export.run import export_bundle, golden, make_request, verify
 
 TREE = Task(
     "place",
@@ -113,6 +114,21 @@ def test_the_runtime_gives_our_own_probabilities(
     np.testing.assert_allclose(runtime([text], 1), ours_NL, atol=10 * limit)
     if precision == "float32":
         np.testing.assert_allclose(runtime([text, *TEXTS], 3)[:1], ours_NL, atol=2e-6)
+
+
+def test_int8_is_checked_against_what_the_format_computes(bundles: dict[str, Bundle]) -> None:
+    """OpenVINO's activations are not rounded; and of the empty text INT8 rounds too wildly to compare."""
+    bundle = dataclasses.replace(bundles["int8"], golden_texts=(*TEXTS, ""))
+    ids = bundle.tokenizer.encode(TEXTS, bundle.max_length).ids
+    for target, predictor in (("onnx-int8", bundle.predictor()), ("openvino", variant_predictor(bundle, "float32"))):
+        checked = golden(make_request(bundle, target, precision="int8"), target)
+        assert tuple(one.text for one in checked) == TEXTS
+        logits_NL = predictor.logits(ids, batch_size=len(ids))
+        expected = np.concatenate([bundle.probabilities(task.name, logits_NL) for task in bundle.taxonomy.tasks], 1)
+        np.testing.assert_allclose([one.probabilities for one in checked], expected, atol=1e-6)
+    # The two differ, or the above would show nothing.
+    rounded, unrounded = (golden(make_request(bundle, t, precision="int8"), t) for t in ("onnx-int8", "openvino"))
+    assert np.abs(np.subtract(rounded[0].probabilities, unrounded[0].probabilities)).max() > 1e-5
 
 
 @needs("onnx", "onnxruntime")
