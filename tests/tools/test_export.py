@@ -102,6 +102,8 @@ def test_the_runtime_gives_our_own_probabilities(
     request = make_request(bundle, target, precision=precision, focus=focus)
     checked = export_bundle(request, target, tmp_path / "out")
     limit = {"float32": 2e-6, "int8": 1e-3}.get(precision, 1e-2)
+    if target == "litert":
+        limit = 2e-6  # XNNPACK rounds INT8 as we do, thanks to ROW_ENDS; without them 9e-5 is lost
     assert 0 < checked.difference < limit
     assert (tmp_path / "out" / "README.md").read_text().count("```python") == 1
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
