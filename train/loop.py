@@ -38,6 +38,7 @@ from .probe import probe_head
 from .processes import Pace, Stopped, deferred, first_before_others, first_computes, is_first
 from .runlog import RunLog, open_log
 from .step import (
+    StepMetrics,
     TrainState,
     TrainStep,
     abstract_state,
@@ -380,13 +381,15 @@ def _train_epoch(
     train_step, state: TrainState, iterator, num_steps: int, schedule, log: RunLog, after_step: AfterStep
 ) -> TrainState:
     """Steps to the end of an epoch. A step is logged after the next one was begun, so that the device never waits."""
-    pending: tuple[Callable[[], float], int] | None = None
+    pending: tuple[StepMetrics, int] | None = None
     step = int(state.step)
 
     def report() -> None:
         if pending is not None:
-            loss, tokens = pending[0](), pending[1]
-            log.step(step, loss, tokens, float(schedule(step - 1)))
+            metrics, tokens = pending
+            loss = metrics.loss.item()
+            of_teacher = None if metrics.teacher_loss is None else metrics.teacher_loss.item()
+            log.step(step, loss, tokens, float(schedule(step - 1)), of_teacher)
             if not math.isfinite(loss):
                 raise InputError(
                     f"The loss of step {step} is {loss}: training diverged, and no weights of it are of use. "
@@ -398,7 +401,7 @@ def _train_epoch(
         state, metrics = train_step(state, batch)
         report()
         step += 1
-        pending = (metrics.loss.item, int(batch.lengths_B.sum()))
+        pending = (metrics, int(batch.lengths_B.sum()))
         after_step(state, step, step % num_steps == 0)
     report()
     return state

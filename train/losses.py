@@ -66,9 +66,34 @@ def classification_loss(
     """
     losses_B = _example_losses(table, logits_BL, targets_BL, tasks_B, label_smoothing, class_weights_L)
     if soft is not None:
-        soft_B = _example_losses(table, logits_BL / temperature, soft.targets_BL, tasks_B, 0.0, None)
-        losses_B = (1 - soft.share_B) * losses_B + soft.share_B * temperature**2 * soft_B
+        soft_B = _teacher_losses(table, logits_BL, tasks_B, soft, temperature)
+        losses_B = (1 - soft.share_B) * losses_B + soft.share_B * soft_B
     return (losses_B * weights_B).sum() / jnp.maximum(weights_B.sum(), 1.0)
+
+
+def teacher_loss(
+    table: LabelTable,
+    logits_BL: jax.Array,
+    tasks_B: jax.Array,
+    weights_B: jax.Array,
+    soft: SoftTargets,
+    temperature: float,
+) -> jax.Array:
+    """The mean over the examples that a teacher answered of what its answers add to `classification_loss`.
+
+    Arguments as there. NaN of a batch without any.
+    """
+    answered_B = weights_B * (soft.share_B > 0)
+    soft_B = _teacher_losses(table, logits_BL, tasks_B, soft, temperature)
+    mean = (soft_B * answered_B).sum() / jnp.maximum(answered_B.sum(), 1.0)
+    return jnp.where(answered_B.any(), mean, jnp.nan)
+
+
+def _teacher_losses(
+    table: LabelTable, logits_BL: jax.Array, tasks_B: jax.Array, soft: SoftTargets, temperature: float
+) -> jax.Array:
+    """(B,): T² times the cross-entropy with the teacher's answer."""
+    return temperature**2 * _example_losses(table, logits_BL / temperature, soft.targets_BL, tasks_B, 0.0, None)
 
 
 def _example_losses(

@@ -74,7 +74,7 @@ class RunLog:
                 bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} {desc}",
             )
 
-    def step(self, step: int, loss: float, tokens: int, lr: float) -> None:
+    def step(self, step: int, loss: float, tokens: int, lr: float, teacher_loss: float | None = None) -> None:
         """Logs one training step.
 
         Args:
@@ -82,13 +82,15 @@ class RunLog:
           loss: its mean loss.
           tokens: tokens it trained on, without padding.
           lr: its learning rate.
+          teacher_loss: what a teacher's answers had in the loss, if there was one.
         """
         now, loss = self._clock(), float(loss)
         self._window.append((now, step, self._window[-1][2] + int(tokens)))
         if math.isfinite(loss):  # one NaN would stay in the average for ever
             self._loss = LOSS_SMOOTHING * self._loss + (1 - LOSS_SMOOTHING) * loss
             self._loss_weight = LOSS_SMOOTHING * self._loss_weight + (1 - LOSS_SMOOTHING)
-        self.scalars(step, {"loss": loss, "lr": float(lr), "tokens_per_second": self.tokens_per_second})
+        values = {"loss": loss, "lr": float(lr), "tokens_per_second": self.tokens_per_second}
+        self.scalars(step, values if teacher_loss is None else {**values, "teacher_loss": teacher_loss})
 
         if self._bar is not None:
             self._bar.set_description_str(self._status(step), refresh=False)

@@ -14,7 +14,7 @@ from ..data.taxonomy import LabelTable
 from ..model.classifier import TextClassifier
 from ..model.encoder import FocusDraw
 from ..model.sharding import Layout
-from .losses import SoftTargets, classification_loss
+from .losses import SoftTargets, classification_loss, teacher_loss
 
 if TYPE_CHECKING:  # the step itself needs JAX, Flax and Optax alone, so that tools/gpu_check.py runs on these
     from ..data.pipeline import Batch
@@ -30,8 +30,11 @@ class TrainState(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
+    """Scalars; `teacher_loss` is None of a batch without soft labels, see `losses.teacher_loss`."""
+
     loss: jax.Array
     grad_norm: jax.Array
+    teacher_loss: jax.Array | None
 
 
 class Arrays(NamedTuple):
@@ -113,13 +116,13 @@ def make_train_step(
       batch_size: of the whole batch, where each process is given its own rows only; None where it is given all.
     """
 
-    def loss_fn(params, batch: Arrays, step: jax.Array) -> jax.Array:
+    def loss_fn(params, batch: Arrays, step: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         tokens_BS, lengths_B, targets_BL, weights_B, tasks_B, soft = batch
         key = jax.random.fold_in(jax.random.key(seed), step)
         rngs = {"dropout": key} if model.dropout else None
         draw = draw_focus(jax.random.fold_in(key, _FOCUS), step, len(tokens_BS)) if draw_focus else None
         logits_BL = cast(jax.Array, model.apply({"params": params}, tokens_BS, lengths_B, draw, rngs=rngs))
-        return classification_loss(
+        loss = classification_loss(
             table,
             logits_BL,
             targets_BL,
@@ -130,6 +133,7 @@ def make_train_step(
             soft=soft,
             temperature=temperature,
         )
+        return loss, None if soft is None else teacher_loss(table, logits_BL, tasks_B, weights_B, soft, temperature)
 
     shardings = None
     if layout is not None:
@@ -137,10 +141,11 @@ def make_train_step(
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=shardings)
     def step(state: TrainState, batch: Arrays) -> tuple[TrainState, StepMetrics]:
-        loss, gradients = jax.value_and_grad(loss_fn)(state.params, batch, state.step)
+        (loss, of_teacher), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, state.step)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(params, opt_state, state.step + 1), StepMetrics(loss, optax.tree.norm(gradients))
+        metrics = StepMetrics(loss, optax.tree.norm(gradients), of_teacher)
+        return TrainState(params, opt_state, state.step + 1), metrics
 
     def run(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         if layout is None:

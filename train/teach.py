@@ -74,19 +74,24 @@ def teach(job: TeachJob, say: Callable[[str], object] = print) -> None:
     """
     if job.out.exists():
         raise InputError(f"{job.out} exists already and was not touched; name a new file with --out.")
-    task, texts = _read(job)
-    texts = list(dict.fromkeys(texts))
+    task, examples = _read(job)
+    labels_of = dict(reversed(examples))  # of a text that stands twice, the first's
+    texts = list(dict.fromkeys(text for text, _ in examples))
     weights = np.array(job.weights or [1.0] * len(job.teacher))
     weights /= weights.sum()
     say(f"{len(texts):,} texts, task '{task.name}', {task.kind}, {len(task.labels):,} labels.")
     mean_NL = np.zeros((len(texts), len(task.labels)), np.float32)
     for name, weight in zip(job.teacher, weights, strict=True):
-        teacher = _load(name, task, job)
+        teacher, losses = _load(name, task, job), []
         with tqdm(total=len(texts), desc=name, unit="text", mininterval=1) as bar:
             for start in range(0, len(texts), BATCH_SIZE * 8):
                 chunk = texts[start : start + BATCH_SIZE * 8]
-                mean_NL[start : start + len(chunk)] += weight * teacher(chunk)
+                probs_NL = teacher(chunk)
+                mean_NL[start : start + len(chunk)] += weight * probs_NL
+                losses += _losses(task, probs_NL, [labels_of[text] for text in chunk])
                 bar.update(len(chunk))
+        if losses:
+            say(f"{name}: a mean loss of {np.mean(losses):.3f} nats on the {len(losses):,} texts with labels.")
     job.out.parent.mkdir(parents=True, exist_ok=True)
     part = job.out.with_name(job.out.name + ".part")
     part.unlink(missing_ok=True)
@@ -95,12 +100,27 @@ def teach(job: TeachJob, say: Callable[[str], object] = print) -> None:
     say(f"{job.out}: the answers of {', '.join(job.teacher)}.")
 
 
-def _read(job: TeachJob) -> tuple[Task, list[str]]:
+def _losses(task: Task, probs_NL: np.ndarray, labels_N: Sequence[Sequence[str]]) -> list[float]:
+    """Of each text that has labels, the negative log-likelihood of these; of a multilabel task of the others too."""
+    losses = []
+    for probs_L, labels in zip(probs_NL, labels_N, strict=True):
+        if not labels:
+            continue
+        places = [task.index[label] for label in labels]
+        likely = probs_L[places]
+        if not task.kind.exclusive:
+            likely = np.concatenate([likely, 1 - np.delete(probs_L, places)])
+        losses.append(-float(np.log(np.maximum(likely, 1e-9)).sum()))
+    return losses
+
+
+def _read(job: TeachJob) -> tuple[Task, list[tuple[str, Sequence[str]]]]:
+    """The task, and each text with its labels, none where they are not known."""
     if job.data.is_dir():
         folder = read_task_folder(job.data, (job.split,))
         if job.split not in folder.splits:
             raise InputError(f"{job.data} has no split '{job.split}'; it has {', '.join(sorted(folder.there))}.")
-        return folder.task, [example.text for example in folder.splits[job.split]]
+        return folder.task, [(example.text, example.labels) for example in folder.splits[job.split]]
     bundles = [name for name in job.teacher if (Path(name) / MANIFEST).is_file()]
     if bundles:  # a bundle knows the task; the texts need no labels
         taxonomy = load_bundle(Path(bundles[0])).taxonomy
@@ -108,10 +128,10 @@ def _read(job: TeachJob) -> tuple[Task, list[str]]:
             names = ", ".join(task.name for task in taxonomy.tasks)
             raise InputError(f"{bundles[0]} has several tasks; name one with --task: {names}.")
         task = next(iter(taxonomy.tasks)) if job.task is None else taxonomy.task(job.task)
-        return task, read_texts(job.data, text_column=job.text_column)
+        return task, [(text, ()) for text in read_texts(job.data, text_column=job.text_column)]
     name = job.task or job.data.name.split(".")[0]
     examples = read_examples(job.data, text_column=job.text_column, label_column=job.label_column, task=name)
-    return infer_task(name, examples)[0], [example.text for example in examples]
+    return infer_task(name, examples)[0], [(example.text, example.labels) for example in examples]
 
 
 def _load(name: str, task: Task, job: TeachJob) -> Teacher:

@@ -9,7 +9,7 @@ import pytest
 
 from classer.data.taxonomy import Label, LabelTable, Task, TaskKind, Taxonomy
 from classer.model.decode import Calibration, probabilities
-from classer.train.losses import SoftTargets, balanced_class_weights, classification_loss
+from classer.train.losses import SoftTargets, balanced_class_weights, classification_loss, teacher_loss
 
 RNG = np.random.default_rng(0)
 LOGITS_BL = RNG.normal(0, 3, (5, 4)).astype(np.float32)
@@ -209,3 +209,9 @@ def test_a_teachers_answers_are_mixed_in_where_there_are_any() -> None:
     tree = -(0.1 * (top[0] + below[0]) + 0.6 * (top[0] + below[1]) + 0.3 * top[1])
     expected = [0.75 * hard[0] + 0.25 * 4 * tree, hard[1], 4 * topics, hard[3], hard[4]]
     assert mixed_loss(soft=soft, temperature=temperature) == pytest.approx(np.mean(expected), rel=1e-4)
+    # What is logged of it: over the two examples that the teacher answered, whatever it weighs there.
+    arrays = [jnp.asarray(x) for x in (MIXED_LOGITS_BL, TASKS_B)]
+    told = teacher_loss(MIXED.table, *arrays, jnp.asarray(ALL_B), soft, temperature)
+    assert float(told) == pytest.approx(4 * (tree + topics) / 2, rel=1e-4)
+    untold_B = jnp.asarray(np.array([0, 1, 0, 1, 1], np.float32))
+    assert np.isnan(float(teacher_loss(MIXED.table, *arrays, untold_B, soft, temperature)))

@@ -165,6 +165,10 @@ def test_a_bundle_teaches_and_its_answers_are_learnt_from(
     )
     student = TrainJob(data=folder, out=tmp_path / "run", recipe=recipe, soft_labels=soft)
     assert train(student).tasks[0].float_metrics.accuracy > 0.9
+    logged = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    of_teacher = [step["teacher_loss"] for step in logged if "teacher_loss" in step]
+    assert len(of_teacher) == sum("loss" in step for step in logged)
+    assert min(of_teacher[-5:]) < of_teacher[0]
 
 
 def test_texts_of_dev_and_test_are_no_soft_examples(tasks: Path, tmp_path: Path) -> None:
@@ -336,7 +340,9 @@ def test_folders_without_training_examples_are_left_out_and_named(tasks: Path, t
     assert all(len(dataset.train[name]) + len(dataset.dev[name]) <= 50 for name in dataset.train)
 
 
-def test_two_teachers_of_transformers(tiny_encoder: Path, tasks: Path, tmp_path: Path) -> None:
+def test_two_teachers_of_transformers(
+    tiny_encoder: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A sequence classifier's answers, averaged with a differently seeded one's, are what transformers itself gives."""
     import torch
     import transformers
@@ -362,6 +368,9 @@ def test_two_teachers_of_transformers(tiny_encoder: Path, tasks: Path, tmp_path:
     (row,) = [json.loads(line) for line in (tmp_path / "soft.jsonl").read_text().splitlines()]
     expected = dict(zip(names, np.mean(answers, axis=0).tolist(), strict=True))
     assert row["probabilities"] == pytest.approx(expected, abs=1e-5)
+    said = capsys.readouterr().out
+    for number, answer in enumerate(answers):
+        assert f"teacher{number}: a mean loss of {-np.log(answer[1]):.3f} nats on the 1 texts with labels." in said
 
 
 def test_a_teacher_of_other_labels_or_none_at_all_is_refused(
