@@ -9,10 +9,13 @@ Axes: N examples, D features, L labels.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
+from scipy.optimize import minimize_scalar
 from scipy.sparse import csr_array
+from scipy.special import logsumexp
 
 from ..data.taxonomy import Task, Taxonomy, with_ancestors
 from ..model.config import EncoderConfig
@@ -24,9 +27,15 @@ from .evaluation import TokenizedSplit
 
 # Share of the identity in the covariance (Friedman 1989): keeps it invertible with few examples.
 SHRINKAGE = 0.02
-# More examples than this change a covariance of some hundred features little; of long texts, so many tokens have to do.
+# More examples than this change a covariance of some hundred features little, but many labels need some each; of long
+# texts, so many tokens have to do.
 MAX_EXAMPLES = 10_000
+EXAMPLES_PER_LABEL = 5
 MAX_TOKENS = 500_000
+# From so many examples for development on, siblings have a temperature of their own.
+OWN_TEMPERATURE = 20
+# Of labels with two examples each, discriminants are a thousand times too sure.
+TEMPERATURES = (0.1, 1e5)
 
 
 def probe_head(
@@ -40,15 +49,16 @@ def probe_head(
 ) -> Weights:
     """A head whose rows of some tasks are discriminants found on train, as sure of themselves as dev allows.
 
-    Of a hierarchical task each set of siblings is told apart on the examples below their parent; siblings of whom fewer
-    than two have examples begin with zeros. Of a multilabel task each label is told from its absence.
+    Of a hierarchical task each set of siblings is told apart on the examples below their parent, and has a temperature
+    of its own, for those with few examples a label are surer by far than they may be; siblings of whom fewer than two
+    have examples begin with zeros. Of a multilabel task each label is told from its absence.
 
     Args:
       recipe: for the seed and the compute dtype.
       taxonomy: all tasks.
       encoder, weights: the pretrained encoder, perhaps with a head, whose other tasks' rows stay what they are.
-      train: examples to fit on, by task; of many or long ones, a random part of `MAX_EXAMPLES` or `MAX_TOKENS`.
-      dev: examples to fit the temperature on, by which the rows are divided.
+      train: examples to fit on, by task; of many or long ones a random part, see `MAX_EXAMPLES` and `MAX_TOKENS`.
+      dev: examples to fit the temperatures on, by which the rows are divided.
       tasks: whose rows to find.
 
     Returns:
@@ -64,37 +74,78 @@ def probe_head(
         if task.name not in tasks:
             continue
         split = train[task.name]
-        rows = np.random.default_rng(recipe.seed).permutation(len(split.ids))[:MAX_EXAMPLES]
+        most = max(MAX_EXAMPLES, EXAMPLES_PER_LABEL * len(task.labels))
+        rows = np.random.default_rng(recipe.seed).permutation(len(split.ids))[:most]
         tokens_N = np.cumsum([len(split.ids[row]) for row in rows])
         rows = rows[: max(1, np.searchsorted(tokens_N, MAX_TOKENS, side="right"))]
         features_ND = predictor.logits([split.ids[row] for row in rows])
+        dev_features_ND = predictor.logits(dev[task.name].ids)
         if task.kind.exclusive:
-            head = _sibling_heads(task, features_ND, split.targets[rows])
+            head = sibling_heads(task, features_ND, split.targets[rows], dev_features_ND, dev[task.name].targets)
         else:
             head = presence_head(features_ND, split.targets[rows].toarray())
-        dev_logits_NL = predictor.logits(dev[task.name].ids) @ head["head.kernel"] + head["head.bias"]
-        temperature = fit_calibration(task, dev_logits_NL, dev[task.name].targets_NL).temperature
-        kernel_DL[:, taxonomy.slice_of(task.name)] = head["head.kernel"] / temperature
-        bias_L[taxonomy.slice_of(task.name)] = head["head.bias"] / temperature
+            dev_logits_NL = dev_features_ND @ head["head.kernel"] + head["head.bias"]
+            temperature = fit_calibration(task, dev_logits_NL, dev[task.name].targets_NL).temperature
+            head = {name: value / temperature for name, value in head.items()}
+        kernel_DL[:, taxonomy.slice_of(task.name)] = head["head.kernel"]
+        bias_L[taxonomy.slice_of(task.name)] = head["head.bias"]
     return {"head.kernel": kernel_DL, "head.bias": bias_L}
 
 
-def _sibling_heads(task: Task, features_ND: np.ndarray, targets: csr_array) -> Weights:
-    """A task's head; targets sparse (N, L)."""
+def sibling_heads(
+    task: Task, features_ND: np.ndarray, targets: csr_array, dev_features_ND: np.ndarray, dev_targets: csr_array
+) -> Weights:
+    """The head of a task whose siblings exclude each other, as sure of itself as the examples for development allow.
+
+    Args:
+      task: with one set of siblings, or a tree of them.
+      features_ND, dev_features_ND: float32.
+      targets, dev_targets: sparse (N, L), 1 where a label is given.
+
+    Returns:
+      `head.kernel` (D, L) and `head.bias` (L,), float32.
+    """
     head = {
         "head.kernel": np.zeros((features_ND.shape[1], len(task.labels)), np.float32),
         "head.bias": np.zeros(len(task.labels), np.float32),
     }
     held = csr_array(with_ancestors(task.parent_L, targets)).tocsc()
+    dev_held = csr_array(with_ancestors(task.parent_L, dev_targets)).tocsc()
+    # (labels, logits and targets of the examples for development below their parent)
+    sets: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     for group in range(int(task.group_L.max()) + 1):
         siblings = np.flatnonzero(task.group_L == group)
-        held_NL = held[:, siblings].toarray()
-        below_N = held_NL.sum(axis=1) > 0
-        if (held_NL.sum(axis=0) > 0).sum() >= 2:
+        held_NL, dev_held_NL = held[:, siblings].toarray(), dev_held[:, siblings].toarray()
+        below_N, dev_below_N = held_NL.any(axis=1), dev_held_NL.any(axis=1)
+        if held_NL.any(axis=0).sum() >= 2:
             found = discriminant_head(features_ND[below_N], held_NL[below_N])
             head["head.kernel"][:, siblings] = found["head.kernel"]
             head["head.bias"][siblings] = found["head.bias"]
+            logits_NL = dev_features_ND[dev_below_N] @ found["head.kernel"] + found["head.bias"]
+            sets.append((siblings, logits_NL, dev_held_NL[dev_below_N]))
+    shared = _temperature(sets)
+    for one in sets:
+        siblings, logits_NL, _ = one
+        temperature = _temperature([one]) if len(logits_NL) >= OWN_TEMPERATURE else shared
+        head["head.kernel"][:, siblings] /= temperature
+        head["head.bias"][siblings] /= temperature
     return head
+
+
+def _temperature(sets: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> float:
+    """What makes the targets of some sets of siblings likeliest under the softmax of their logits; 1 without any."""
+    if not any(len(logits_NL) for _, logits_NL, _ in sets):
+        return 1.0
+
+    def nll(log_temperature: float) -> float:
+        loss = 0.0
+        for _, logits_NL, held_NL in sets:
+            scaled_NL = logits_NL.astype(np.float64) / math.exp(log_temperature)
+            loss += (held_NL.sum(axis=1) * logsumexp(scaled_NL, axis=1) - (held_NL * scaled_NL).sum(axis=1)).sum()
+        return loss
+
+    low, high = map(math.log, TEMPERATURES)
+    return math.exp(minimize_scalar(nll, bounds=(low, high), method="bounded").x)
 
 
 def presence_head(features_ND: np.ndarray, targets_NL: np.ndarray) -> Weights:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.sparse import csr_array
+from scipy.special import log_softmax
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
+from classer.data.taxonomy import Label, Task, TaskKind
 from classer.train import probe
 
 
@@ -25,6 +28,33 @@ def test_a_label_without_examples_is_finite() -> None:
     head = probe.discriminant_head(features_ND, np.eye(3, dtype=np.float32)[np.arange(20) % 2])
     assert all(np.isfinite(value).all() for value in head.values())
     assert head["head.kernel"].shape == (5, 3)
+
+
+def test_siblings_are_as_sure_as_their_examples_allow() -> None:
+    """Two labels with hundreds of examples each, one of them above 100 with one or two each."""
+    rng = np.random.default_rng(0)
+    labels = (Label("many"), Label("few"), *(Label(f"few{i}", parent="few") for i in range(100)))
+    task = Task("tree", TaskKind.HIERARCHICAL, labels)
+    centres_LD = np.concatenate([np.zeros((1, 256)), np.full((101, 256), 2.0) + rng.normal(size=(101, 256))])
+
+    def draw(leaves_N: np.ndarray) -> tuple[np.ndarray, csr_array]:
+        features_ND = centres_LD[leaves_N] + rng.normal(size=(len(leaves_N), 256)) * 3
+        return features_ND.astype(np.float32), csr_array(np.eye(102, dtype=np.float32)[leaves_N])
+
+    train = draw(np.concatenate([np.zeros(600, int), np.arange(2, 102), np.arange(2, 52)]))
+    dev, test = (draw(np.concatenate([np.zeros(100, int), rng.integers(2, 102, 100)])) for _ in range(2))
+    head = probe.sibling_heads(task, *train, *dev)
+    logits_NL = test[0] @ head["head.kernel"] + head["head.bias"]
+
+    def loss(siblings: slice, rows: slice, answers_N: np.ndarray) -> float:
+        return -log_softmax(logits_NL[rows, siblings], axis=1)[np.arange(len(answers_N)), answers_N].mean()
+
+    assert loss(slice(0, 2), slice(0, 200), np.repeat([0, 1], 100)) < 0.01
+    below = test[1].toarray()[100:, 2:].argmax(axis=1)
+    assert loss(slice(2, 102), slice(100, 200), below) < np.log(100)  # better than no answer
+    # With nothing to measure on there, they share the temperature of the rest.
+    alone = probe.sibling_heads(task, *train, dev[0][:100], dev[1][:100])
+    assert np.isfinite(alone["head.kernel"]).all()
 
 
 def test_presence_head_is_scikit_learns_of_each_label(monkeypatch: pytest.MonkeyPatch) -> None:
