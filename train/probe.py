@@ -81,7 +81,14 @@ def probe_head(
         features_ND = predictor.logits([split.ids[row] for row in rows])
         dev_features_ND = predictor.logits(dev[task.name].ids)
         if task.kind.exclusive:
-            head = sibling_heads(task, features_ND, split.targets[rows], dev_features_ND, dev[task.name].targets)
+            head = sibling_heads(
+                task,
+                features_ND,
+                split.targets[rows],
+                dev_features_ND,
+                dev[task.name].targets,
+                label_smoothing=recipe.label_smoothing,
+            )
         else:
             head = presence_head(features_ND, split.targets[rows].toarray())
             dev_logits_NL = dev_features_ND @ head["head.kernel"] + head["head.bias"]
@@ -93,7 +100,13 @@ def probe_head(
 
 
 def sibling_heads(
-    task: Task, features_ND: np.ndarray, targets: csr_array, dev_features_ND: np.ndarray, dev_targets: csr_array
+    task: Task,
+    features_ND: np.ndarray,
+    targets: csr_array,
+    dev_features_ND: np.ndarray,
+    dev_targets: csr_array,
+    *,
+    label_smoothing: float = 0.0,
 ) -> Weights:
     """The head of a task whose siblings exclude each other, as sure of itself as the examples for development allow.
 
@@ -101,6 +114,8 @@ def sibling_heads(
       task: with one set of siblings, or a tree of them.
       features_ND, dev_features_ND: float32.
       targets, dev_targets: sparse (N, L), 1 where a label is given.
+      label_smoothing: of the training to come, by whose loss the temperatures are chosen: siblings that are told apart
+        without an error would otherwise begin surer than it wants them.
 
     Returns:
       `head.kernel` (D, L) and `head.bias` (L,), float32.
@@ -122,7 +137,8 @@ def sibling_heads(
             head["head.kernel"][:, siblings] = found["head.kernel"]
             head["head.bias"][siblings] = found["head.bias"]
             logits_NL = dev_features_ND[dev_below_N] @ found["head.kernel"] + found["head.bias"]
-            sets.append((siblings, logits_NL, dev_held_NL[dev_below_N]))
+            smooth_NL = (1 - label_smoothing) * dev_held_NL[dev_below_N] + label_smoothing / len(siblings)
+            sets.append((siblings, logits_NL, smooth_NL))
     shared = _temperature(sets)
     for one in sets:
         siblings, logits_NL, _ = one
@@ -139,9 +155,9 @@ def _temperature(sets: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> f
 
     def nll(log_temperature: float) -> float:
         loss = 0.0
-        for _, logits_NL, held_NL in sets:
+        for _, logits_NL, targets_NL in sets:
             scaled_NL = logits_NL.astype(np.float64) / math.exp(log_temperature)
-            loss += (held_NL.sum(axis=1) * logsumexp(scaled_NL, axis=1) - (held_NL * scaled_NL).sum(axis=1)).sum()
+            loss += (logsumexp(scaled_NL, axis=1) - (targets_NL * scaled_NL).sum(axis=1)).sum()
         return loss
 
     low, high = map(math.log, TEMPERATURES)
