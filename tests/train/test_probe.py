@@ -52,6 +52,12 @@ def test_siblings_are_as_sure_as_their_examples_allow() -> None:
     assert loss(slice(0, 2), slice(0, 200), np.repeat([0, 1], 100)) < 0.01
     below = test[1].toarray()[100:, 2:].argmax(axis=1)
     assert loss(slice(2, 102), slice(100, 200), below) < np.log(100)  # better than no answer
+    # Smoothing, 0.05 of it to each of the two at the top, punishes a certainty that no answer was wrong to have.
+    smooth = probe.sibling_heads(task, *train, *dev, label_smoothing=0.1)
+    for one, low, high in ((head, 1.0, np.inf), (smooth, 0.0, 0.25)):
+        logits_NL = test[0] @ one["head.kernel"] + one["head.bias"]
+        log_probs_NL = log_softmax(logits_NL[:, :2], axis=1)
+        assert low < -(log_probs_NL.max(axis=1) * 0.95 + log_probs_NL.min(axis=1) * 0.05).mean() < high
     # With nothing to measure on there, they share the temperature of the rest.
     alone = probe.sibling_heads(task, *train, dev[0][:100], dev[1][:100])
     assert np.isfinite(alone["head.kernel"]).all()
