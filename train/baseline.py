@@ -101,7 +101,7 @@ def _walk_down(train: Sequence[Example], test: Sequence[Example], task: Task) ->
         if len(children) == 1:
             said_N[asked] = children
         else:
-            train_NF, test_NF = _features([train[row] for row in rows], [test[row] for row in asked], task)
+            train_NF, test_NF = _features([train[i] for i in rows.tolist()], [test[i] for i in asked.tolist()], task)
             said_N[asked] = _said(train_NF, branches, test_NF, task)
         left += [(depth + 1, rows[branches == child], asked[said_N[asked] == child]) for child in children]
     return said_N

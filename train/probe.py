@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize_scalar
@@ -161,7 +162,8 @@ def _temperature(sets: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> f
         return loss
 
     low, high = map(math.log, TEMPERATURES)
-    return math.exp(minimize_scalar(nll, bounds=(low, high), method="bounded").x)
+    found: Any = minimize_scalar(nll, bounds=(low, high), method="bounded")
+    return math.exp(found.x)
 
 
 def presence_head(features_ND: np.ndarray, targets_NL: np.ndarray) -> Weights:
