@@ -210,8 +210,8 @@ def test_a_teachers_answers_are_mixed_in_where_there_are_any() -> None:
     expected = [0.75 * hard[0] + 0.25 * 4 * tree, hard[1], 4 * topics, hard[3], hard[4]]
     assert mixed_loss(soft=soft, temperature=temperature) == pytest.approx(np.mean(expected), rel=1e-4)
     # What is logged of it: over the two examples that the teacher answered, whatever it weighs there.
-    arrays = [jnp.asarray(x) for x in (MIXED_LOGITS_BL, TASKS_B)]
-    told = teacher_loss(MIXED.table, *arrays, jnp.asarray(ALL_B), soft, temperature)
+    logits_BL, tasks_B = jnp.asarray(MIXED_LOGITS_BL), jnp.asarray(TASKS_B)
+    told = teacher_loss(MIXED.table, logits_BL, tasks_B, jnp.asarray(ALL_B), soft, temperature)
     assert float(told) == pytest.approx(4 * (tree + topics) / 2, rel=1e-4)
     untold_B = jnp.asarray(np.array([0, 1, 0, 1, 1], np.float32))
-    assert np.isnan(float(teacher_loss(MIXED.table, *arrays, untold_B, soft, temperature)))
+    assert np.isnan(float(teacher_loss(MIXED.table, logits_BL, tasks_B, untold_B, soft, temperature)))
