@@ -35,7 +35,7 @@ EXAMPLES_PER_LABEL = 5
 MAX_TOKENS = 500_000
 # From so many examples for development on, siblings have a temperature of their own.
 OWN_TEMPERATURE = 20
-# Of labels with two examples each, discriminants are a thousand times too sure.
+# Discriminants of labels with one or two examples each are up to thousands of times too sure.
 TEMPERATURES = (0.1, 1e5)
 
 
