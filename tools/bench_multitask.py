@@ -71,7 +71,6 @@ class Arguments:
       tasks: which of the tasks `svm` and `single` are carried out for; by default all.
       seeds: of `curriculum` and `mixed`.
       share: of the epochs in `TASKS`.
-      encoder: to begin with; by default that of `classer train`.
     """
 
     data: Path
@@ -80,7 +79,6 @@ class Arguments:
     tasks: tuple[str, ...] = tuple(TASKS)
     seeds: tuple[int, ...] = (0,)
     share: float = 1.0
-    encoder: str | None = None
 
 
 def main(a: Arguments) -> None:
@@ -94,15 +92,15 @@ def main(a: Arguments) -> None:
     for task in a.tasks if "svm" in a.runs else ():
         baseline(sample / task, a.out / f"svm-{task}.json")
     for task in a.tasks if "single" in a.runs else ():
-        train(a, sample / task, a.out / "single" / task, "--epochs", epochs(a, task))
+        train(sample / task, a.out / "single" / task, "--epochs", epochs(a, task))
     for task in TREES if "flat" in a.runs else ():
-        train(a, flatten(sample / task, a.out / "data-flat" / task), a.out / "flat" / task, "--epochs", epochs(a, task))
+        train(flatten(sample / task, a.out / "data-flat" / task), a.out / "flat" / task, "--epochs", epochs(a, task))
     for seed in a.seeds:
         for name, stages in (("curriculum", curriculum(a, sample)), ("mixed", mixed(a, sample))):
             if name in a.runs:
                 file = a.out / f"{name}.json"
                 file.write_text(json.dumps(stages, indent=1) + "\n", encoding="utf-8")
-                train(a, sample, a.out / f"{name}-{seed}", "--curriculum", file, "--seed", seed)
+                train(sample, a.out / f"{name}-{seed}", "--curriculum", file, "--seed", seed)
     table = draw_table(a, sample)
     (a.out / "table.md").write_text(table, encoding="utf-8")
     print(table)
@@ -147,11 +145,10 @@ def baseline(folder: Path, out: Path) -> None:
     out.write_text(json.dumps(dataclasses.asdict(score) | {"minutes": seconds / 60}) + "\n", encoding="utf-8")
 
 
-def train(a: Arguments, data: Path, out: Path, *options: Any) -> None:
+def train(data: Path, out: Path, *options: Any) -> None:
     if (out / "bundle").exists():
         return
-    encoder = ("--encoder", a.encoder) if a.encoder else ()
-    words = ["train", "--data", data, "--out", out, *RECIPE, *encoder, *options, "--patience", 0, "--restartable"]
+    words = ["train", "--data", data, "--out", out, *RECIPE, *options, "--patience", 0, "--restartable"]
     command = [str(Path(sys.executable).with_name("classer")), *map(str, words)]
     print(f"\n{shlex.join(command)}", flush=True)
     subprocess.run(command, check=True)

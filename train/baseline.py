@@ -44,6 +44,8 @@ def tfidf_svm(
     Raises:
       InputError: no text in `train` has a word, or all have the same label.
     """
+    if task.kind.exclusive:  # what only a teacher has answered has no label to learn
+        train = [example for example in train if example.labels]
     if task.kind is TaskKind.HIERARCHICAL and len(task.labels) > most_labels:
         said_N = _walk_down(train, test, task)
         chosen_NL = said_N[:, None] == np.arange(len(task.labels))

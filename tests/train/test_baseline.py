@@ -32,6 +32,13 @@ def test_single_label_task_is_learnt():
     assert score.micro_f1 == 0.75
 
 
+def test_texts_that_only_a_teacher_answered_are_left_out():
+    """They have no label; they are not examples of the first one."""
+    unlabelled = examples(*[("my cow", "")] * 20)
+    test, kinds = examples(("my cow", "cow")), task(TaskKind.MULTICLASS, "dog", "cat", "cow")
+    assert tfidf_svm([*ANIMALS, *unlabelled], test, kinds).accuracy == 1.0
+
+
 def test_large_tree_is_walked_down():
     tree = Task(
         "t",
