@@ -2,8 +2,9 @@
 
     .venv/bin/python tools/bench_multitask.py --data DATASETS --out runs/many --runs svm single curriculum mixed flat
 
-DATASETS holds the folders of the tasks in `TASKS`. Of each a sample is drawn, which all runs share. The model of all
-tasks sees as many examples as those of one task together, so it costs what they cost:
+DATASETS holds the folders of the tasks in `TASKS`. Of each a sample is drawn, which all runs share; `--whole` takes all
+of most of them, for which a GPU is needed. The model of all tasks sees as many examples as those of one task together,
+so it costs what they cost:
 
 - svm: TF-IDF + linear SVM, which reads whole texts;
 - single: a model a task, so many epochs as `TASKS` says;
@@ -24,7 +25,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import tyro
@@ -35,27 +36,45 @@ from classer.data.taxonomy import TaskKind
 from classer.tools.cli import run
 from classer.train.baseline import tfidf_svm
 
-# Task: (training examples drawn, 0 for all; epochs). Long texts cost most, so they are fewest.
+
+class Sample(NamedTuple):
+    """Training examples drawn of a task, 0 for all, and epochs: in a sample for a CPU, and with `--whole`."""
+
+    texts: int
+    epochs: int
+    whole_texts: int
+    whole_epochs: int
+
+
+# Long texts cost most, so they are fewest on a CPU.
 TASKS = {
-    "imdb": (2500, 2),
-    "toxic_comments": (4000, 2),
-    "sms_spam": (0, 4),
-    "banking77": (0, 5),
-    "ag_news": (4000, 2),
-    "hate_speech_davidson": (5000, 2),
-    "sib200": (4000, 2),
-    "goemotions": (10000, 3),
-    "clinc150": (0, 2),
-    "newsgroups20": (4000, 1),
-    "customer_support": (0, 2),
-    "products": (0, 2),
+    "imdb": Sample(2500, 2, 0, 2),
+    "toxic_comments": Sample(4000, 2, 0, 3),
+    "sms_spam": Sample(0, 4, 0, 4),
+    "banking77": Sample(0, 5, 0, 8),
+    "ag_news": Sample(4000, 2, 0, 2),
+    "hate_speech_davidson": Sample(5000, 2, 0, 2),
+    "sib200": Sample(4000, 2, 20_000, 2),
+    "goemotions": Sample(10000, 3, 0, 3),
+    "clinc150": Sample(0, 2, 0, 6),
+    "newsgroups20": Sample(4000, 1, 0, 4),
+    "customer_support": Sample(0, 2, 0, 3),
+    "products": Sample(0, 2, 0, 4),
 }
 TREES = ("clinc150", "newsgroups20", "customer_support", "products")
 # Learnt nowhere: the answers of another task's head.
 TRANSFERS = {"hatecheck": "toxic_comments"}
-HELD_OUT = {"dev": 1000, "test": 2000}
-RECIPE = ("--max-length", "192", "--dropout", "0.1", "--learning-rate", "1e-4", "--dev-fraction", "0.05")
-BATCH_SIZE = 32
+HELD_OUT = {"dev": 1000, "test": 2000}  # examples; with `--whole` the tests are whole too
+RECIPE = ("--dropout", "0.1", "--dev-fraction", "0.05")
+
+
+class Size(NamedTuple):
+    max_length: int
+    batch_size: int
+    learning_rate: float
+
+
+FEW, WHOLE = Size(192, 32, 1e-4), Size(512, 64, 1.5e-4)
 STAGES = (("binary", ("binary",), 0.0), ("flat", ("multiclass", "multilabel"), 0.2), ("trees", ("hierarchical",), 0.2))
 
 Run = Literal["svm", "single", "curriculum", "mixed", "flat"]
@@ -68,9 +87,10 @@ class Arguments:
       data: the folder of the tasks' folders.
       out: for the sample, the runs and the table.
       runs: which to carry out.
-      tasks: which of the tasks `svm` and `single` are carried out for; by default all.
+      tasks: which of the tasks `svm`, `single` and `flat` are carried out for; by default all.
       seeds: of `curriculum` and `mixed`.
       share: of the epochs in `TASKS`.
+      whole: take all examples, of up to 512 tokens; say so each time that the folder `out` is used.
     """
 
     data: Path
@@ -79,6 +99,7 @@ class Arguments:
     tasks: tuple[str, ...] = tuple(TASKS)
     seeds: tuple[int, ...] = (0,)
     share: float = 1.0
+    whole: bool = False
 
 
 def main(a: Arguments) -> None:
@@ -88,35 +109,40 @@ def main(a: Arguments) -> None:
         raise InputError(f"--share must be above 0; it is {a.share}.")
     sample = a.out / "data"
     if not sample.exists():
-        draw_sample(a.data, sample)
+        draw_sample(a, sample)
     for task in a.tasks if "svm" in a.runs else ():
         baseline(sample / task, a.out / f"svm-{task}.json")
     for task in a.tasks if "single" in a.runs else ():
-        train(sample / task, a.out / "single" / task, "--epochs", epochs(a, task))
-    for task in TREES if "flat" in a.runs else ():
-        train(flatten(sample / task, a.out / "data-flat" / task), a.out / "flat" / task, "--epochs", epochs(a, task))
+        train(a, sample / task, a.out / "single" / task, "--epochs", epochs(a, task))
+    for task in [task for task in TREES if task in a.tasks and "flat" in a.runs]:
+        flat = flatten(sample / task, a.out / "data-flat" / task)
+        train(a, flat, a.out / "flat" / task, "--epochs", epochs(a, task))
     for seed in a.seeds:
         for name, stages in (("curriculum", curriculum(a, sample)), ("mixed", mixed(a, sample))):
             if name in a.runs:
                 file = a.out / f"{name}.json"
                 file.write_text(json.dumps(stages, indent=1) + "\n", encoding="utf-8")
-                train(sample, a.out / f"{name}-{seed}", "--curriculum", file, "--seed", seed)
+                train(a, sample, a.out / f"{name}-{seed}", "--curriculum", file, "--seed", seed)
     table = draw_table(a, sample)
     (a.out / "table.md").write_text(table, encoding="utf-8")
     print(table)
 
 
-def draw_sample(data: Path, sample: Path) -> None:
+def draw_sample(a: Arguments, sample: Path) -> None:
     """Copies each task's folder, with a sample of its examples in the order of the file."""
     part = sample.with_name("data.part")
-    for task, (most, _) in {**TASKS, **dict.fromkeys(TRANSFERS, (0, 0))}.items():
+    for task in (*TASKS, *TRANSFERS):
+        most = 0
+        if task in TASKS:
+            most = TASKS[task].whole_texts if a.whole else TASKS[task].texts
+        held_out = {"dev": HELD_OUT["dev"]} if a.whole else HELD_OUT
         (part / task).mkdir(parents=True, exist_ok=True)
-        (part / task / "task.json").write_bytes((data / task / "task.json").read_bytes())
-        for file in (data / task).glob("*.jsonl.gz"):
+        (part / task / "task.json").write_bytes((a.data / task / "task.json").read_bytes())
+        for file in (a.data / task).glob("*.jsonl.gz"):
             split = file.name.split(".")[0]
             with gzip.open(file, "rt", encoding="utf-8") as lines:
                 rows = list(lines)
-            size = {"train": most, **HELD_OUT}.get(split) or len(rows)
+            size = {"train": most, **held_out}.get(split) or len(rows)
             kept = np.sort(np.random.default_rng(0).permutation(len(rows))[:size])
             (part / task / f"{split}.jsonl").write_text("".join(rows[i] for i in kept), encoding="utf-8")
     part.rename(sample)
@@ -145,17 +171,24 @@ def baseline(folder: Path, out: Path) -> None:
     out.write_text(json.dumps(dataclasses.asdict(score) | {"minutes": seconds / 60}) + "\n", encoding="utf-8")
 
 
-def train(data: Path, out: Path, *options: Any) -> None:
+def train(a: Arguments, data: Path, out: Path, *options: Any) -> None:
     if (out / "bundle").exists():
         return
+    size = WHOLE if a.whole else FEW
     words = ["train", "--data", data, "--out", out, *RECIPE, *options, "--patience", 0, "--restartable"]
+    words += ["--max-length", size.max_length, "--batch-size", size.batch_size, "--learning-rate", size.learning_rate]
+    words += ["--remat"] if a.whole else []
     command = [str(Path(sys.executable).with_name("classer")), *map(str, words)]
     print(f"\n{shlex.join(command)}", flush=True)
     subprocess.run(command, check=True)
 
 
 def epochs(a: Arguments, task: str) -> int:
-    return max(1, round(TASKS[task][1] * a.share))
+    return max(1, round(full_epochs(a, task) * a.share))
+
+
+def full_epochs(a: Arguments, task: str) -> int:
+    return TASKS[task].whole_epochs if a.whole else TASKS[task].epochs
 
 
 def curriculum(a: Arguments, sample: Path) -> list[dict[str, Any]]:
@@ -164,10 +197,10 @@ def curriculum(a: Arguments, sample: Path) -> list[dict[str, Any]]:
     rows = np.zeros(len(STAGES))
     for task in TASKS:
         kind = read_task_folder(sample / task, ()).task.kind
-        rows[by_kind[kind]] += num_rows(sample, task)
+        rows[by_kind[kind]] += num_rows(a, sample, task)
     seen = rows / [1 - replay for _, _, replay in STAGES]
-    steps = a.share * rows.sum() / BATCH_SIZE * seen / seen.sum()
-    weights = {task: num_epochs for task, (_, num_epochs) in TASKS.items()}
+    steps = a.share * rows.sum() / (WHOLE if a.whole else FEW).batch_size * seen / seen.sum()
+    weights = {task: full_epochs(a, task) for task in TASKS}
     return [
         {"name": name, "kinds": kinds, "replay": replay, "weights": weights, "steps": round(float(count))}
         for (name, kinds, replay), count in zip(STAGES, steps, strict=True)
@@ -177,14 +210,14 @@ def curriculum(a: Arguments, sample: Path) -> list[dict[str, Any]]:
 def mixed(a: Arguments, sample: Path) -> list[dict[str, Any]]:
     """One stage of all tasks, with as many steps as the curriculum has."""
     steps = sum(stage["steps"] for stage in curriculum(a, sample))
-    weights = {task: num_epochs for task, (_, num_epochs) in TASKS.items()}
+    weights = {task: full_epochs(a, task) for task in TASKS}
     return [{"name": "mixed", "weights": weights, "steps": steps}]
 
 
-def num_rows(sample: Path, task: str) -> int:
+def num_rows(a: Arguments, sample: Path, task: str) -> int:
     """Training examples of a task times its epochs."""
     with (sample / task / "train.jsonl").open(encoding="utf-8") as lines:
-        return sum(1 for _ in lines) * TASKS[task][1]
+        return sum(1 for _ in lines) * full_epochs(a, task)
 
 
 def draw_table(a: Arguments, sample: Path) -> str:

@@ -3,7 +3,7 @@
     .venv/bin/python tools/finetune_teacher.py --encoder FOLDER --data FOLDER --out runs/teacher
 
 Teachers are larger than what is served, and often of families that Classer does not run itself (MPNet, DeBERTa); so
-they are trained where they are at home. Needs the extra `teachers`.
+they are trained where they are at home, on a CUDA GPU if there is one. Needs the extra `teachers`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from classer.data.readers import read_task_folder
 from classer.data.splits import stratified_split
 from classer.data.taxonomy import Task
 from classer.tools.cli import run
-from classer.train.teach import import_torch
+from classer.train.teach import import_torch, torch_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ def main(a: Arguments) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(a.encoder)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
         a.encoder, id2label=dict(enumerate(answers)), label2id={name: i for i, name in enumerate(answers)}
-    )
+    ).to(torch_device(torch))
     steps = a.epochs * -(-len(train) // a.batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=a.learning_rate, weight_decay=0.01)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, round(0.1 * steps), steps)
@@ -73,8 +73,8 @@ def main(a: Arguments) -> None:
         for epoch in range(a.epochs):
             model.train()
             for batch in _batches(train, a.batch_size, rng):
-                inputs, targets = _tensors(torch, tokenizer, task, answers, batch, a.max_length)
-                with torch.autocast("cpu", torch.bfloat16):
+                inputs, targets = _tensors(torch, tokenizer, task, answers, batch, a.max_length, model.device)
+                with torch.autocast(model.device.type, torch.bfloat16):
                     logits_BL = model(**inputs).logits
                 loss = _loss(torch, task, logits_BL.float(), targets)
                 loss.backward()
@@ -99,11 +99,13 @@ def _batches(examples: list[Example], size: int, rng: np.random.Generator) -> li
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def _tensors(torch: Any, tokenizer: Any, task: Task, answers: list[str], batch: list[Example], length: int) -> Any:
+def _tensors(
+    torch: Any, tokenizer: Any, task: Task, answers: list[str], batch: list[Example], length: int, device: Any
+) -> Any:
     texts = [example.text for example in batch]
     inputs = tokenizer(texts, truncation=True, max_length=length, padding=True, return_tensors="pt")
     targets_BL = torch.tensor([[float(name in example.labels) for name in answers] for example in batch])
-    return inputs, targets_BL
+    return inputs.to(device), targets_BL.to(device)
 
 
 def _loss(torch: Any, task: Task, logits_BL: Any, targets_BL: Any) -> Any:
@@ -118,11 +120,10 @@ def _right(
     """How many examples get exactly their labels (multilabel: at 0.5)."""
     model.eval()
     right = 0
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+    with torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16):
         for start in range(0, len(dev), a.batch_size):
-            inputs, targets_BL = _tensors(
-                torch, tokenizer, task, answers, dev[start : start + a.batch_size], a.max_length
-            )
+            batch = dev[start : start + a.batch_size]
+            inputs, targets_BL = _tensors(torch, tokenizer, task, answers, batch, a.max_length, model.device)
             logits_BL = model(**inputs).logits
             best_BL = (logits_BL == logits_BL.amax(-1, keepdim=True)) if task.kind.exclusive else logits_BL > 0
             right += int((best_BL == (targets_BL > 0.5)).all(-1).sum())

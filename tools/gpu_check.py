@@ -78,9 +78,10 @@ def main() -> int:
     ):
         print(f"{name} …", file=sys.stderr, flush=True)
         report[name] = measure(size)
-    a.out.mkdir(parents=True, exist_ok=True)
-    (a.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    (a.out / "report.md").write_text(describe(report))
+        # After each part, so that a run that is cut short leaves what it has measured.
+        a.out.mkdir(parents=True, exist_ok=True)
+        (a.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+        (a.out / "report.md").write_text(describe(report))
     draw(report, a.out)
     print(describe(report))
     print(f"Report: {a.out}")
@@ -259,7 +260,7 @@ def _peak_bf16() -> float | None:
 
 
 def describe(report: dict[str, Any]) -> str:
-    """The report in Markdown."""
+    """The report in Markdown, of the parts that there are."""
     lines = [f"# GPU check: {report['device']}, JAX {report['jax']}", "", "## Numerics against the CPU", ""]
     for row in report["numerics"]:
         said = "agrees" if row["ok"] else "DIFFERS"
@@ -271,6 +272,8 @@ def describe(report: dict[str, Any]) -> str:
         ("Programs", "programs"),
         ("A training step, bfloat16, rematerialised", "training"),
     ):
+        if name not in report:
+            continue
         columns = list(dict.fromkeys(key for row in report[name] for key in row))
         lines += ["", f"## {title}", "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
         lines += [f"| {' | '.join(_cell(row.get(column)) for column in columns)} |" for row in report[name]]

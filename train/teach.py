@@ -159,6 +159,7 @@ def _transformers_teacher(name: str, task: Task, max_length: int) -> Teacher:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         model = transformers.AutoModelForSequenceClassification.from_pretrained(name).eval()
+        model.to(torch_device(torch))
     except (OSError, ValueError) as e:
         first = str(e).splitlines()[0]
         raise InputError(
@@ -174,9 +175,9 @@ def _transformers_teacher(name: str, task: Task, max_length: int) -> Teacher:
             for start in range(0, len(texts), BATCH_SIZE):
                 batch = list(texts[start : start + BATCH_SIZE])
                 inputs = tokenizer(batch, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
-                logits_NL = model(**inputs).logits.float()
+                logits_NL = model(**inputs.to(model.device)).logits.float()
                 probs = torch.softmax(logits_NL, -1) if task.kind.exclusive else torch.sigmoid(logits_NL)
-                probs_NL[start : start + len(batch), task.leaves_L] = probs.numpy()[:, columns]
+                probs_NL[start : start + len(batch), task.leaves_L] = probs.cpu().numpy()[:, columns]
         return probs_NL
 
     return answer
@@ -190,6 +191,11 @@ def import_torch(what: str) -> tuple[Any, Any]:
     except ImportError:
         raise InputError(f"{what} needs torch and transformers: pip install 'classer[teachers]'.") from None
     return torch, transformers
+
+
+def torch_device(torch: Any) -> Any:
+    """The CUDA GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _columns(teacher: str, theirs: Sequence[str], wanted: Sequence[str]) -> list[int]:
