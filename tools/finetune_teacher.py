@@ -83,7 +83,7 @@ def main(a: Arguments) -> None:
                 schedule.step()
                 optimizer.zero_grad()
                 bar.update()
-                bar.set_description(f"loss {loss.item():.3f}")
+                bar.set_description(f"loss {loss.item():.3f}", refresh=False)
             right = _right(torch, tokenizer, model, task, answers, dev, a)
             bar.write(f"epoch {epoch + 1}/{a.epochs} · {right / len(dev):.2%} of {len(dev):,} held-out examples right")
     model.save_pretrained(a.out)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from ..data.taxonomy import Task
 from ..model.bundle import Bundle
 from ..model.config import ComputeDtype
 from ..model.focus import Focus, kept_length
-from ..model.predict import Predictor
+from ..model.predict import Predictor, Program
 from .evaluation import TokenizedSplit, measure
 from .pictures import draw_focus_curve
 
@@ -84,6 +84,7 @@ def focus_report(
     metrics = []
     for focus, predictor in zip(budgets, predictors, strict=True):
         logits_NL = predictor.logits(split.ids)[:, columns]
+        predictor.executables.clear()
         metrics.append(measure(task, logits_NL, split.targets_NL, calibration))
         say(f"focus {focus.mean_share:.2f}: accuracy {metrics[-1].accuracy:.2%}")
 
@@ -150,28 +151,44 @@ def _batches(ids: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
 def _time(predictors: Sequence[Predictor], batches: Sequence, rounds: int) -> np.ndarray:
     """Seconds that each predictor takes for all batches, in each round (R, F); compiled and run once before."""
     seconds_RF = np.zeros((rounds + 1, len(predictors)))
-    for turn in range(rounds + 1):
-        for tokens_BS, lengths_B in batches:
-            for i, predictor in enumerate(predictors):
-                program = predictor.compile(*tokens_BS.shape)
-                begin = time.perf_counter()
-                program(tokens_BS, lengths_B)
-                seconds_RF[turn, i] += time.perf_counter() - begin
+    for programs, alike in _by_shape(predictors, batches):
+        for turn in range(rounds + 1):
+            for tokens_BS, lengths_B in alike:
+                for i, program in enumerate(programs):
+                    begin = time.perf_counter()
+                    program(tokens_BS, lengths_B)
+                    seconds_RF[turn, i] += time.perf_counter() - begin
     return seconds_RF[1:]
 
 
 def _latency(predictors: Sequence[Predictor], singles: Sequence[np.ndarray]) -> list[float]:
     """The median seconds of a text alone, in the program of its bucket, for each predictor."""
-    seconds = np.zeros((len(singles), len(predictors)))
-    for row, ids in enumerate(singles):
-        tokens_BS, lengths_B = pad_batch([ids], 1, bucket_for(len(ids), BUCKETS), pad_id=0)
-        for i, predictor in enumerate(predictors):
-            program = predictor.compile(*tokens_BS.shape)
-            program(tokens_BS, lengths_B)
-            begin = time.perf_counter()
-            program(tokens_BS, lengths_B)
-            seconds[row, i] = time.perf_counter() - begin
+    batches = [pad_batch([ids], 1, bucket_for(len(ids), BUCKETS), pad_id=0) for ids in singles]
+    seconds = []
+    for programs, alike in _by_shape(predictors, batches):
+        for tokens_BS, lengths_B in alike:
+            seconds.append([])
+            for program in programs:
+                program(tokens_BS, lengths_B)
+                begin = time.perf_counter()
+                program(tokens_BS, lengths_B)
+                seconds[-1].append(time.perf_counter() - begin)
     return np.median(seconds, axis=0).tolist()
+
+
+def _by_shape(predictors: Sequence[Predictor], batches: Sequence) -> Iterator[tuple[list[Program], list]]:
+    """Batches of one shape after another, with each predictor's program for it.
+
+    The programs of a shape are let go before the next: on CPUs each takes some 500 memory mappings, and Linux allows a
+    process 65,530, which eight budgets in all shapes would exceed.
+    """
+    for shape in sorted({tokens_BS.shape for tokens_BS, _ in batches}):
+        yield (
+            [predictor.compile(*shape) for predictor in predictors],
+            [batch for batch in batches if batch[0].shape == shape],
+        )
+        for predictor in predictors:
+            predictor.executables.clear()
 
 
 def _mean_kept(lengths_N: np.ndarray, units: int) -> float:
