@@ -91,10 +91,10 @@ def focus_report(
     rows = np.random.default_rng(0).permutation(len(split.ids))
     batches = _batches([split.ids[row] for row in rows[:timed_texts]])
     seconds_RF = _time(predictors, batches, rounds)
-    say(f"Timed {rounds} rounds of {sum(len(lengths_B) for _, lengths_B in batches):,} texts each.")
+    num_texts = sum(int((lengths_B > 0).sum()) for _, lengths_B in batches)
+    say(f"Timed {rounds} rounds of {num_texts:,} texts each.")
     singles = [split.ids[row] for row in rows[:SINGLES]]
     latency_F = _latency(predictors, singles)
-    num_texts = sum(int((lengths_B > 0).sum()) for _, lengths_B in batches)
     lengths_N = np.array([len(row) for row in split.ids])
     return [
         FocusRow(
