@@ -15,7 +15,7 @@ from classer.train.focus_report import focus_report, focus_table
 
 
 def test_budgets_side_by_side(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Labels are what the dense model answers; a process may not hold the programs of all budgets and shapes at once."""
+    """Labels are what the dense model answers. A process may not hold the programs of all budgets in all shapes."""
     gated = with_gates(tiny_bundle)
     task = gated.taxonomy.tasks[0]
     rng = np.random.default_rng(1)
@@ -37,10 +37,12 @@ def test_budgets_side_by_side(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPat
         gated, task, split, focuses, compute_dtype="float32", timed_texts=40, rounds=2, say=lambda s: said.append(s)
     )
     assert [row.focus.full for row in rows] == [True, False]
-    assert rows[0].accuracy == 1.0 and rows[0].speedup == 1.0
+    assert rows[0].accuracy == 1.0
+    assert rows[0].speedup == 1.0
     assert rows[0].kept[0] == pytest.approx(25)
     assert rows[1].kept[-1] < rows[0].kept[-1] == pytest.approx(25)
     assert all(row.texts_per_second > 0 and row.latency_ms > 0 for row in rows)
     assert focus_table(rows).count("\n") == 3
     assert said[-1] == "Timed 2 rounds of 40 texts each."
-    assert predictors and not any(predictor.executables for predictor in predictors)
+    assert predictors
+    assert not any(predictor.executables for predictor in predictors)
