@@ -2,12 +2,12 @@
 
     .venv/bin/python tools/bench_multitask.py --data DATASETS --out runs/many --runs svm single curriculum mixed flat
 
-DATASETS holds the folders of the tasks in `TASKS`. Of each a sample is drawn, which all runs share; `--whole` takes all
+DATASETS holds the folders of the tasks of `FEW`. Of each a sample is drawn, which all runs share; `--whole` takes all
 of most of them, for which a GPU is needed. The model of all tasks sees as many examples as those of one task together,
 so it costs what they cost:
 
 - svm: TF-IDF + linear SVM, which reads whole texts;
-- single: a model a task, so many epochs as `TASKS` says;
+- single: a model a task, so many epochs as its `Sample` says;
 - curriculum: binary tasks, then multiclass and multilabel ones, then trees, earlier ones replayed;
 - mixed: the same steps, every task from the first to the last;
 - flat: the trees' leaves without the tree.
@@ -38,43 +38,65 @@ from classer.train.baseline import tfidf_svm
 
 
 class Sample(NamedTuple):
-    """Training examples drawn of a task, 0 for all, and epochs: in a sample for a CPU, and with `--whole`."""
+    """How many training examples are drawn of a task, 0 for all, and how often they are gone through."""
 
     texts: int
     epochs: int
-    whole_texts: int
-    whole_epochs: int
+
+
+class Scale(NamedTuple):
+    """What all runs share: samples of the tasks, the most examples of held-out splits, and the recipe."""
+
+    tasks: dict[str, Sample]
+    held_out: dict[str, int]
+    batch_size: int
+    options: tuple[str, ...]
 
 
 # Long texts cost most, so they are fewest on a CPU.
-TASKS = {
-    "imdb": Sample(2500, 2, 0, 2),
-    "toxic_comments": Sample(4000, 2, 0, 3),
-    "sms_spam": Sample(0, 4, 0, 4),
-    "banking77": Sample(0, 5, 0, 8),
-    "ag_news": Sample(4000, 2, 0, 2),
-    "hate_speech_davidson": Sample(5000, 2, 0, 2),
-    "sib200": Sample(4000, 2, 20_000, 2),
-    "goemotions": Sample(10000, 3, 0, 3),
-    "clinc150": Sample(0, 2, 0, 6),
-    "newsgroups20": Sample(4000, 1, 0, 4),
-    "customer_support": Sample(0, 2, 0, 3),
-    "products": Sample(0, 2, 0, 4),
-}
+FEW = Scale(
+    {
+        "imdb": Sample(2500, 2),
+        "toxic_comments": Sample(4000, 2),
+        "sms_spam": Sample(0, 4),
+        "banking77": Sample(0, 5),
+        "ag_news": Sample(4000, 2),
+        "hate_speech_davidson": Sample(5000, 2),
+        "sib200": Sample(4000, 2),
+        "goemotions": Sample(10_000, 3),
+        "clinc150": Sample(0, 2),
+        "newsgroups20": Sample(4000, 1),
+        "customer_support": Sample(0, 2),
+        "products": Sample(0, 2),
+    },
+    held_out={"dev": 1000, "test": 2000},
+    batch_size=32,
+    options=("--max-length", "192", "--learning-rate", "1e-4"),
+)
+WHOLE = Scale(
+    {
+        "imdb": Sample(0, 2),
+        "toxic_comments": Sample(0, 3),
+        "sms_spam": Sample(0, 4),
+        "banking77": Sample(0, 8),
+        "ag_news": Sample(0, 2),
+        "hate_speech_davidson": Sample(0, 2),
+        "sib200": Sample(20_000, 2),
+        "goemotions": Sample(0, 3),
+        "clinc150": Sample(0, 6),
+        "newsgroups20": Sample(0, 4),
+        "customer_support": Sample(0, 3),
+        "products": Sample(0, 4),
+    },
+    held_out={"dev": 1000},
+    batch_size=64,
+    options=("--max-length", "512", "--learning-rate", "1.5e-4", "--remat"),
+)
+TASKS = tuple(FEW.tasks)
 TREES = ("clinc150", "newsgroups20", "customer_support", "products")
 # Learnt nowhere: the answers of another task's head.
 TRANSFERS = {"hatecheck": "toxic_comments"}
-HELD_OUT = {"dev": 1000, "test": 2000}  # examples; with `--whole` the tests are whole too
-RECIPE = ("--dropout", "0.1", "--dev-fraction", "0.05")
-
-
-class Size(NamedTuple):
-    max_length: int
-    batch_size: int
-    learning_rate: float
-
-
-FEW, WHOLE = Size(192, 32, 1e-4), Size(512, 64, 1.5e-4)
+RECIPE = ("--dropout", "0.1", "--dev-fraction", "0.05", "--patience", "0")
 STAGES = (("binary", ("binary",), 0.0), ("flat", ("multiclass", "multilabel"), 0.2), ("trees", ("hierarchical",), 0.2))
 
 Run = Literal["svm", "single", "curriculum", "mixed", "flat"]
@@ -89,17 +111,21 @@ class Arguments:
       runs: which to carry out.
       tasks: which of the tasks `svm`, `single` and `flat` are carried out for; by default all.
       seeds: of `curriculum` and `mixed`.
-      share: of the epochs in `TASKS`.
+      share: of the epochs of each `Sample`.
       whole: take all examples, of up to 512 tokens; say so each time that the folder `out` is used.
     """
 
     data: Path
     out: Path
     runs: tuple[Run, ...] = ()
-    tasks: tuple[str, ...] = tuple(TASKS)
+    tasks: tuple[str, ...] = TASKS
     seeds: tuple[int, ...] = (0,)
     share: float = 1.0
     whole: bool = False
+
+    @property
+    def scale(self) -> Scale:
+        return WHOLE if self.whole else FEW
 
 
 def main(a: Arguments) -> None:
@@ -132,17 +158,14 @@ def draw_sample(a: Arguments, sample: Path) -> None:
     """Copies each task's folder, with a sample of its examples in the order of the file."""
     part = sample.with_name("data.part")
     for task in (*TASKS, *TRANSFERS):
-        most = 0
-        if task in TASKS:
-            most = TASKS[task].whole_texts if a.whole else TASKS[task].texts
-        held_out = {"dev": HELD_OUT["dev"]} if a.whole else HELD_OUT
+        most = a.scale.held_out | ({"train": a.scale.tasks[task].texts} if task in TASKS else {})
         (part / task).mkdir(parents=True, exist_ok=True)
         (part / task / "task.json").write_bytes((a.data / task / "task.json").read_bytes())
         for file in (a.data / task).glob("*.jsonl.gz"):
             split = file.name.split(".")[0]
             with gzip.open(file, "rt", encoding="utf-8") as lines:
                 rows = list(lines)
-            size = {"train": most, **held_out}.get(split) or len(rows)
+            size = most.get(split) or len(rows)
             kept = np.sort(np.random.default_rng(0).permutation(len(rows))[:size])
             (part / task / f"{split}.jsonl").write_text("".join(rows[i] for i in kept), encoding="utf-8")
     part.rename(sample)
@@ -174,21 +197,15 @@ def baseline(folder: Path, out: Path) -> None:
 def train(a: Arguments, data: Path, out: Path, *options: Any) -> None:
     if (out / "bundle").exists():
         return
-    size = WHOLE if a.whole else FEW
-    words = ["train", "--data", data, "--out", out, *RECIPE, *options, "--patience", 0, "--restartable"]
-    words += ["--max-length", size.max_length, "--batch-size", size.batch_size, "--learning-rate", size.learning_rate]
-    words += ["--remat"] if a.whole else []
+    recipe = (*RECIPE, *a.scale.options, "--batch-size", a.scale.batch_size)
+    words = ["train", "--data", data, "--out", out, *recipe, *options, "--restartable"]
     command = [str(Path(sys.executable).with_name("classer")), *map(str, words)]
     print(f"\n{shlex.join(command)}", flush=True)
     subprocess.run(command, check=True)
 
 
 def epochs(a: Arguments, task: str) -> int:
-    return max(1, round(full_epochs(a, task) * a.share))
-
-
-def full_epochs(a: Arguments, task: str) -> int:
-    return TASKS[task].whole_epochs if a.whole else TASKS[task].epochs
+    return max(1, round(a.scale.tasks[task].epochs * a.share))
 
 
 def curriculum(a: Arguments, sample: Path) -> list[dict[str, Any]]:
@@ -199,8 +216,8 @@ def curriculum(a: Arguments, sample: Path) -> list[dict[str, Any]]:
         kind = read_task_folder(sample / task, ()).task.kind
         rows[by_kind[kind]] += num_rows(a, sample, task)
     seen = rows / [1 - replay for _, _, replay in STAGES]
-    steps = a.share * rows.sum() / (WHOLE if a.whole else FEW).batch_size * seen / seen.sum()
-    weights = {task: full_epochs(a, task) for task in TASKS}
+    steps = a.share * rows.sum() / a.scale.batch_size * seen / seen.sum()
+    weights = {task: drawn.epochs for task, drawn in a.scale.tasks.items()}
     return [
         {"name": name, "kinds": kinds, "replay": replay, "weights": weights, "steps": round(float(count))}
         for (name, kinds, replay), count in zip(STAGES, steps, strict=True)
@@ -210,14 +227,14 @@ def curriculum(a: Arguments, sample: Path) -> list[dict[str, Any]]:
 def mixed(a: Arguments, sample: Path) -> list[dict[str, Any]]:
     """One stage of all tasks, with as many steps as the curriculum has."""
     steps = sum(stage["steps"] for stage in curriculum(a, sample))
-    weights = {task: full_epochs(a, task) for task in TASKS}
+    weights = {task: drawn.epochs for task, drawn in a.scale.tasks.items()}
     return [{"name": "mixed", "weights": weights, "steps": steps}]
 
 
 def num_rows(a: Arguments, sample: Path, task: str) -> int:
     """Training examples of a task times its epochs."""
     with (sample / task / "train.jsonl").open(encoding="utf-8") as lines:
-        return sum(1 for _ in lines) * full_epochs(a, task)
+        return sum(1 for _ in lines) * a.scale.tasks[task].epochs
 
 
 def draw_table(a: Arguments, sample: Path) -> str:
