@@ -39,7 +39,15 @@ WINDOW = 65_536
 
 
 class Shards:
-    """The records of one split of a prepared folder, by number: reads only what is asked for."""
+    """The records of one split of a prepared folder, by number: reads only what is asked for.
+
+    Attributes:
+      folder: the prepared folder.
+      taxonomy: its tasks.
+      lengths_N: each record's tokens.
+      label_counts_L, rows_T: how many rows of the whole folder have each label, and are of each task.
+      fingerprint: a hash of the records.
+    """
 
     def __init__(self, folder: Path, split: str = "train") -> None:
         """Reads the manifest and the records' lengths.
@@ -65,6 +73,8 @@ class Shards:
         self.lengths_N = np.concatenate([np.load(self.folder / shard["lengths"]) for shard in shards])
         tasks = [Task.from_json(task, source=f"{folder}/manifest.json") for task in manifest["tasks"]]
         self.taxonomy = Taxonomy(tuple(tasks))
+        self.label_counts_L = np.concatenate([task["label_counts"] for task in manifest["tasks"]])
+        self.rows_T = np.array([task["rows"] for task in manifest["tasks"]])
         self._label_starts = [self.taxonomy.slice_of(task.name).start for task in tasks]
         sums = [entry["sha256"] for entry in manifest["files"] if entry["file"].startswith(f"{split}-")]
         self.fingerprint = hashlib.sha256("".join(sums).encode()).hexdigest()[:16]

@@ -32,12 +32,13 @@ from .config import Recipe
 from .curriculum import plan_curriculum, write_curriculum
 from .devlook import DevLook
 from .evaluation import TokenizedSplit, join
-from .focus import DEV_FOCUSES, distilled, draw_focus
+from .focus import DEV_FOCUSES, TEACHER_SHARE, distilled, draw_focus
 from .losses import balanced_class_weights
 from .probe import probe_head
 from .processes import Pace, Stopped, deferred, first_before_others, first_computes, is_first
 from .runlog import RunLog, open_log
 from .step import (
+    Dense,
     StepMetrics,
     TrainState,
     TrainStep,
@@ -94,6 +95,7 @@ class Part:
       new_tasks: those whose head is to be found by `probe_head` before the first step.
       focuses: what the dev sets are read with; the score is the mean over them.
       draws_focus: whether rows are trained with budgets drawn at random.
+      dense: the classifier whose answers each step is to mix into the targets; None for no such.
     """
 
     batches: TrainBatches | CurriculumBatches | ShardBatches | ShardCurriculum
@@ -106,6 +108,7 @@ class Part:
     new_tasks: tuple[str, ...] = ()
     focuses: tuple[float, ...] = (1.0,)
     draws_focus: bool = False
+    dense: Weights | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,12 +166,14 @@ def fit(trainee: Trainee, weights: Weights) -> Fitted:
         return fitted
     if is_first():
         print("Training to focus, beside the dense classifier's answers.", flush=True)
-    folder = trainee.out / "focus"
-    train = first_before_others(
-        lambda: distilled(recipe, taxonomy, trainee.encoder, fitted.weights, trainee.train, folder)
-    )
+    folder, weights, examples = trainee.out / "focus", fitted.weights, trainee
+    if trainee.shards is None:  # answered once for all epochs; of shards anew in every step, so that none are held
+        train = first_before_others(
+            lambda: distilled(recipe, taxonomy, trainee.encoder, weights, trainee.train, folder)
+        )
+        examples = dataclasses.replace(trainee, train=train)
     part = Part(
-        _epochs(dataclasses.replace(trainee, train=train), recipe.focus_epochs),
+        _epochs(examples, recipe.focus_epochs),
         looks=recipe.focus_epochs,
         patience=0,
         label_smoothing=0.0,
@@ -177,8 +182,9 @@ def fit(trainee: Trainee, weights: Weights) -> Fitted:
         dev_tasks=tuple(trainee.dev),
         focuses=DEV_FOCUSES,
         draws_focus=True,
+        dense=None if trainee.shards is None else weights,
     )
-    return _fit_part(part, trainee, fitted.weights)
+    return _fit_part(part, trainee, weights)
 
 
 def _fit_epochs(trainee: Trainee, weights: Weights) -> Fitted:
@@ -259,6 +265,15 @@ def _epochs(trainee: Trainee, num_epochs: int) -> TrainBatches | ShardBatches:
 def _join(trainee: Trainee) -> TrainExamples:
     recipe = trainee.recipe
     return join(trainee.taxonomy, trainee.train, soft_share=recipe.soft_share, temperature=recipe.soft_temperature)
+
+
+def _counts(trainee: Trainee) -> tuple[np.ndarray, np.ndarray]:
+    """How many examples have each label, and how many there are of each task."""
+    if trainee.shards is not None:
+        return trainee.shards.label_counts_L, trainee.shards.rows_T
+    splits = [trainee.train[task.name] for task in trainee.taxonomy.tasks]
+    positives = [np.asarray(split.targets.sum(axis=0)).ravel() for split in splits]
+    return np.concatenate(positives), np.array([len(split.ids) for split in splits])
 
 
 def _fit_part(part: Part, trainee: Trainee, weights: Weights) -> Fitted:
@@ -345,8 +360,10 @@ def _make_step(
 
     class_weights_L = None
     if recipe.class_weights == "balanced":
-        examples = _join(trainee)
-        class_weights_L = balanced_class_weights(table, examples.targets, examples.tasks_N)
+        class_weights_L = balanced_class_weights(table, *_counts(trainee))
+    dense = None
+    if part.dense is not None:
+        dense = Dense(initial_params(model, part.dense, recipe.seed, layout), TEACHER_SHARE)
     return make_train_step(
         model,
         table,
@@ -356,6 +373,7 @@ def _make_step(
         seed=recipe.seed,
         temperature=recipe.soft_temperature,
         draw_focus=draw if part.draws_focus else None,
+        dense=dense,
         layout=layout,
         batch_size=None if trainee.shards is None else recipe.batch_size,
     )

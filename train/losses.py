@@ -5,7 +5,7 @@ Axes: B batch, L labels of the whole taxonomy, G sets of siblings.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +89,29 @@ def teacher_loss(
     return jnp.where(answered_B.any(), mean, jnp.nan)
 
 
+def answers(table: LabelTable, logits_BL: jax.Array, tasks_B: jax.Array) -> jax.Array:
+    """A classifier's probabilities of what can be given as an answer, as `classification_loss` takes targets.
+
+    Exclusive tasks: of the leaves, 0 for inner labels. `decode.probabilities` on the device, for examples of all tasks.
+
+    Args:
+      table, logits_BL, tasks_B: see `classification_loss`.
+
+    Returns:
+      float32 (B, L); 0 for labels of other tasks.
+    """
+    log_probs_BL = _log_probs_of_siblings(table, logits_BL)
+    path_BL, above_L = log_probs_BL, table.parent_L
+    while (above_L >= 0).any():
+        rows = np.flatnonzero(above_L >= 0)
+        path_BL = path_BL.at[:, rows].add(log_probs_BL[:, above_L[rows]])
+        above_L = np.where(above_L >= 0, table.parent_L[above_L], -1)
+    leaf_L = np.ones(len(table.parent_L), bool)
+    leaf_L[table.parent_L[table.parent_L >= 0]] = False
+    probs_BL = jnp.where(table.exclusive_L, jnp.exp(path_BL), jax.nn.sigmoid(logits_BL))
+    return jnp.where((tasks_B[:, None] == jnp.asarray(table.task_L)) & leaf_L, probs_BL, 0.0)
+
+
 def _teacher_losses(
     table: LabelTable, logits_BL: jax.Array, tasks_B: jax.Array, soft: SoftTargets, temperature: float
 ) -> jax.Array:
@@ -130,13 +153,17 @@ def _sibling_cross_entropy(
     sizes_G = np.bincount(table.group_L, minlength=table.num_groups).astype(np.float32)
     mass_BL = _sum_of_siblings(table, held_BL)
     smooth_BL = (1 - label_smoothing) * held_BL + label_smoothing * mass_BL / sizes_G[table.group_L]
-    highest_LB = jax.ops.segment_max(lax.stop_gradient(logits_BL).T, table.group_L, table.num_groups)[table.group_L]
-    shifted_BL = logits_BL - highest_LB.T
-    log_probs_BL = shifted_BL - jnp.log(_sum_of_siblings(table, jnp.exp(shifted_BL)))
-    losses_B = -(smooth_BL * log_probs_BL).sum(axis=-1)
+    losses_B = -(smooth_BL * _log_probs_of_siblings(table, logits_BL)).sum(axis=-1)
     if class_weights_L is not None:
         losses_B *= (given_BL * class_weights_L).sum(axis=-1)
     return losses_B
+
+
+def _log_probs_of_siblings(table: LabelTable, logits_BL: jax.Array) -> jax.Array:
+    """(B, L): the log of each label's probability given the label above it."""
+    highest_LB = jax.ops.segment_max(lax.stop_gradient(logits_BL).T, table.group_L, table.num_groups)[table.group_L]
+    shifted_BL = logits_BL - highest_LB.T
+    return shifted_BL - jnp.log(_sum_of_siblings(table, jnp.exp(shifted_BL)))
 
 
 def _sum_of_siblings(table: LabelTable, x_BL: jax.Array) -> jax.Array:
@@ -154,7 +181,7 @@ def _with_ancestors(parent_L: np.ndarray, given_BL: jax.Array) -> jax.Array:
     return held_BL
 
 
-def balanced_class_weights(table: LabelTable, targets: Any, tasks_N: np.ndarray) -> jax.Array:
+def balanced_class_weights(table: LabelTable, positives_L: np.ndarray, examples_T: np.ndarray) -> jax.Array:
     """Factors that make every label of a task weigh the same in all, float32 (L,).
 
     Exclusive tasks: examples of the task / (its labels that occur × examples with the label), so that the mean over
@@ -162,13 +189,11 @@ def balanced_class_weights(table: LabelTable, targets: Any, tasks_N: np.ndarray)
 
     Args:
       table: of the taxonomy.
-      targets: N rows over all labels, as the loss takes them: an array or a sparse one.
-      tasks_N: each example's task.
+      positives_L: examples with each label.
+      examples_T: examples of each task.
     """
-    positives_L = np.asarray(targets.sum(axis=0)).ravel()
-    num_tasks = int(table.task_L.max()) + 1
-    examples_L = np.bincount(tasks_N, minlength=num_tasks)[table.task_L]
-    occurring_L = np.bincount(table.task_L, positives_L > 0, num_tasks)[table.task_L]
+    examples_L = np.asarray(examples_T)[table.task_L]
+    occurring_L = np.bincount(table.task_L, positives_L > 0, len(examples_T))[table.task_L]
     positive_L = np.maximum(positives_L, 1)
     balanced_L = np.where(
         table.exclusive_L,

@@ -45,8 +45,6 @@ def open_prepared(job: TrainJob) -> Shards:
         ("--soft-labels", job.soft_labels, "they belong to texts"),
         ("--texts", job.texts, "prepare fewer"),
         ("--baseline", job.baseline, "it needs texts"),
-        ("--focus-epochs", job.recipe.focus_epochs, "only from texts so far"),
-        ("--class-weights", job.recipe.class_weights != "none", "only from texts so far"),
     ):
         if given:
             raise InputError(f"{job.data} holds prepared data, for which there is no {option}: {why}.")

@@ -14,7 +14,7 @@ from ..data.taxonomy import LabelTable
 from ..model.classifier import TextClassifier
 from ..model.encoder import FocusDraw
 from ..model.sharding import Layout
-from .losses import SoftTargets, classification_loss, teacher_loss
+from .losses import SoftTargets, answers, classification_loss, teacher_loss
 
 if TYPE_CHECKING:  # the step itself needs JAX, Flax and Optax alone, so that tools/gpu_check.py runs on these
     from ..data.pipeline import Batch
@@ -53,6 +53,18 @@ def arrays_of(batch: Batch) -> Arrays:
     if batch.soft_BL is not None and batch.soft_share_B is not None:
         soft = SoftTargets(cast(jax.Array, batch.soft_BL), cast(jax.Array, batch.soft_share_B))
     return Arrays(batch.tokens_BS, batch.lengths_B, batch.targets_BL, batch.weights_B, batch.tasks_B, soft)
+
+
+class Dense(NamedTuple):
+    """The dense classifier that one which learns to focus is held to.
+
+    Attributes:
+      params: as in the state, and divided over the devices as there.
+      share: what its answers weigh in the targets, in [0, 1]; the labels have the rest.
+    """
+
+    params: Any
+    share: float
 
 
 # (a key, steps done, rows) → what each row keeps
@@ -100,6 +112,7 @@ def make_train_step(
     seed: int,
     temperature: float = 1.0,
     draw_focus: DrawFocus | None = None,
+    dense: Dense | None = None,
     layout: Layout | None = None,
     batch_size: int | None = None,
 ) -> TrainStep:
@@ -112,9 +125,21 @@ def make_train_step(
       label_smoothing, class_weights_L, temperature: see `classification_loss`.
       seed: of dropout and focus, which are functions of the seed and the step alone.
       draw_focus: (key, steps done, rows) → what each row keeps; None trains the dense classifier.
+      dense: a classifier whose answers are mixed into the targets, worked out in each step; None where that was done
+        before, or is not to be done.
       layout: of the devices that state and batches are divided over; None computes on the default device.
       batch_size: of the whole batch, where each process is given its own rows only; None where it is given all.
     """
+
+    undisturbed = model.clone(dropout=0.0)
+
+    def mixed(batch: Arrays, dense_params: Any) -> Arrays:
+        """The batch with the dense classifier's answers in its targets."""
+        if dense is None:
+            return batch
+        logits_BL = cast(jax.Array, undisturbed.apply({"params": dense_params}, batch.tokens_BS, batch.lengths_B))
+        answers_BL = answers(table, logits_BL, batch.tasks_B)
+        return batch._replace(targets_BL=dense.share * answers_BL + (1 - dense.share) * batch.targets_BL)
 
     def loss_fn(params, batch: Arrays, step: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         tokens_BS, lengths_B, targets_BL, weights_B, tasks_B, soft = batch
@@ -140,18 +165,21 @@ def make_train_step(
         shardings = (layout.shardings(abstract_state(model, optimizer)), layout.replicated)
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=shardings)
-    def step(state: TrainState, batch: Arrays) -> tuple[TrainState, StepMetrics]:
+    def step(state: TrainState, batch: Arrays, dense_params: Any) -> tuple[TrainState, StepMetrics]:
+        batch = mixed(batch, dense_params)
         (loss, of_teacher), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, state.step)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = StepMetrics(loss, optax.tree.norm(gradients), of_teacher)
         return TrainState(params, opt_state, state.step + 1), metrics
 
+    dense_params = None if dense is None else dense.params
+
     def run(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         if layout is None:
-            return step(state, arrays_of(batch))
+            return step(state, arrays_of(batch), dense_params)
         with layout.active():
-            return step(state, layout.put_batch(arrays_of(batch), batch_size))
+            return step(state, layout.put_batch(arrays_of(batch), batch_size), dense_params)
 
     return run
 

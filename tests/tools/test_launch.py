@@ -266,7 +266,7 @@ EPOCHS = 100
 def test_processes_that_share_the_shards_learn_what_one_learns(tiny_encoder: Path, begin, tmp_path: Path) -> None:
     """Two processes of a device each read half of each batch; one process of two devices reads all of it."""
     words = ["--data", write_shards(tmp_path, tiny_encoder), "--encoder", tiny_encoder, "--max-length", TOY_LENGTH]
-    words += ["--batch-size", 32, "--compute-dtype", "float32", "--epochs", 2]
+    words += ["--batch-size", 32, "--compute-dtype", "float32", "--epochs", 2, "--focus-epochs", 1]
     for name, processes in (("two", ("--processes", 2)), ("one", ("--processes", 1, "--devices-per-process", 2))):
         process = begin(*words, "--out", tmp_path / name, *processes)
         assert process.wait(TIMEOUT) == 0, (tmp_path / "output").read_text()[-3000:]

@@ -9,7 +9,13 @@ import pytest
 
 from classer.data.taxonomy import Label, LabelTable, Task, TaskKind, Taxonomy
 from classer.model.decode import Calibration, probabilities
-from classer.train.losses import SoftTargets, balanced_class_weights, classification_loss, teacher_loss
+from classer.train.losses import (
+    SoftTargets,
+    answers,
+    balanced_class_weights,
+    classification_loss,
+    teacher_loss,
+)
 
 RNG = np.random.default_rng(0)
 LOGITS_BL = RNG.normal(0, 3, (5, 4)).astype(np.float32)
@@ -31,7 +37,7 @@ def loss(kind: TaskKind, logits_BL, targets_BL, weights_B=ALL_B, **options) -> f
 
 def balanced(kind: TaskKind, targets_NL: np.ndarray) -> np.ndarray:
     table = table_of(kind, targets_NL.shape[1])
-    return np.asarray(balanced_class_weights(table, targets_NL, np.zeros(len(targets_NL), np.int32)))
+    return np.asarray(balanced_class_weights(table, targets_NL.sum(axis=0), np.array([len(targets_NL)])))
 
 
 def softmax_losses(smoothing: float = 0.0) -> np.ndarray:
@@ -191,8 +197,20 @@ def _softmax(x: np.ndarray) -> np.ndarray:
 
 def test_balanced_weights_are_of_each_task_alone() -> None:
     targets = np.concatenate([MIXED_TARGETS_BL, MIXED_TARGETS_BL[[0]]])  # c twice, d and a once; x once in one
-    weights_L = np.asarray(balanced_class_weights(MIXED.table, targets, np.append(TASKS_B, 0)))
+    weights_L = np.asarray(balanced_class_weights(MIXED.table, targets.sum(axis=0), np.array([4, 1, 1])))
     np.testing.assert_allclose(weights_L, [4 / 3, 1, 4 / 6, 4 / 3, 0, 1, 1, 1, 1])
+
+
+def test_answers_are_those_that_decoding_gives_of_the_examples_own_task() -> None:
+    got_BL = np.asarray(answers(MIXED.table, jnp.asarray(MIXED_LOGITS_BL), jnp.asarray(TASKS_B)))
+    for row, task in enumerate(MIXED.tasks[i] for i in TASKS_B):
+        part = MIXED.slice_of(task.name)
+        probs_L = probabilities(task, MIXED_LOGITS_BL[row : row + 1, part], Calibration())[0]
+        np.testing.assert_allclose(got_BL[row, part], np.where(task.leaves_L, probs_L, 0), rtol=1e-5)
+        assert not np.delete(got_BL[row], np.arange(part.start, part.stop)).any()
+    assert got_BL[0, 0] == 0  # the inner label a
+    huge_BL = jnp.full((5, 9), -1e4).at[:, 2].set(1e4)
+    assert np.isfinite(answers(MIXED.table, huge_BL, jnp.asarray(TASKS_B))).all()
 
 
 def test_a_teachers_answers_are_mixed_in_where_there_are_any() -> None:

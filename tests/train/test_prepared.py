@@ -17,9 +17,12 @@ from classer.data.shards import ShardBatches, ShardCurriculum, Shards
 from classer.data.taxonomy import TaskKind
 from classer.data.tokenizer import WordPieceTokenizer
 from classer.model.bundle import load_bundle
+from classer.model.decode import Calibration
+from classer.model.focus import Focus
 from classer.tests.helpers import TOY_LENGTH, VOCAB, no_progress, write_shards, write_toy_data
 from classer.train.config import CurriculumStage, Recipe, TrainJob
-from classer.train.prepared import is_prepared, text_of
+from classer.train.evaluation import measure
+from classer.train.prepared import is_prepared, load_splits, text_of
 from classer.train.run import run_job, train
 
 CURRICULUM = (
@@ -70,8 +73,36 @@ def test_a_curriculum_is_trained_on_shards(shards: Path, tiny_encoder: Path, tmp
     assert drawn["many"]["toy"] == pytest.approx(0.4 * sum(drawn["many"].values()), abs=1)
 
 
+def test_a_classifier_on_shards_learns_to_focus(shards: Path, tiny_encoder: Path, tmp_path: Path) -> None:
+    result = train(job_of(shards, tmp_path / "run", tiny_encoder, focus_epochs=6))
+    assert (tmp_path / "run" / "focus" / "metrics.jsonl").is_file()
+    dev = load_splits(job_of(shards, tmp_path, tiny_encoder), Shards(shards), lambda _: None)["dev"]["toy"]
+    focus = Focus.pyramid(0.5, result.float_bundle.encoder.num_layers)
+    taxonomy = result.float_bundle.taxonomy
+    logits_NL = result.float_bundle.predictor(focus=focus).logits(dev.ids, columns=taxonomy.slice_of("toy"))
+    assert measure(taxonomy.task("toy"), logits_NL, dev.targets_NL, Calibration()).accuracy > 0.85
+
+
+def test_labels_weigh_the_same_in_all(shards: Path, tiny_encoder: Path, tmp_path: Path) -> None:
+    manifest = json.loads((shards / "manifest.json").read_text())
+    loaded = Shards(shards)
+    assert loaded.rows_T.tolist() == [task["rows"] for task in manifest["tasks"]]
+    assert loaded.rows_T.sum() == len(loaded) + len(Shards(shards, "dev"))
+    assert loaded.label_counts_L[loaded.taxonomy.slice_of("toy")].sum() == loaded.rows_T[0]
+    plain, balanced = (
+        train(job_of(shards, tmp_path / weights, tiny_encoder, epochs=1, class_weights=weights)).float_bundle
+        for weights in ("none", "balanced")
+    )
+    assert any((plain.weights[name] != balanced.weights[name]).any() for name in plain.weights)
+
+
 @pytest.mark.parametrize(
-    ("kind", "recipe"), [(ShardBatches, {"epochs": 2}), (ShardCurriculum, {"curriculum": CURRICULUM})]
+    ("kind", "recipe"),
+    [
+        (ShardBatches, {"epochs": 2}),
+        (ShardBatches, {"epochs": 1, "focus_epochs": 1}),
+        (ShardCurriculum, {"curriculum": CURRICULUM}),
+    ],
 )
 def test_a_run_that_was_stopped_goes_on_with_the_next_batch(
     shards: Path,
@@ -107,7 +138,6 @@ def test_a_run_that_was_stopped_goes_on_with_the_next_batch(
         ({"test": Path("x.csv")}, "no --test: measure the bundle afterwards"),
         ({"baseline": True}, "no --baseline: it needs texts"),
         ({"soft_labels": Path("x.jsonl")}, "no --soft-labels"),
-        ({"recipe": Recipe(max_length=TOY_LENGTH, focus_epochs=1)}, "no --focus-epochs"),
         (
             {"recipe": Recipe(max_length=64)},
             f"prepared for texts of {TOY_LENGTH} tokens; train with --max-length {TOY_LENGTH}",

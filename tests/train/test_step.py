@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,10 +15,11 @@ from classer.data.pipeline import Batch
 from classer.data.taxonomy import Label, LabelTable, Task, TaskKind, Taxonomy
 from classer.model.classifier import TextClassifier
 from classer.model.config import EncoderConfig
+from classer.model.decode import Calibration, probabilities
 from classer.model.quantize import flatten, variables
 from classer.train.config import Recipe
 from classer.train.losses import classification_loss
-from classer.train.step import init_state, learning_rate_schedule, make_optimizer, make_train_step
+from classer.train.step import Dense, init_state, learning_rate_schedule, make_optimizer, make_train_step
 
 CONFIG = EncoderConfig(vocab_size=20, num_layers=1, d_model=16, num_heads=2, d_ff=32, max_positions=16)
 RECIPE = Recipe(learning_rate=1e-2, weight_decay=0.1, max_grad_norm=0.5)
@@ -203,3 +206,25 @@ def test_schedules_at_the_edges_are_finite_and_train(warmup: float, num_steps: i
 def test_a_recipe_out_of_range_names_the_field(field: str, value: float) -> None:
     with pytest.raises(InputError, match=f"{field} must be .*; it is {value}"):
         Recipe(**{field: value})  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_dense_classifiers_answers_are_mixed_into_the_targets(dropout: float) -> None:
+    """As if they had stood there; dropout, which disturbs the student, does not disturb them."""
+    batch, given = fixed_batch(), fixed_params()
+    dense = jax.tree.map(lambda x: 1.5 * x, given)
+    task = Task("toy", TaskKind.MULTICLASS, tuple(map(Label, "abc")))
+    logits_BL = np.asarray(TextClassifier(CONFIG, 3).apply({"params": dense}, batch.tokens_BS, batch.lengths_B))
+    answers_BL = probabilities(task, logits_BL, Calibration())
+    mixed = dataclasses.replace(batch, targets_BL=0.7 * answers_BL + 0.3 * batch.targets_BL)
+    optimizer = make_optimizer(RECIPE, lambda step: RECIPE.learning_rate)
+    model = TextClassifier(CONFIG, 3, dropout=dropout)
+    options = {"label_smoothing": 0.0, "class_weights_L": None, "seed": 0}
+    beforehand = make_train_step(model, table_of(task.kind), optimizer, **options)
+    in_step = make_train_step(model, table_of(task.kind), optimizer, dense=Dense(dense, 0.7), **options)
+    one, other = init_state(given, optimizer), init_state(given, optimizer)
+    for _ in range(2):
+        one, expected = beforehand(one, mixed)
+        other, got = in_step(other, batch)
+        assert float(got.loss) == pytest.approx(float(expected.loss), rel=1e-5)
+        assert float(got.grad_norm) == pytest.approx(float(expected.grad_norm), rel=1e-4)
