@@ -257,13 +257,13 @@ def test_a_run_that_diverges_says_so(encoder, tmp_path: Path) -> None:
 def test_class_weights_are_used_where_asked_for(encoder, tmp_path: Path, monkeypatch, uninterrupted: Fitted) -> None:
     asked = []
 
-    def weights(table: LabelTable, targets: csr_array, tasks_N: np.ndarray) -> np.ndarray:
-        asked.append((len(table.task_L), len(tasks_N)))
+    def weights(table: LabelTable, positives_L: np.ndarray, examples_T: np.ndarray) -> np.ndarray:
+        asked.append((len(table.task_L), positives_L.sum(), examples_T.tolist()))
         return np.array([1.0, 1.0, 3.0], np.float32)
 
     monkeypatch.setattr(loop, "balanced_class_weights", weights)
     fitted = run(encoder, tmp_path, dataclasses.replace(RECIPE, class_weights="balanced"))
-    assert asked == [(3, 45)]
+    assert asked == [(3, 45, [45])]
     assert differ(fitted, uninterrupted)
 
 
