@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import jax
@@ -26,6 +27,10 @@ from .quantize import Precision, Quantization, Weights, variables
 # 64 texts of 512 tokens and 12 heads in float32.
 MAX_BATCH = 64
 MAX_BATCH_TOKENS = 8192
+# Memory mappings that are left for everything but programs. On CPUs a program takes about 80, with a focus about 400,
+# and LLVM ends the process that has no more.
+SPARE_MAPPINGS = 4096
+_MAPPINGS, _MAX_MAPPINGS = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
 
 
 class Executables(dict[tuple[int, int], jax.stages.Compiled]):
@@ -143,9 +148,14 @@ class Predictor:
         return other
 
     def compile(self, batch_size: int, length: int) -> Program:
-        """The program for a batch size and a sequence length in tokens; compiled at the first call for that shape."""
+        """The program for a batch size and a sequence length in tokens; compiled at the first call for that shape.
+
+        Raises:
+          InputError: this process holds about as many programs as its system allows.
+        """
         key = (batch_size, length)
         if key not in self._executables:
+            _check_mappings()
             tokens_BS = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
             lengths_B = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
             self._executables[key] = jax.jit(self._forward).lower(self._variables, tokens_BS, lengths_B).compile()
@@ -190,3 +200,20 @@ class Predictor:
         # AQT asks for an RNG even where it rounds to nearest.
         rngs = {"params": jax.random.key(0)} if self._precision == "int8" else None
         return cast(Any, self._model.apply(variables, tokens_BS, lengths_B, rngs=rngs, method="explain"))
+
+
+def _check_mappings() -> None:
+    """Raises InputError where Linux would soon allow this process no more memory mappings."""
+    if jax.default_backend() != "cpu":
+        return
+    try:
+        allowed = int(_MAX_MAPPINGS.read_text())
+        with _MAPPINGS.open("rb") as file:
+            held = sum(1 for _ in file)
+    except (OSError, ValueError):  # not Linux
+        return
+    if held + SPARE_MAPPINGS > allowed:
+        raise InputError(
+            f"This process holds {held:,} memory mappings of the {allowed:,} that the system allows, so that no more "
+            "programs fit in. Use fewer models or focuses at once, or allow more: sysctl vm.max_map_count=262144."
+        )

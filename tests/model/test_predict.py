@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from classer.data.errors import InputError
+from classer.model import predict
 from classer.model.bundle import Bundle
 from classer.model.predict import Predictor
 
@@ -69,6 +73,22 @@ def test_a_shape_is_compiled_once(predictor: Predictor) -> None:
     assert first._executable is second._executable
     assert (first.batch_size, first.length) == (2, 16)
     assert predictor.compile(2, 24)._executable is not first._executable
+
+
+def test_a_program_beyond_what_the_system_allows_is_refused(tiny_bundle: Bundle, monkeypatch, tmp_path: Path) -> None:
+    """LLVM would end the process instead."""
+    predictor = tiny_bundle.predictor()
+    known = predictor.compile(3, 16)
+    limit = tmp_path / "max_map_count"
+    limit.write_text(f"{predict.SPARE_MAPPINGS}\n")
+    monkeypatch.setattr(predict, "_MAX_MAPPINGS", limit)
+    with pytest.raises(InputError, match=r"memory mappings of the 4,096 .*vm\.max_map_count=262144"):
+        predictor.compile(3, 24)
+    assert predictor.compile(3, 16)._executable is known._executable  # what there is goes on
+    limit.write_text("1000000000\n")
+    assert predictor.compile(3, 24).length == 24
+    monkeypatch.setattr(predict, "_MAX_MAPPINGS", tmp_path / "missing")  # not Linux
+    assert predictor.compile(3, 32).length == 32
 
 
 def test_a_text_longer_than_the_largest_bucket_is_refused(predictor: Predictor) -> None:

@@ -19,6 +19,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from classer.data.errors import InputError
 from classer.data.taxonomy import Label, Task, TaskKind, Taxonomy
+from classer.model import predict
 from classer.model.bundle import Bundle, save_bundle
 from classer.serve.models import ModelSettings, named_folders
 from classer.serve.proto import classifier_pb2 as pb
@@ -311,6 +312,18 @@ def test_a_broken_bundle_changes_nothing(stub, admin: ModelAdminStub, folder: Pa
     assert str(folder) not in sentence
     assert stub.Classify(pb.ClassifyRequest(text="card", task="topic"), timeout=TIMEOUT).labels
     assert len(admin.ListModels(pb.ListModelsRequest(), timeout=TIMEOUT).models) == 2
+
+
+def test_a_model_whose_programs_the_system_has_no_room_for_changes_nothing(
+    stub, admin: ModelAdminStub, monkeypatch, tmp_path: Path
+) -> None:
+    (tmp_path / "max_map_count").write_text("5000")
+    monkeypatch.setattr(predict, "_MAX_MAPPINGS", tmp_path / "max_map_count")
+    monkeypatch.setattr(predict, "_SHARED", weakref.WeakValueDictionary())  # as if of other shapes
+    request = pb.LoadModelRequest(bundle="three", name="one")
+    code, sentence, _ = refusal(lambda: admin.LoadModel(request, timeout=TIMEOUT))
+    assert (code, "the server's log says why" in sentence) == (grpc.StatusCode.FAILED_PRECONDITION, True)
+    assert stub.Classify(pb.ClassifyRequest(text="card", task="topic"), timeout=TIMEOUT).labels
 
 
 def test_what_is_loaded_is_not_loaded_again(admin: ModelAdminStub) -> None:
