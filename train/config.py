@@ -64,10 +64,12 @@ class Recipe:
     """How to train. Presets are recipes under a name.
 
     Attributes:
-      encoder: the pretrained encoder: a folder, or a name on the Hugging Face hub; or a native size to train from
-        nothing: classer-5m, -22m, -110m, -400m, -1b.
+      encoder: the pretrained encoder: a folder, or a name on the Hugging Face hub; a native size to train from nothing:
+        classer-5m, -22m, -110m, -400m, -1b; or a float32 bundle, to go on training it: with its head if it has the
+        same tasks and labels, else from its encoder alone.
       max_length: tokens that a text is cut to, special tokens included.
-      epochs: passes over the training examples.
+      epochs: passes over the training examples; 0 leaves a bundle of the same labels as it is, for `focus_epochs` to
+        go on with.
       focus_epochs: passes after those that teach Focused Attention; 0 leaves the classifier dense.
       batch_size: examples a step.
       learning_rate: its peak, after the warm-up; it then falls to 0 along a cosine.
@@ -113,7 +115,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, low, high in (
             ("max_length", 8, BUCKETS[-1]),
-            ("epochs", 1, None),
+            ("epochs", 0, None),
             ("focus_epochs", 0, None),
             ("batch_size", 1, None),
             ("learning_rate", 0, None),
@@ -132,6 +134,8 @@ class Recipe:
             if not value >= low or (high is not None and value > high):  # also when NaN
                 bounds = f"at least {low}" if high is None else f"between {low} and {high}"
                 raise InputError(f"{name} must be {bounds}; it is {value}.")
+        if not self.epochs and not self.focus_epochs:
+            raise InputError("epochs and focus_epochs are both 0: there is nothing to train.")
         names = [stage.name for stage in self.curriculum]
         for name in names:
             if names.count(name) > 1:

@@ -24,6 +24,7 @@ from ..data.taxonomy import Taxonomy
 from ..model.classifier import TextClassifier
 from ..model.config import EncoderConfig
 from ..model.encoder import FocusDraw
+from ..model.focus import is_gate
 from ..model.quantize import Weights, flatten
 from ..model.sharding import Layout, make_layout
 from ..model.stacking import stack_layers, unstack_layers
@@ -32,7 +33,7 @@ from .config import Recipe
 from .curriculum import plan_curriculum, write_curriculum
 from .devlook import DevLook
 from .evaluation import TokenizedSplit, join
-from .focus import DEV_FOCUSES, TEACHER_SHARE, distilled, draw_focus
+from .focus import DEV_FOCUSES, SOFT_SHARE, TEACHER_SHARE, distilled, draw_focus
 from .losses import balanced_class_weights
 from .probe import probe_head
 from .processes import Pace, Stopped, deferred, first_before_others, first_computes, is_first
@@ -94,7 +95,8 @@ class Part:
       dev_tasks: which tasks' dev sets are read.
       new_tasks: those whose head is to be found by `probe_head` before the first step.
       focuses: what the dev sets are read with; the score is the mean over them.
-      draws_focus: whether rows are trained with budgets drawn at random.
+      focus_from: rows are trained with budgets drawn at random, from where so great a share of that training is done;
+        None trains the dense classifier.
       dense: the classifier whose answers each step is to mix into the targets; None for no such.
     """
 
@@ -107,7 +109,7 @@ class Part:
     dev_tasks: tuple[str, ...]
     new_tasks: tuple[str, ...] = ()
     focuses: tuple[float, ...] = (1.0,)
-    draws_focus: bool = False
+    focus_from: float | None = None
     dense: Weights | None = None
 
 
@@ -149,7 +151,8 @@ def fit(trainee: Trainee, weights: Weights) -> Fitted:
 
     Args:
       trainee: how, and on what.
-      weights: the encoder's pretrained weights, by name; none to begin with random ones.
+      weights: by name: the encoder's pretrained ones, or none to begin with random ones; with a head's, which must be
+        of these labels, a trained classifier's.
 
     Returns:
       The weights of the epoch with the best dev score of the last part: the mean over tasks of accuracy, or micro-F1 of
@@ -161,7 +164,13 @@ def fit(trainee: Trainee, weights: Weights) -> Fitted:
       Stopped: SIGTERM came; all that was done is saved.
     """
     recipe, taxonomy = trainee.recipe, trainee.taxonomy
-    fitted = _fit_stages(trainee, weights) if recipe.curriculum else _fit_epochs(trainee, weights)
+    start = weights
+    if recipe.curriculum:
+        fitted = _fit_stages(trainee, weights)
+    elif recipe.epochs:
+        fitted = _fit_epochs(trainee, weights)
+    else:
+        fitted = Fitted(weights, best_score=-1.0, best_epoch=0, epochs=0)
     if not recipe.focus_epochs:
         return fitted
     if is_first():
@@ -181,7 +190,8 @@ def fit(trainee: Trainee, weights: Weights) -> Fitted:
         folder=folder,
         dev_tasks=tuple(trainee.dev),
         focuses=DEV_FOCUSES,
-        draws_focus=True,
+        # Gates that were taught before need no soft ones first.
+        focus_from=SOFT_SHARE if any(map(is_gate, start)) else 0.0,
         dense=None if trainee.shards is None else weights,
     )
     return _fit_part(part, trainee, weights)
@@ -198,7 +208,7 @@ def _fit_epochs(trainee: Trainee, weights: Weights) -> Fitted:
         learning_rate=recipe.learning_rate,
         folder=trainee.out,
         dev_tasks=tuple(trainee.dev),
-        new_tasks=tuple(trainee.train),
+        new_tasks=() if _has_head(weights) else tuple(trainee.train),
     )
     return _fit_part(part, trainee, weights)
 
@@ -212,6 +222,7 @@ def _fit_stages(trainee: Trainee, weights: Weights) -> Fitted:
         sizes_T = [len(trainee.train[task.name].ids) for task in taxonomy.tasks]
     planned = plan_curriculum(recipe.curriculum, taxonomy, sizes_T, recipe.batch_size)
     batches_of = _stages_of(trainee)
+    has_head = _has_head(weights)
     fitted: Fitted | None = None
     drawn: dict[str, np.ndarray] = {}
     for number, plan in enumerate(planned):
@@ -232,7 +243,7 @@ def _fit_stages(trainee: Trainee, weights: Weights) -> Fitted:
             learning_rate=recipe.learning_rate if stage.learning_rate is None else stage.learning_rate,
             folder=trainee.out / "stages" / stage.name,
             dev_tasks=plan.seen,
-            new_tasks=plan.new,
+            new_tasks=() if has_head else plan.new,
         )
         fitted = _fit_part(part, trainee, weights)
         weights = fitted.weights
@@ -345,6 +356,10 @@ def _fit_part(part: Part, trainee: Trainee, weights: Weights) -> Fitted:
     return Fitted(_weights(best_state), progress.best_score, best_epoch, progress.epoch)
 
 
+def _has_head(weights: Weights) -> bool:
+    return "head.kernel" in weights
+
+
 def _weights(state: TrainState) -> Weights:
     return unstack_layers(flatten(state.params))
 
@@ -353,10 +368,11 @@ def _make_step(
     part: Part, trainee: Trainee, model: TextClassifier, optimizer: optax.GradientTransformation, layout: Layout
 ) -> TrainStep:
     recipe, table = trainee.recipe, trainee.taxonomy.table
-    num_steps = part.batches.num_steps
+    num_steps, focus_from = part.batches.num_steps, part.focus_from or 0.0
 
     def draw(key: jax.Array, step: jax.Array, num_rows: int) -> FocusDraw:
-        return draw_focus(key, num_rows, model.config.num_layers, step / num_steps)
+        done = focus_from + (1 - focus_from) * step / num_steps
+        return draw_focus(key, num_rows, model.config.num_layers, done)
 
     class_weights_L = None
     if recipe.class_weights == "balanced":
@@ -372,7 +388,7 @@ def _make_step(
         class_weights_L=class_weights_L,
         seed=recipe.seed,
         temperature=recipe.soft_temperature,
-        draw_focus=draw if part.draws_focus else None,
+        draw_focus=None if part.focus_from is None else draw,
         dense=dense,
         layout=layout,
         batch_size=None if trainee.shards is None else recipe.batch_size,

@@ -11,9 +11,9 @@ from typing import Any
 
 from .. import __version__
 from ..data.errors import InputError
-from ..data.tokenizer import WordPieceTokenizer
 from ..model.bundle import Bundle, quantize, save_bundle
-from ..model.pretrained import choose_encoder
+from ..model.focus import is_gate
+from ..model.quantize import Weights
 from ..model.sharding import make_layout
 from .baseline import BaselineScore, tfidf_svm
 from .calibration import fit_calibration
@@ -24,6 +24,7 @@ from .loop import Fitted, Running, Trainee, fit
 from .metrics import Metrics
 from .place import LOGS
 from .processes import first_before_others, first_decides, is_first, leave
+from .start import Start, choose_start
 
 CARD_LABELS = 200  # labels that the model card lists of a task
 JOB_FILE = "job.json"
@@ -95,21 +96,16 @@ def run_job(job: TrainJob) -> TrainResult | None:
     if layout.mesh.size > 1:
         say(f"{layout.mesh.size} devices: " + ", ".join(f"{axis} {n}" for axis, n in layout.mesh.shape.items()) + ".")
     data = open_data(job, say)
-    encoder_folder, encoder, weights = first_before_others(lambda: choose_encoder(job.recipe.encoder))
-    encoder = dataclasses.replace(encoder, gated=job.recipe.focus_epochs > 0)
+    start = first_before_others(lambda: choose_start(job.recipe.encoder))
+    encoder = dataclasses.replace(start.encoder, gated=job.recipe.focus_epochs > 0)
     if job.recipe.max_length > encoder.max_positions:
         raise InputError(
             f"max_length is {job.recipe.max_length}, but the encoder has only {encoder.max_positions} positions."
         )
-    if not weights:
+    if not start.weights:
         say(f"{job.recipe.encoder} begins with random weights; a pretrained or upcycled encoder learns from far fewer.")
-    tokenizer = WordPieceTokenizer.from_folder(encoder_folder)
-    if tokenizer.vocab_size > encoder.vocab_size:
-        raise InputError(
-            f"{encoder_folder}: vocab.txt has {tokenizer.vocab_size:,} tokens, but the encoder only "
-            f"{encoder.vocab_size:,}; they do not belong together."
-        )
-    inputs = load_inputs(job, data, tokenizer, say)
+    inputs = load_inputs(job, data, start.tokenizer, say)
+    weights = _begin_with(job, start, inputs, say)
     first_decides(lambda: _write_job(job) is None)
     running = Running(layout, job.save_steps, job.save_minutes, _job_json(job))
     trainee = Trainee(
@@ -118,7 +114,7 @@ def run_job(job: TrainJob) -> TrainResult | None:
         encoder,
         inputs.splits["train"],
         inputs.splits["dev"],
-        tokenizer.pad_id,
+        start.tokenizer.pad_id,
         job.out,
         running,
         inputs.shards,
@@ -132,14 +128,14 @@ def run_job(job: TrainJob) -> TrainResult | None:
     trained = Bundle(
         encoder=encoder,
         taxonomy=inputs.taxonomy,
-        tokenizer=tokenizer,
+        tokenizer=start.tokenizer,
         weights=fitted.weights,
         precision="float32",
         calibration={},
         max_length=job.recipe.max_length,
         golden_texts=(*inputs.golden_texts, ""),
         card="",
-        licences=tuple(file for file in (encoder_folder / "LICENSE", encoder_folder / "NOTICE") if file.is_file()),
+        licences=start.licences,
     )
     if job.resume:  # a run that was stopped between its two bundles
         shutil.rmtree(job.out / "bundle-float32", ignore_errors=True)
@@ -153,6 +149,23 @@ def run_job(job: TrainJob) -> TrainResult | None:
             baseline = tfidf_svm(dataset.train[name], dataset.test.get(name) or dataset.dev[name], task)
         scores.append(TaskScores(name, inputs.measured(name), float_metrics[name], int8_metrics[name], baseline))
     return TrainResult(int8_bundle, float_bundle, tuple(scores))
+
+
+def _begin_with(job: TrainJob, start: Start, inputs: Inputs, say: Callable[[str], object]) -> Weights:
+    """The weights to begin with: a bundle's head only where it gives the same labels, its gates only to focus."""
+    weights = dict(start.weights)
+    if not job.recipe.focus_epochs:
+        weights = {name: value for name, value in weights.items() if not is_gate(name)}
+    same = start.taxonomy is not None and start.taxonomy.to_json() == inputs.taxonomy.to_json()
+    if start.taxonomy is not None and not same:
+        say(f"{job.recipe.encoder} has other tasks or labels; training begins with its encoder alone.")
+        weights = {name: value for name, value in weights.items() if not name.startswith("head.")}
+    if not job.recipe.epochs and not job.recipe.curriculum and not same:
+        raise InputError(
+            f"epochs is 0, which only a trained classifier can begin with, and {job.recipe.encoder} is none of these "
+            "tasks and labels; give at least 1."
+        )
+    return weights
 
 
 def _finish(

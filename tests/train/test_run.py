@@ -19,10 +19,12 @@ import pytest
 from classer.data.errors import InputError
 from classer.data.taxonomy import TaskKind
 from classer.model.bundle import load_bundle
+from classer.model.focus import is_gate
 from classer.tests.helpers import write_encoder, write_toy_data
 from classer.train import run as run_module
 from classer.train.config import Recipe, TrainJob
 from classer.train.run import TrainResult, train
+from classer.train.start import choose_start
 
 TIMEOUT = 120.0
 
@@ -277,3 +279,57 @@ def test_a_native_size_is_trained_from_nothing(minilm: Path, tmp_path: Path, cap
     assert (encoder.num_layers, encoder.d_model, encoder.norm, encoder.gated) == (6, 128, "rms", False)
     assert result.tasks[0].float_metrics.accuracy > 0.9
     assert load_bundle(job.out / "bundle").encoder == encoder
+
+
+def test_a_bundle_goes_on_being_trained_and_keeps_its_head(tiny_encoder: Path, tmp_path: Path, finished) -> None:
+    job, result = finished
+    trained = job.out / "bundle-float32"
+    start = choose_start(str(trained))
+    recipe = dataclasses.replace(job.recipe, encoder=str(trained), epochs=1, learning_rate=0.0)
+    again = train(dataclasses.replace(job, out=tmp_path / "run", recipe=recipe))
+    for name, value in start.weights.items():
+        np.testing.assert_array_equal(again.float_bundle.weights[name], value, err_msg=name)
+    assert again.tasks[0].float_metrics.accuracy == result.tasks[0].float_metrics.accuracy
+
+
+def test_a_dense_bundle_is_taught_to_focus_and_then_a_little_more(tmp_path: Path, finished) -> None:
+    job, _ = finished
+    recipe = dataclasses.replace(job.recipe, encoder=str(job.out / "bundle-float32"), epochs=0, focus_epochs=2)
+    first = train(dataclasses.replace(job, out=tmp_path / "first", recipe=recipe)).float_bundle
+    assert first.encoder.gated
+    assert not (tmp_path / "first" / "checkpoints").exists(), "no dense training"
+    gates = [name for name in first.weights if is_gate(name)]
+    assert any(first.weights[name].any() for name in gates)
+
+    recipe = dataclasses.replace(recipe, encoder=str(first.path), focus_epochs=1)
+    second = train(dataclasses.replace(job, out=tmp_path / "second", recipe=recipe)).float_bundle
+    assert any((second.weights[name] != first.weights[name]).any() for name in gates)
+
+    recipe = dataclasses.replace(recipe, epochs=1, focus_epochs=0)
+    dense = train(dataclasses.replace(job, out=tmp_path / "dense", recipe=recipe)).float_bundle
+    assert not dense.encoder.gated
+    assert not any(map(is_gate, dense.weights))
+
+
+def test_a_bundle_of_other_labels_gives_its_encoder_alone(tmp_path: Path, finished, capsys) -> None:
+    job, _ = finished
+    data = write_toy_data(tmp_path / "other.jsonl", TaskKind.BINARY, 60)
+    recipe = dataclasses.replace(job.recipe, encoder=str(job.out / "bundle-float32"), epochs=1)
+    other = dataclasses.replace(job, data=data, test=None, out=tmp_path / "run", recipe=recipe)
+    assert train(other).float_bundle.taxonomy.num_labels != load_bundle(job.out / "bundle").taxonomy.num_labels
+    assert "has other tasks or labels; training begins with its encoder alone" in capsys.readouterr().out
+    bad = dataclasses.replace(other, out=tmp_path / "bad", recipe=dataclasses.replace(recipe, epochs=0, focus_epochs=1))
+    with pytest.raises(InputError, match="epochs is 0, which only a trained classifier can begin with"):
+        train(bad)
+    assert not bad.out.exists()
+
+
+def test_what_cannot_be_trained_is_refused(tiny_encoder: Path, tmp_path: Path, finished) -> None:
+    job, _ = finished
+    with pytest.raises(InputError, match="is an INT8 bundle, which cannot be trained; name the float32 one"):
+        choose_start(str(job.out / "bundle"))
+    with pytest.raises(InputError, match="epochs and focus_epochs are both 0: there is nothing to train"):
+        Recipe(epochs=0)
+    nothing = make_job(tiny_encoder, tmp_path, epochs=0, focus_epochs=1)
+    with pytest.raises(InputError, match="epochs is 0, which only a trained classifier can begin with"):
+        train(nothing)

@@ -1,0 +1,62 @@
+"""What a training run begins from: a pretrained encoder, a native size without weights, or a trained classifier."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from ..data.errors import InputError
+from ..data.taxonomy import Taxonomy
+from ..data.tokenizer import WordPieceTokenizer
+from ..model.bundle import MANIFEST, load_bundle
+from ..model.config import NATIVE_SIZES, EncoderConfig, native
+from ..model.pretrained import MINILM, fetch_encoder, load_encoder
+from ..model.quantize import Weights
+
+
+class Start(NamedTuple):
+    """What training begins from.
+
+    Attributes:
+      encoder: the encoder's config.
+      weights: by name: the encoder's, and of a bundle the head's; none to begin with random ones.
+      tokenizer: text → ids.
+      licences: files to keep beside the weights.
+      taxonomy: whose labels the head gives; None without a head.
+    """
+
+    encoder: EncoderConfig
+    weights: Weights
+    tokenizer: WordPieceTokenizer
+    licences: tuple[Path, ...]
+    taxonomy: Taxonomy | None
+
+
+def choose_start(name: str) -> Start:
+    """What a recipe's `encoder` names: a bundle, one of `NATIVE_SIZES`, or a pretrained encoder.
+
+    Raises:
+      InputError: as `fetch_encoder`, `load_encoder` and `load_bundle`; an INT8 bundle, which cannot be trained; an
+        encoder with fewer tokens than its vocabulary.
+    """
+    local = Path(name)
+    if (local / MANIFEST).is_file():
+        bundle = load_bundle(local)
+        if bundle.precision != "float32":
+            raise InputError(f"{local} is an INT8 bundle, which cannot be trained; name the float32 one beside it.")
+        return Start(bundle.encoder, bundle.weights, bundle.tokenizer, bundle.licences, bundle.taxonomy)
+    if name in NATIVE_SIZES and not local.is_dir():
+        folder = fetch_encoder(MINILM)
+        tokenizer = WordPieceTokenizer.from_folder(folder)
+        encoder, weights = native(name, vocab_size=tokenizer.vocab_size), {}
+    else:
+        folder = fetch_encoder(name)
+        encoder, weights = load_encoder(folder)
+        tokenizer = WordPieceTokenizer.from_folder(folder)
+    if tokenizer.vocab_size > encoder.vocab_size:
+        raise InputError(
+            f"{folder}: vocab.txt has {tokenizer.vocab_size:,} tokens, but the encoder only {encoder.vocab_size:,}; "
+            "they do not belong together."
+        )
+    licences = tuple(folder / file for file in ("LICENSE", "NOTICE") if (folder / file).is_file())
+    return Start(encoder, weights, tokenizer, licences, None)
