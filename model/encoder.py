@@ -25,12 +25,12 @@ class FocusDraw(NamedTuple):
     Attributes:
       units_BI: int32, what each row keeps in each of the I layers, in `focus.UNITS`, non-increasing along I.
       temperature: of the gates' sigmoid.
-      hard: whether dropped tokens take no part at all.
+      hard_B: bool, the rows whose dropped tokens take no part at all.
     """
 
     units_BI: jax.Array
     temperature: jax.Array
-    hard: jax.Array
+    hard_B: jax.Array
 
 
 class Encoded(NamedTuple):
@@ -198,10 +198,10 @@ def _mask(
     tokens: _Tokens, gate_BS: jax.Array, lengths_B: jax.Array, draw: FocusDraw, layer: jax.Array | int
 ) -> _Tokens:
     """The same tokens left, with a budget for each row, in rows of the same length: what is trained."""
-    # Once hard, a token that was dropped stays so.
+    # In a hard row a token that was dropped stays so.
     scores_BS = jnp.where(tokens.weights_BK > 0, token_scores(gate_BS, lengths_B), -SURE)
     kept_B = kept_lengths(lengths_B, draw.units_BI[:, layer])
-    log_keep_BS = keep_bias(scores_BS, kept_B, draw.temperature, draw.hard)
+    log_keep_BS = keep_bias(scores_BS, kept_B, draw.temperature, draw.hard_B)
     return tokens._replace(
         weights_BK=tokens.weights_BK * jnp.exp(log_keep_BS),
         scores_BK=scores_BS,

@@ -5,8 +5,8 @@ tokens stay in order and keep their positions; the others take no part in that l
 ways to compute the same thing:
 
 - `select` gathers the kept tokens into shorter rows of a static length, so that time falls: for serving.
-- `keep_bias` masks the others out, with shares that differ from row to row and may be drawn at random, and with a way
-  for gradients to reach the gate: for training.
+- `keep_bias` masks the others out, with shares that differ from row to row and may be drawn at random, and softly, for
+  gradients to reach the gate: for training.
 
 Axes: B batch, S sequence, K kept sequence.
 """
@@ -159,21 +159,19 @@ def select(scores_BS: jax.Array, kept_B: jax.Array, length: int) -> jax.Array:
     return jnp.sort(jnp.where(mine_BK, indices_BK, scores_BS.shape[1] - 1), axis=1)
 
 
-def keep_bias(
-    scores_BS: jax.Array, kept_B: jax.Array, temperature: jax.Array | float, hard: jax.Array | bool
-) -> jax.Array:
-    """Keeps the same tokens as `select` by masking, and lets gradients through to the scores.
+def keep_bias(scores_BS: jax.Array, kept_B: jax.Array, temperature: jax.Array | float, hard_B: jax.Array) -> jax.Array:
+    """Keeps the same tokens as `select` by masking: softly, with gradients to the scores, or in full.
 
-    A token is kept to the degree m = σ((s − τ) / temperature), where τ lies midway between the last score kept and the
-    first one dropped (soft top-k). Soft, every token takes part with log m added to its attention scores. Hard, the
-    kept tokens take part in full and the others not at all; the gradient is that of log m all the same
-    (straight-through, Bengio et al. 2013, https://arxiv.org/abs/1308.3432).
+    Soft, a token is kept to the degree m = σ((s − τ) / temperature), where τ lies midway between the last score kept
+    and the first one dropped (soft top-k): log m is added to its attention scores. Hard, the kept tokens take part in
+    full and the others not at all. Hard rows send the scores no gradient: a straight-through one hears only of what
+    was kept, and makes gates worse (docs/focused-attention.md).
 
     Args:
       scores_BS: from `token_scores`.
       kept_B: how many each row keeps; a row that keeps all of its tokens is left as it is.
       temperature: of the sigmoid.
-      hard: whether tokens below the cut take no part at all.
+      hard_B: bool, the rows whose tokens below the cut take no part at all.
 
     Returns:
       log_keep_BS, float32: to add to the attention scores of these keys, ≤ 0; its exponential weighs the tokens in the
@@ -196,6 +194,4 @@ def keep_bias(
     soft_BS = jnp.where(jnp.abs(scores_BS) >= SURE, 0.0, soft_BS)  # specials stay, padding is masked elsewhere
     # In a row that drops nothing (but padding) nobody is dimmed.
     soft_BS = jnp.where(highest_cut_B1 <= -SURE, 0.0, soft_BS)
-    straight_BS = soft_BS - lax.stop_gradient(soft_BS)
-    hard_BS = straight_BS + jnp.where(kept_BS, 0.0, -SURE)
-    return jnp.where(hard, hard_BS, soft_BS)
+    return jnp.where(hard_B[:, None], jnp.where(kept_BS, 0.0, -SURE), soft_BS)

@@ -1,8 +1,9 @@
 """Teaching a trained classifier to focus: soft gates first, then hard selection, always beside its own dense answers.
 
-The first part of the steps dims tokens by soft gates whose temperature falls; the rest drops them. Each row of each
-step draws its own budget, so that one set of weights serves all of them. What the dense classifier answered before
-this training is mixed into the targets (self-distillation). docs/focused-attention.md has the maths.
+The first part of the steps dims tokens by soft gates whose temperature falls; in the rest half of the rows drop them, while
+the others go on teaching the gates, which only soft rows do. Each row of each step draws its own budget, so that one set
+of weights serves all of them. What the dense classifier answered before this training is mixed into the targets
+(self-distillation). docs/focused-attention.md has the maths.
 
 Axes: B batch, I layers, N examples, L labels of one task.
 """
@@ -33,6 +34,8 @@ from .evaluation import TokenizedSplit
 
 # Share of the steps with soft gates, and their temperature at both ends; it falls geometrically, and stays.
 SOFT_SHARE = 0.25
+# Share of the rows that stay soft in the rest.
+SOFT_ROWS = 0.5
 TEMPERATURES = (1.0, 0.1)
 # Share of the rows that keep everything, so that the dense classifier stays what it was.
 DENSE_ROWS = 0.2
@@ -58,7 +61,7 @@ def draw_focus(rng: jax.Array, num_rows: int, num_layers: int, done: jax.Array) 
       num_layers: I.
       done: the share of the training's steps that are done, in [0, 1].
     """
-    keys = jax.random.split(rng, 5)
+    keys = jax.random.split(rng, 6)
     log_start_B1 = jax.random.uniform(keys[0], (num_rows, 1), minval=np.log(MIN_START), maxval=0.0)
     log_start_B1 = jnp.where(jax.random.bernoulli(keys[1], CUT_FIRST, (num_rows, 1)), log_start_B1, 0.0)
     log_end_B1 = jnp.minimum(jax.random.uniform(keys[2], (num_rows, 1), minval=np.log(MIN_END)), log_start_B1)
@@ -69,7 +72,8 @@ def draw_focus(rng: jax.Array, num_rows: int, num_layers: int, done: jax.Array) 
     units_BI = jnp.where(dense_B1, UNITS, jnp.maximum(1, jnp.round(shares_BI * UNITS))).astype(jnp.int32)
     first, last = TEMPERATURES
     temperature = first * (last / first) ** jnp.minimum(done / SOFT_SHARE, 1.0)
-    return FocusDraw(units_BI, temperature, done >= SOFT_SHARE)
+    hard_B = (done >= SOFT_SHARE) & jax.random.bernoulli(keys[5], 1 - SOFT_ROWS, (num_rows,))
+    return FocusDraw(units_BI, temperature, hard_B)
 
 
 def distilled(

@@ -167,7 +167,7 @@ class _Answers:
 
         @jax.jit
         def forward(variables: dict, tokens_BS: jax.Array, lengths_B: jax.Array, units_I: jax.Array) -> Any:
-            draw = FocusDraw(jnp.tile(units_I, (len(tokens_BS), 1)), jnp.float32(1.0), jnp.asarray(True))
+            draw = FocusDraw(jnp.tile(units_I, (len(tokens_BS), 1)), jnp.float32(1.0), jnp.ones(len(tokens_BS), bool))
             return model.apply(variables, tokens_BS, lengths_B, draw, rngs={"params": jax.random.key(0)})
 
         self._forward = forward

@@ -66,7 +66,7 @@ def run_case(case: dict[str, Any]) -> list[dict[str, Any]]:
 
     def loss_fn(params: Any, batch: tuple) -> jax.Array:
         tokens_BS, lengths_B, targets_BL, weights_B, *units = batch
-        draw = FocusDraw(units[0], jnp.float32(0.5), jnp.array(False)) if units else None
+        draw = FocusDraw(units[0], jnp.float32(0.5), jnp.zeros(len(units[0]), bool)) if units else None
         logits_BL = cast(jax.Array, model.apply({"params": params}, tokens_BS, lengths_B, draw))
         tasks_B = jnp.zeros(len(tokens_BS), jnp.int32)
         return classification_loss(TABLE, logits_BL, targets_BL, tasks_B, weights_B)

@@ -267,7 +267,7 @@ def test_a_scan_computes_what_single_layers_do(config: EncoderConfig, remat: boo
         ".".join(key.key for key in path): v.shape for path, v in jax.tree.leaves_with_path(shapes["params"])
     }
     units_I = jnp.asarray(Focus.from_shares([1, 0.6, 0.5, 0.4, 0.3][: config.num_layers]).units, jnp.int32)
-    draw = FocusDraw(jnp.tile(units_I, (4, 1)), jnp.float32(0.5), jnp.asarray(True)) if focused else None
+    draw = FocusDraw(jnp.tile(units_I, (4, 1)), jnp.float32(0.5), jnp.ones(4, bool)) if focused else None
 
     def run(model: TextClassifier, named: dict[str, np.ndarray]):
         def loss(params):
