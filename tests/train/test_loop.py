@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.sparse import csr_array
@@ -14,12 +16,14 @@ from scipy.sparse import csr_array
 from classer.data.errors import InputError
 from classer.data.taxonomy import Label, LabelTable, Task, TaskKind, Taxonomy
 from classer.model.config import EncoderConfig
+from classer.model.focus import is_gate
 from classer.model.pretrained import load_encoder
 from classer.model.quantize import Weights
 from classer.train import loop
 from classer.train.config import Recipe
 from classer.train.devlook import DevLook
 from classer.train.evaluation import TokenizedSplit
+from classer.train.focus import SOFT_SHARE, draw_focus
 from classer.train.loop import Fitted, Trainee, fit
 from classer.train.runlog import RunLog
 
@@ -163,6 +167,35 @@ def test_training_to_focus_moves_the_gates_and_is_measured_at_both_ends(gated, t
     ]
     assert {"dev/accuracy", "dev/focus_0.35/accuracy"} <= {name for record in last for name in record}
     assert "at focus 0.35" in capsys.readouterr().err
+
+
+def test_gates_that_were_taught_before_begin_with_hard_rows(
+    gated, tmp_path: Path, monkeypatch, uninterrupted_focus: Fitted
+) -> None:
+    seen: list[float] = []
+
+    def draw(key, num_rows, num_layers, done):
+        jax.debug.callback(lambda value: seen.append(float(value)), done)
+        return draw_focus(key, num_rows, num_layers, done)
+
+    monkeypatch.setattr(loop, "draw_focus", draw)
+    recipe = dataclasses.replace(FOCUSED, epochs=0, focus_epochs=1)
+    trained = uninterrupted_focus.weights
+    for name, weights, start in (
+        ("untaught", {name: value for name, value in trained.items() if not is_gate(name)}, 0.0),
+        ("taught", trained, SOFT_SHARE),
+    ):
+        seen.clear()
+        run((gated[0], weights), tmp_path / name, recipe)
+        jax.effects_barrier()
+        assert min(seen) == pytest.approx(start)
+        assert start < max(seen) < 1
+
+
+def test_half_of_the_rows_stay_soft_once_others_drop_tokens() -> None:
+    assert not draw_focus(jax.random.key(0), 1000, 6, jnp.float32(SOFT_SHARE - 0.01)).hard_B.any()
+    hard_B = draw_focus(jax.random.key(0), 1000, 6, jnp.float32(SOFT_SHARE)).hard_B
+    assert 0.45 < hard_B.mean() < 0.55
 
 
 @pytest.mark.parametrize("stops", [(3, 14, 8)], ids=["both, twice"])
