@@ -210,7 +210,7 @@ BREAKS = (
         "tests/train/test_step.py",
     ),
     Break(
-        "the best epoch is kept",
+        "an epoch that was clearly better than the last is kept",
         "train/loop.py",
         "if progress.best_step != int(state.step):",
         "if False:",

@@ -151,7 +151,7 @@ class TrainJob:
         split; a folder of such folders, for a classifier of several tasks; or what `classer prepare` made.
       out: the run's folder: made by the run, and refused if it holds anything (see `resume`).
       recipe: how to train.
-      dev: a file of examples to choose the best epoch and calibrate on; by default a share of the training examples.
+      dev: a file of examples to tell epochs apart and calibrate on; by default a share of the training examples.
       test: a file of examples to measure the finished model on.
       text_column: the column or field that holds the text.
       label_column: the column or field that holds the label or labels; by default `label` or `labels`.

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -53,11 +53,17 @@ from .step import (
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """The outcome of `fit`: the best epoch's weights, and how they got there."""
+    """The outcome of `fit`.
+
+    Attributes:
+      weights: of the epoch that was kept.
+      score: its dev score; -1 where no epoch was trained.
+      kept_epoch: which one that was; of `epochs` that were trained.
+    """
 
     weights: Weights
-    best_score: float
-    best_epoch: int
+    score: float
+    kept_epoch: int
     epochs: int
 
 
@@ -155,8 +161,9 @@ def fit(trainee: Trainee, weights: Weights) -> Fitted:
         of these labels, a trained classifier's.
 
     Returns:
-      The weights of the epoch with the best dev score of the last part: the mean over tasks of accuracy, or micro-F1 of
-      a multilabel task, and after training for focus over `focus.DEV_FOCUSES` too.
+      The weights of the last part's last epoch, or of the one with the best dev score where that is better by more than
+      a standard error (see `_keeps_last`). The score is the mean over tasks of accuracy, or micro-F1 of a multilabel
+      task, and after training for focus over `focus.DEV_FOCUSES` too.
 
     Raises:
       InputError: the loss became NaN or infinite; the checkpoints in `out` are of other examples or another seed; a
@@ -170,7 +177,7 @@ def fit(trainee: Trainee, weights: Weights) -> Fitted:
     elif recipe.epochs:
         fitted = _fit_epochs(trainee, weights)
     else:
-        fitted = Fitted(weights, best_score=-1.0, best_epoch=0, epochs=0)
+        fitted = Fitted(weights, score=-1.0, kept_epoch=0, epochs=0)
     if not recipe.focus_epochs:
         return fitted
     if is_first():
@@ -349,11 +356,11 @@ def _fit_part(part: Part, trainee: Trainee, weights: Weights) -> Fitted:
             if progress.epoch < part.looks:
                 log.say(f"Stopped early: no better dev score for {part.patience} epochs.")
         checkpoints.wait()
-        best_state = state
+        if _keeps_last(progress, part.looks, [len(split.ids) for split in dev.values()]):
+            return Fitted(_weights(state), progress.dev_score, progress.epoch, progress.epoch)
         if progress.best_step != int(state.step):
-            best_state, _ = checkpoints.restore(state, progress.best_step)
-    best_epoch = progress.best_step // steps_per_epoch
-    return Fitted(_weights(best_state), progress.best_score, best_epoch, progress.epoch)
+            state, _ = checkpoints.restore(state, progress.best_step)
+    return Fitted(_weights(state), progress.best_score, progress.best_step // steps_per_epoch, progress.epoch)
 
 
 def _has_head(weights: Weights) -> bool:
@@ -451,6 +458,17 @@ def _advance(progress: Progress, data: dict[str, Any], score: float, step: int) 
         best_step=step if better else progress.best_step,
         epochs_since_best=0 if better else progress.epochs_since_best + 1,
     )
+
+
+def _keeps_last(progress: Progress, looks: int, dev_sizes: Sequence[int]) -> bool:
+    """Whether a training that ran to its end keeps its last epoch: if no epoch was better by more than chance.
+
+    The learning rate has come down only there, while the highest of many dev scores is high by luck in part. Chance is
+    one standard error of the best score, taken as a mean over tasks of shares of `dev_sizes` examples.
+    """
+    share = min(max(progress.best_score, 0.0), 1.0)
+    variance = share * (1 - share) * sum(1 / size for size in dev_sizes) / len(dev_sizes) ** 2
+    return progress.epoch == looks and progress.dev_score >= progress.best_score - math.sqrt(variance)
 
 
 def _is_stuck(progress: Progress, patience: int) -> bool:
