@@ -135,7 +135,7 @@ class Recipe:
                 bounds = f"at least {low}" if high is None else f"between {low} and {high}"
                 raise InputError(f"{name} must be {bounds}; it is {value}.")
         if not self.epochs and not self.focus_epochs:
-            raise InputError("epochs and focus_epochs are both 0: there is nothing to train.")
+            raise InputError("epochs must be at least 1; it is 0.")  # else there is nothing to train
         names = [stage.name for stage in self.curriculum]
         for name in names:
             if names.count(name) > 1:

@@ -328,7 +328,7 @@ def test_what_cannot_be_trained_is_refused(tiny_encoder: Path, tmp_path: Path, f
     job, _ = finished
     with pytest.raises(InputError, match="is an INT8 bundle, which cannot be trained; name the float32 one"):
         choose_start(str(job.out / "bundle"))
-    with pytest.raises(InputError, match="epochs and focus_epochs are both 0: there is nothing to train"):
+    with pytest.raises(InputError, match="epochs must be at least 1; it is 0"):
         Recipe(epochs=0)
     nothing = make_job(tiny_encoder, tmp_path, epochs=0, focus_epochs=1)
     with pytest.raises(InputError, match="epochs is 0, which only a trained classifier can begin with"):
