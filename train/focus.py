@@ -34,9 +34,9 @@ from .evaluation import TokenizedSplit
 
 # Share of the steps with soft gates, and their temperature at both ends; it falls geometrically, and stays.
 SOFT_SHARE = 0.25
-# Share of the rows that stay soft in the rest.
-SOFT_ROWS = 0.5
 TEMPERATURES = (1.0, 0.1)
+# Share of the rows that stay soft in the other steps, and teach the gates there.
+SOFT_ROWS = 0.5
 # Share of the rows that keep everything, so that the dense classifier stays what it was.
 DENSE_ROWS = 0.2
 # The least that the last layer keeps, and the exponents that its budget falls with over the layers.
