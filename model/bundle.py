@@ -40,7 +40,7 @@ _WEIGHTS = "weights.safetensors"
 _KIND = FolderKind(
     noun="bundle",
     format="classer-bundle",
-    format_version=1,
+    format_version=2,
     manifest=MANIFEST,
     needed=(
         "encoder.json",
@@ -174,6 +174,10 @@ def load_bundle(path: Path) -> Bundle:
         weights = load_file(path / _WEIGHTS)
     except (OSError, SafetensorError) as e:
         raise InputError(f"{path / _WEIGHTS} cannot be read: {e}") from None
+    if manifest["format_version"] == 1 and encoder.gated:
+        # Those gates choose before a layer what they choose in the middle of it now; the dense classifier is the same.
+        encoder = dataclasses.replace(encoder, gated=False)
+        weights = {name: value for name, value in weights.items() if not name.startswith("encoder.gate_")}
     _check_weights(weights, encoder, taxonomy, precision, path / _WEIGHTS)
     golden = _read_golden(path / "golden.json", taxonomy)
     bundle = Bundle(

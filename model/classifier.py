@@ -13,8 +13,8 @@ from flax import linen as nn
 
 from . import sharding
 from .config import EncoderConfig
-from .encoder import Encoder, FocusDraw
-from .focus import Focus
+from .encoder import Encoder
+from .focus import Focus, FocusDraw
 from .layers import kernel_init
 from .quantize import Quantization
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..data.errors import InputError
+
+if TYPE_CHECKING:
+    import jax
 
 ComputeDtype = Literal["float32", "bfloat16"]
 
@@ -77,8 +80,8 @@ class EncoderConfig:
     def head_dim(self) -> int:
         return self.d_model // self.num_heads
 
-    def is_local(self, layer: int) -> bool:
-        """Whether a layer attends within its window only."""
+    def is_local(self, layer: jax.Array | int) -> jax.Array | bool:
+        """Whether a layer attends within its window only; of an index in a program, the program says."""
         return self.local_window > 0 and layer % self.global_every > 0
 
     def to_json(self) -> dict[str, Any]:

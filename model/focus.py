@@ -1,12 +1,12 @@
 """Focused Attention: which tokens a layer keeps. docs/focused-attention.md has the idea, the maths and the figures.
 
-A *focus* is one share a layer; a layer keeps that share of each row's own tokens, by the scores of its gate. Kept
-tokens stay in order and keep their positions; the others take no part in that layer or any after it. There are two
-ways to compute the same thing:
+A *focus* is one share a layer; a layer keeps that share of each row's own tokens, by the scores that its gate gives
+them after its attention. Kept tokens stay in order and keep their positions; the others take no part in its
+feed-forward or in any layer after it. There are two ways to compute the same thing:
 
-- `select` gathers the kept tokens into shorter rows of a static length, so that time falls: for serving.
-- `keep_bias` masks the others out, with shares that differ from row to row and may be drawn at random, and softly, for
-  gradients to reach the gate: for training.
+- `gather` puts the kept tokens into shorter rows of a static length, so that time falls: for serving.
+- `mask` leaves the others where they are, unseen by later layers, with shares that differ from row to row and may be
+  drawn at random, and softly, for gradients to reach the gate: for training.
 
 Axes: B batch, S sequence, K kept sequence.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,15 +27,17 @@ from ..data.errors import InputError
 UNITS = 1024
 # No row is cut below this many tokens: the two special ones, and some to read.
 MIN_KEPT = 8
-# A pyramid's layer keeps at least this share of what the one before it keeps.
+# A pyramid's layer keeps at least this share of what it reads.
 STEEPEST = 0.5
+# Added to the score of a key that takes no part. Finite, so that a row of padding alone gives uniform weights, not NaN.
+MASKED_SCORE = -1e9
 # The score of a token that is always kept, and minus that of one that never is. Finite: their differences are not NaN.
 SURE = 1e9
 
 
 def is_gate(weight: str) -> bool:
     """Whether a weight of that name is a gate's."""
-    return ".gate_" in weight
+    return ".gate." in weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +67,9 @@ class Focus:
 
     @classmethod
     def pyramid(cls, focus: float, num_layers: int) -> Focus:
-        """Keeps `focus` of all tokens on the mean over layers, each layer a constant factor less than the one before.
+        """Keeps `focus` of all tokens on the mean over layers, each layer a constant factor of what it reads.
 
-        The first layer reads everything, unless the others would then have to be cut by more than half each time.
+        Where that factor would be less than a half, it is a half, and the first layer is cut by more.
 
         Raises:
           InputError: `focus` is not in (0, 1].
@@ -77,7 +80,7 @@ class Focus:
             raise InputError(f"A focus is a share of the tokens, above 0 and at most 1; it is {focus:g}.")
 
         def mean(factor: float) -> float:
-            return sum(factor**layer for layer in range(num_layers)) / num_layers
+            return sum(factor ** (layer + 1) for layer in range(num_layers)) / num_layers
 
         low, high = STEEPEST, 1.0
         start = min(1.0, focus / mean(low))
@@ -85,7 +88,7 @@ class Focus:
             middle = (low + high) / 2
             low, high = (middle, high) if mean(middle) < focus else (low, middle)
         factor = high if start == 1 else STEEPEST
-        return cls.from_shares([start * factor**layer for layer in range(num_layers)])
+        return cls.from_shares([start * factor ** (layer + 1) for layer in range(num_layers)])
 
     @classmethod
     def parse(cls, text: str, num_layers: int) -> Focus:
@@ -122,6 +125,86 @@ class Focus:
     def budget(self, length: int) -> tuple[int, ...]:
         """The kept length of each layer for rows of `length` tokens: static, non-increasing."""
         return tuple(kept_length(length, share) for share in self.units)
+
+
+class FocusDraw(NamedTuple):
+    """A focus for training: drawn anew for each row and step.
+
+    Attributes:
+      units_BI: int32, what each row keeps in each of the I layers, in `focus.UNITS`, non-increasing along I.
+      temperature: of the gates' sigmoid.
+      hard_B: bool, the rows whose dropped tokens take no part at all.
+    """
+
+    units_BI: jax.Array
+    temperature: jax.Array
+    hard_B: jax.Array
+
+
+class Tokens(NamedTuple):
+    """The tokens that are left.
+
+    Attributes:
+      weights_BK: float32, their weights in a mean: 0 for padding, 1 for a real token (of a soft row, between them).
+      positions_BK: int32, their places in the text.
+      scores_BK: float32, by the last gate that cut.
+      bias_BK: float32, what is added to their attention scores as keys.
+    """
+
+    weights_BK: jax.Array
+    positions_BK: jax.Array
+    scores_BK: jax.Array
+    bias_BK: jax.Array
+
+
+def all_tokens(lengths_B: jax.Array, length: int) -> Tokens:
+    """Every token of rows of `length`, before anything is cut."""
+    shape = (lengths_B.shape[0], length)  # which may be symbolic, where `len` may not
+    positions_BS = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), shape)
+    real_BS = positions_BS < lengths_B[:, None]
+    bias_BS = jnp.where(real_BS, 0.0, MASKED_SCORE)
+    return Tokens(real_BS.astype(jnp.float32), positions_BS, jnp.zeros(shape, jnp.float32), bias_BS)
+
+
+def gather(
+    x_ND: jax.Array, tokens: Tokens, gate_BS: jax.Array, lengths_B: jax.Array, units: int, length: int
+) -> tuple[jax.Array, Tokens]:
+    """Each row's best tokens, in rows of `length`: what is served.
+
+    Args:
+      x_ND: activations.
+      tokens: what is left so far.
+      gate_BS: the gate's scores of them.
+      lengths_B: the rows' own lengths, before anything was cut.
+      units: the share of those to keep.
+      length: K, static, what the longest row keeps.
+    """
+    B, S = gate_BS.shape
+    left_B = tokens.weights_BK.sum(axis=1).astype(jnp.int32)
+    scores_BS = token_scores(gate_BS, left_B)
+    kept_B = kept_lengths(lengths_B, units)
+    indices_BK = select(scores_BS, kept_B, length)
+    kept_BK = jnp.arange(length) < kept_B[:, None]
+    gathered = Tokens(
+        weights_BK=kept_BK.astype(jnp.float32),
+        positions_BK=jnp.take_along_axis(tokens.positions_BK, indices_BK, axis=1),
+        scores_BK=jnp.take_along_axis(scores_BS, indices_BK, axis=1),
+        bias_BK=jnp.where(kept_BK, 0.0, MASKED_SCORE),
+    )
+    return x_ND[(jnp.arange(B)[:, None] * S + indices_BK).reshape(-1)], gathered
+
+
+def mask(tokens: Tokens, gate_BS: jax.Array, lengths_B: jax.Array, draw: FocusDraw, layer: jax.Array | int) -> Tokens:
+    """The same tokens left, with a budget for each row, in rows of the same length: what is trained."""
+    # In a hard row a token that was dropped stays so.
+    scores_BS = jnp.where(tokens.weights_BK > 0, token_scores(gate_BS, lengths_B), -SURE)
+    kept_B = kept_lengths(lengths_B, draw.units_BI[:, layer])
+    log_keep_BS = keep_bias(scores_BS, kept_B, draw.temperature, draw.hard_B)
+    return tokens._replace(
+        weights_BK=tokens.weights_BK * jnp.exp(log_keep_BS),
+        scores_BK=scores_BS,
+        bias_BK=jnp.maximum(tokens.bias_BK + log_keep_BS, MASKED_SCORE),
+    )
 
 
 def kept_length(length: int, units: int) -> int:

@@ -10,12 +10,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from . import ops, quantize, sharding
+from . import focus, ops, quantize, sharding
 from .config import EncoderConfig
+from .focus import MASKED_SCORE, FocusDraw, Tokens
 from .quantize import Quantization
 
-# Added to the score of a key that takes no part. Finite, so that a row of padding alone gives uniform weights, not NaN.
-MASKED_SCORE = -1e9
 # Up to so many tokens XLA's CPU programs keep the scores of a batch in the caches by themselves.
 MAX_TOGETHER = 256
 
@@ -223,7 +222,13 @@ class FeedForward(nn.Module):
 class EncoderLayer(nn.Module):
     """Attention and feed-forward, each with dropout and a residual sum, and a norm before it or after the sum.
 
-    The embeddings are normalised, so that a first layer with norms before has none for its attention.
+    Between the two a gate may leave out tokens (`focus`): what it scores then knows of the whole text. The embeddings
+    are normalised, so that a first layer with norms before has none for its attention.
+
+    Attributes:
+      config, quantization, dropout, by_text: as those of `Encoder`.
+      first: whether it is the first layer.
+      cut: the share to keep, in `focus.UNITS`, and the static length of what is kept; None keeps what is left.
     """
 
     config: EncoderConfig
@@ -231,24 +236,39 @@ class EncoderLayer(nn.Module):
     dropout: float
     first: bool = False
     by_text: bool = False
+    cut: tuple[int, int] | None = None
 
     @nn.compact
     def __call__(
-        self, x_ND: jax.Array, bias_BS: jax.Array, positions_BS: jax.Array, is_local: jax.Array | bool
-    ) -> jax.Array:
+        self, x_ND: jax.Array, tokens: Tokens, lengths_B: jax.Array, draw: FocusDraw | None, index: jax.Array | int
+    ) -> tuple[jax.Array, Tokens]:
         c = self.config
         x_ND = sharding.constrain(x_ND, "batch", None)
         dropout = Dropout(self.dropout)
         attention = Attention(c, self.quantization, self.dropout, self.by_text, name="attention")
         feed_forward = FeedForward(c, self.quantization, name="feed_forward")
+        normed_ND = Norm(c, name="attention_norm")(x_ND) if c.pre_norm and not self.first else x_ND
+        x_ND += dropout(attention(normed_ND, tokens.bias_BK, tokens.positions_BK, c.is_local(index)))
+        if not c.pre_norm:
+            x_ND = Norm(c, name="attention_norm")(x_ND)
+        x_ND, tokens = self._focused(x_ND, tokens, lengths_B, draw, index)
+        feed_forward_norm = Norm(c, name="feed_forward_norm")
         if c.pre_norm:
-            normed_ND = x_ND if self.first else Norm(c, name="attention_norm")(x_ND)
-            x_ND += dropout(attention(normed_ND, bias_BS, positions_BS, is_local))
-            return x_ND + dropout(feed_forward(Norm(c, name="feed_forward_norm")(x_ND)))
-        x_ND += dropout(attention(x_ND, bias_BS, positions_BS, is_local))
-        x_ND = Norm(c, name="attention_norm")(x_ND)
-        x_ND += dropout(feed_forward(x_ND))
-        return Norm(c, name="feed_forward_norm")(x_ND)
+            return x_ND + dropout(feed_forward(feed_forward_norm(x_ND))), tokens
+        return feed_forward_norm(x_ND + dropout(feed_forward(x_ND))), tokens
+
+    def _focused(
+        self, x_ND: jax.Array, tokens: Tokens, lengths_B: jax.Array, draw: FocusDraw | None, index: jax.Array | int
+    ) -> tuple[jax.Array, Tokens]:
+        """What the gate leaves; it is there, and computed, only where it is needed."""
+        if not self.config.gated or (self.cut is None and draw is None and not self.is_initializing()):
+            return x_ND, tokens
+        gate_BS = Gate(name="gate")(x_ND).reshape(tokens.bias_BK.shape)
+        if self.cut is not None:
+            return focus.gather(x_ND, tokens, gate_BS, lengths_B, *self.cut)
+        if draw is not None:
+            tokens = focus.mask(tokens, gate_BS, lengths_B, draw, index)
+        return x_ND, tokens
 
 
 class Gate(nn.Module):

@@ -66,7 +66,7 @@ def with_gates(bundle: Bundle) -> Bundle:
     rng = np.random.default_rng(0)
     encoder = dataclasses.replace(bundle.encoder, gated=True)
     gates = {
-        f"encoder.gate_{i}.direction": rng.normal(size=encoder.d_model).astype(np.float32)
+        f"encoder.layer_{i}.gate.direction": rng.normal(size=encoder.d_model).astype(np.float32)
         for i in range(encoder.num_layers)
     }
     return dataclasses.replace(bundle, encoder=encoder, weights={**bundle.weights, **gates})

@@ -25,8 +25,7 @@ from ..data.soft_labels import SMALLEST
 from ..data.taxonomy import Task, Taxonomy
 from ..model.config import EncoderConfig
 from ..model.decode import Calibration, probabilities
-from ..model.encoder import FocusDraw
-from ..model.focus import UNITS
+from ..model.focus import UNITS, FocusDraw
 from ..model.predict import Predictor
 from ..model.quantize import Weights
 from .config import Recipe
@@ -42,8 +41,6 @@ DENSE_ROWS = 0.2
 # The least that the last layer keeps, and the exponents that its budget falls with over the layers.
 MIN_END = 0.03
 SHAPES = (0.5, 1.5)
-# Share of the rows whose first layer drops tokens too, and the least that it keeps.
-CUT_FIRST, MIN_START = 0.1, 0.4
 # What the dense classifier's answer weighs in a target; the label has the rest.
 TEACHER_SHARE = 0.7
 # Of so many labels the least probable ones are not kept.
@@ -53,7 +50,7 @@ DEV_FOCUSES = (1.0, 0.35)
 
 
 def draw_focus(rng: jax.Array, num_rows: int, num_layers: int, done: jax.Array) -> FocusDraw:
-    """A random budget for each row: what layer i of I keeps falls as start · (end / start)^((i / (I − 1))^shape).
+    """A random budget for each row: of layers 1 to I, layer i keeps the share end^((i / I)^shape).
 
     Args:
       rng: a key; the draw is a function of it.
@@ -61,18 +58,15 @@ def draw_focus(rng: jax.Array, num_rows: int, num_layers: int, done: jax.Array) 
       num_layers: I.
       done: the share of the training's steps that are done, in [0, 1].
     """
-    keys = jax.random.split(rng, 6)
-    log_start_B1 = jax.random.uniform(keys[0], (num_rows, 1), minval=np.log(MIN_START), maxval=0.0)
-    log_start_B1 = jnp.where(jax.random.bernoulli(keys[1], CUT_FIRST, (num_rows, 1)), log_start_B1, 0.0)
-    log_end_B1 = jnp.minimum(jax.random.uniform(keys[2], (num_rows, 1), minval=np.log(MIN_END)), log_start_B1)
-    shape_B1 = jax.random.uniform(keys[3], (num_rows, 1), minval=SHAPES[0], maxval=SHAPES[1])
-    depth_BI = (jnp.arange(num_layers) / max(num_layers - 1, 1)) ** shape_B1
-    shares_BI = jnp.exp(log_start_B1 + (log_end_B1 - log_start_B1) * depth_BI)
-    dense_B1 = jax.random.bernoulli(keys[4], DENSE_ROWS, (num_rows, 1))
+    keys = jax.random.split(rng, 4)
+    log_end_B1 = jax.random.uniform(keys[0], (num_rows, 1), minval=np.log(MIN_END), maxval=0.0)
+    shape_B1 = jax.random.uniform(keys[1], (num_rows, 1), minval=SHAPES[0], maxval=SHAPES[1])
+    shares_BI = jnp.exp(log_end_B1 * (jnp.arange(1, num_layers + 1) / num_layers) ** shape_B1)
+    dense_B1 = jax.random.bernoulli(keys[2], DENSE_ROWS, (num_rows, 1))
     units_BI = jnp.where(dense_B1, UNITS, jnp.maximum(1, jnp.round(shares_BI * UNITS))).astype(jnp.int32)
     first, last = TEMPERATURES
     temperature = first * (last / first) ** jnp.minimum(done / SOFT_SHARE, 1.0)
-    hard_B = (done >= SOFT_SHARE) & jax.random.bernoulli(keys[5], 1 - SOFT_ROWS, (num_rows,))
+    hard_B = (done >= SOFT_SHARE) & jax.random.bernoulli(keys[3], 1 - SOFT_ROWS, (num_rows,))
     return FocusDraw(units_BI, temperature, hard_B)
 
 

@@ -2,7 +2,7 @@
 
 A greedy search from the dense classifier downwards. Each step tries to cut each layer (and those after it that would
 keep more) and takes the cut that saves the most time for the least divergence from the dense answers. Answers come from
-the masked computation (`focus.keep_bias`), so that one program tries every budget.
+the masked computation (`focus.mask`), so that one program tries every budget.
 
 Axes: B batch, N texts, L labels of one task, I layers.
 """
@@ -25,10 +25,9 @@ from ..data.errors import InputError
 from ..data.taxonomy import Task
 from ..model.bundle import Bundle
 from ..model.classifier import TextClassifier
-from ..model.config import ComputeDtype
+from ..model.config import ComputeDtype, EncoderConfig
 from ..model.decode import probabilities
-from ..model.encoder import FocusDraw
-from ..model.focus import UNITS, Focus, kept_length
+from ..model.focus import UNITS, Focus, FocusDraw, kept_length
 from ..model.quantize import Quantization, variables
 from .evaluation import TokenizedSplit, measure
 
@@ -190,10 +189,14 @@ class _Answers:
 
 @dataclasses.dataclass(frozen=True)
 class _CostModel:
-    """Seconds that a layer takes for a text of n tokens: linear · n + quadratic · n²."""
+    """Seconds that a layer takes for n tokens of a text of which m are left after its attention.
 
-    linear: float
+    attention · n + quadratic · n² + feed_forward · m
+    """
+
+    attention: float
     quadratic: float
+    feed_forward: float
 
     @classmethod
     def measured(cls, bundle: Bundle, compute_dtype: ComputeDtype, max_length: int) -> _CostModel:
@@ -213,11 +216,19 @@ class _CostModel:
         n = np.array(lengths, float)
         # Relative errors count alike for short and long texts; neither part is negative.
         (linear, quadratic), _ = nnls(np.stack([n, n**2], axis=1) / np.array(seconds)[:, None], np.ones(len(n)))
-        return cls(float(linear), float(quadratic))
+        share = _attention_share(bundle.encoder)
+        return cls(float(share * linear), float(quadratic), float((1 - share) * linear))
 
     def __call__(self, focus: Focus, lengths_N: np.ndarray) -> float:
         """Mean seconds a text."""
         values, counts = np.unique(lengths_N, return_counts=True)
         kept_IN = np.array([[kept_length(int(n), units) for n in values] for units in focus.units], float)
-        seconds_IN = self.linear * kept_IN + self.quadratic * kept_IN**2
+        read_IN = np.concatenate([values[None], kept_IN[:-1]])
+        seconds_IN = self.attention * read_IN + self.quadratic * read_IN**2 + self.feed_forward * kept_IN
         return float((seconds_IN @ counts).sum() / counts.sum())
+
+
+def _attention_share(encoder: EncoderConfig) -> float:
+    """What attention's products have of the multiplications that a layer does for each token."""
+    attention = 4 * encoder.d_model
+    return attention / (attention + (2 + (encoder.activation != "gelu")) * encoder.d_ff)

@@ -23,8 +23,7 @@ from ..data.shards import ShardBatches, ShardCurriculum, Shards
 from ..data.taxonomy import Taxonomy
 from ..model.classifier import TextClassifier
 from ..model.config import EncoderConfig
-from ..model.encoder import FocusDraw
-from ..model.focus import is_gate
+from ..model.focus import FocusDraw, is_gate
 from ..model.quantize import Weights, flatten
 from ..model.sharding import Layout, make_layout
 from ..model.stacking import stack_layers, unstack_layers

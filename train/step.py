@@ -12,7 +12,7 @@ import optax
 
 from ..data.taxonomy import LabelTable
 from ..model.classifier import TextClassifier
-from ..model.encoder import FocusDraw
+from ..model.focus import FocusDraw
 from ..model.sharding import Layout
 from .losses import SoftTargets, answers, classification_loss, teacher_loss
 

@@ -16,8 +16,7 @@ import numpy as np
 from classer.data.taxonomy import Label, Task, TaskKind, Taxonomy
 from classer.model.classifier import TextClassifier
 from classer.model.config import EncoderConfig
-from classer.model.encoder import FocusDraw
-from classer.model.focus import UNITS
+from classer.model.focus import UNITS, FocusDraw
 from classer.model.sharding import Layout, make_layout, to_host
 from classer.train.losses import classification_loss
 

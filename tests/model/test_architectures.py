@@ -18,8 +18,8 @@ from classer.data.errors import InputError
 from classer.model import layers, ops
 from classer.model.classifier import TextClassifier
 from classer.model.config import NATIVE_SIZES, EncoderConfig, native
-from classer.model.encoder import Encoder, FocusDraw
-from classer.model.focus import Focus
+from classer.model.encoder import Encoder
+from classer.model.focus import Focus, FocusDraw
 from classer.model.layers import rotate
 from classer.model.predict import Predictor
 from classer.model.pretrained import load_encoder, save_encoder

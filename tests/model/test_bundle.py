@@ -19,6 +19,7 @@ from classer.data.errors import InputError
 from classer.data.fetch import sha256_of
 from classer.model import bundle as bundle_module
 from classer.model.bundle import Bundle, load_bundle, quantize, save_bundle
+from classer.model.focus import Focus
 from classer.model.manifest import content_hash
 
 TEXTS = ("my card has not arrived", "", "rain , storm and snow where is the money")
@@ -188,9 +189,26 @@ def test_a_manifest_of_something_else_is_refused(tmp_path: Path, text: str, says
 
 
 def test_a_newer_format_is_refused(copy: Path) -> None:
-    change_manifest(copy, lambda manifest: manifest.update(format_version=2))
-    with pytest.raises(InputError, match=r"has bundle format 2; this Classer reads up to 1\. Upgrade Classer"):
+    change_manifest(copy, lambda manifest: manifest.update(format_version=3))
+    with pytest.raises(InputError, match=r"has bundle format 3; this Classer reads up to 2\. Upgrade Classer"):
         load_bundle(copy)
+
+
+def test_the_first_format_is_read_without_its_gates(copy: Path, saved: dict[str, Bundle]) -> None:
+    """They chose before a layer; to use them in its middle would be silently wrong."""
+
+    def with_earlier_gates(weights: dict[str, np.ndarray]) -> None:
+        for i in range(saved["float32"].encoder.num_layers):
+            weights[f"encoder.gate_{i}.direction"] = np.ones(saved["float32"].encoder.d_model, np.float32)
+
+    change_json(copy / "encoder.json", lambda encoder: encoder.update(gated=True))
+    change_weights(copy, with_earlier_gates)
+    change_manifest(copy, lambda manifest: manifest.update(format_version=1))
+    bundle = load_bundle(copy)
+    assert bundle.encoder == saved["float32"].encoder
+    assert bundle.weights.keys() == saved["float32"].weights.keys()
+    with pytest.raises(InputError, match="not trained for focus"):
+        bundle.predictor(focus=Focus.pyramid(0.5, bundle.encoder.num_layers))
 
 
 @pytest.mark.parametrize("name", sorted(FILES - {"bundle.json"}))

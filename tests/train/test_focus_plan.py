@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -10,10 +11,11 @@ from scipy.sparse import csr_array
 
 from classer.data.errors import InputError
 from classer.model.bundle import Bundle
+from classer.model.config import EncoderConfig
 from classer.model.focus import UNITS, Focus
 from classer.tests.helpers import with_gates
 from classer.train.evaluation import TokenizedSplit
-from classer.train.focus_plan import MAX_SPEEDUP, greedy_path, plan_focus
+from classer.train.focus_plan import MAX_SPEEDUP, _attention_share, _CostModel, greedy_path, plan_focus
 
 DENSE = Focus.pyramid(1, 4)
 
@@ -40,6 +42,21 @@ def test_the_path_ends_where_nothing_is_left_to_cut() -> None:
     path = list(greedy_path(lambda focus: 1.0, cost, DENSE))
     assert len(path) < 200
     assert path[-1].mean_share < 0.05
+
+
+def test_a_cut_spares_its_own_feed_forward_and_all_of_later_layers() -> None:
+    cost = _CostModel(attention=1.0, quadratic=0.0, feed_forward=2.0)
+    lengths_N = np.array([100])
+    assert cost(Focus.from_shares([1, 1]), lengths_N) == pytest.approx(600)
+    assert cost(Focus.from_shares([1, 0.5]), lengths_N) == pytest.approx(500)
+    assert cost(Focus.from_shares([0.5, 0.5]), lengths_N) == pytest.approx(100 + 100 + 50 + 100)
+
+
+def test_attention_has_a_third_of_the_products_of_a_bert_layer() -> None:
+    bert = EncoderConfig(vocab_size=100, num_layers=6, d_model=384, num_heads=12, d_ff=1536)
+    assert _attention_share(bert) == pytest.approx(1 / 3)
+    gated_unit = dataclasses.replace(bert, activation="swiglu", d_ff=1024)
+    assert _attention_share(gated_unit) == pytest.approx(1 / 3)
 
 
 @pytest.fixture(scope="module")

@@ -156,7 +156,7 @@ def uninterrupted_focus(gated, tmp_path_factory: pytest.TempPathFactory) -> Fitt
 def test_training_to_focus_moves_the_gates_and_is_measured_at_both_ends(gated, tmp_path: Path, capsys) -> None:
     dense = run(gated, tmp_path / "dense", dataclasses.replace(FOCUSED, focus_epochs=0))
     fitted = run(gated, tmp_path / "focused", FOCUSED)
-    gates = [name for name in fitted.weights if ".gate_" in name]
+    gates = [name for name in fitted.weights if is_gate(name)]
     assert len(gates) == gated[0].num_layers
     for name in gates:
         assert not dense.weights[name].any()

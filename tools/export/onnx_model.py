@@ -75,10 +75,7 @@ class _Builder:
         x_ND = self._embeddings()
         for i in range(c.num_layers):
             g.scope(f"layer_{i}")
-            before = self.focus.units[i - 1] if i else UNITS
-            if self.focus.units[i] < before:
-                x_ND, tokens = self._gather(x_ND, tokens, i)
-            x_ND = self._layer(x_ND, tokens, i)
+            x_ND, tokens = self._layer(x_ND, tokens, i)
         g.scope("")
         if c.pre_norm:
             x_ND = self._norm(x_ND, "encoder.final_norm")
@@ -151,16 +148,20 @@ class _Builder:
         mean = g.op("ReduceMean", square, g.constant([-1], "int64"), keepdims=1)
         return g.op("Sqrt", g.op("Add", mean, g.constant(eps, "float32")))
 
-    def _layer(self, x_ND: str, tokens: _Tokens, i: int) -> str:
+    def _layer(self, x_ND: str, tokens: _Tokens, i: int) -> tuple[str, _Tokens]:
+        """`layers.EncoderLayer`."""
         g, c, name = self.g, self.config, f"encoder.layer_{i}"
+        normed_ND = self._norm(x_ND, f"{name}.attention_norm") if c.pre_norm and i else x_ND
+        x_ND = g.op("Add", x_ND, self._attention(normed_ND, tokens, i))
+        if not c.pre_norm:
+            x_ND = self._norm(x_ND, f"{name}.attention_norm")
+        if self.focus.units[i] < (self.focus.units[i - 1] if i else UNITS):
+            x_ND, tokens = self._gather(x_ND, tokens, i)
         if c.pre_norm:
-            normed_ND = self._norm(x_ND, f"{name}.attention_norm") if i else x_ND
-            x_ND = g.op("Add", x_ND, self._attention(normed_ND, tokens, i))
             normed_ND = self._norm(x_ND, f"{name}.feed_forward_norm")
-            return g.op("Add", x_ND, self._feed_forward(normed_ND, f"{name}.feed_forward"))
-        x_ND = self._norm(g.op("Add", x_ND, self._attention(x_ND, tokens, i)), f"{name}.attention_norm")
-        hidden_ND = self._feed_forward(x_ND, f"{name}.feed_forward")
-        return self._norm(g.op("Add", x_ND, hidden_ND), f"{name}.feed_forward_norm")
+            return g.op("Add", x_ND, self._feed_forward(normed_ND, f"{name}.feed_forward")), tokens
+        x_ND = g.op("Add", x_ND, self._feed_forward(x_ND, f"{name}.feed_forward"))
+        return self._norm(x_ND, f"{name}.feed_forward_norm"), tokens
 
     def _attention(self, x_ND: str, tokens: _Tokens, i: int) -> str:
         g, c, name = self.g, self.config, f"encoder.layer_{i}.attention"
@@ -270,7 +271,7 @@ class _Builder:
         return g.op("Mul", g.op("Mul", sums_NF, g.op("Mul", self.one, scale_F)), scale_N1)
 
     def _gather(self, x_ND: str, tokens: _Tokens, i: int) -> tuple[str, _Tokens]:
-        """Each row's best tokens, as `encoder._gather` and `focus.select`; ties go to the earlier token in both."""
+        """Each row's best tokens, as `focus.gather`; ties go to the earlier token in both."""
         g, units, x_BSD = self.g, self.focus.units[i], self._by_text(x_ND)
         columns = g.dimension(x_BSD, 1)
         scores_BS = self._gate(x_BSD, tokens, i)
@@ -290,9 +291,9 @@ class _Builder:
     def _gate(self, x_BSD: str, tokens: _Tokens, i: int) -> str:
         """`layers.Gate` and `focus.token_scores`."""
         g, x_BSD = self.g, self._to_float(x_BSD)
-        direction_D1 = self.weights[f"encoder.gate_{i}.direction"][:, None] * self.config.d_model**0.5
+        direction_D1 = self.weights[f"encoder.layer_{i}.gate.direction"][:, None] * self.config.d_model**0.5
         normed_BSD = g.op("Div", x_BSD, self._root_mean_square(x_BSD, GATE_EPS))
-        direction = g.constant(direction_D1, "float32", f"encoder.gate_{i}.direction")
+        direction = g.constant(direction_D1, "float32", f"encoder.layer_{i}.gate.direction")
         gate_BS = g.op("Squeeze", g.op("MatMul", normed_BSD, direction), g.constant([2], "int64"))
         left_B1 = g.op("ReduceSum", tokens.weights_BK, g.constant([1], "int64"), keepdims=1)
         last_B1 = g.op("Sub", g.cast(left_B1, "int64"), g.constant(1, "int64"))
