@@ -29,7 +29,8 @@ from flax import traverse_util
 from ..data.errors import InputError
 from . import ops
 from .config import EncoderConfig, native_like
-from .layers import MASKED_SCORE, Attention, Embeddings
+from .focus import MASKED_SCORE
+from .layers import Attention, Embeddings
 from .quantize import Quantization, Weights
 
 GELU_SLOPE = 1.702

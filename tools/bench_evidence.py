@@ -107,7 +107,7 @@ def main(argv: Sequence[str]) -> None:
 def kept_words(bundle: Bundle, texts: Sequence[np.ndarray], share: float) -> list[np.ndarray]:
     """The places, special tokens left out, that the last layer reads at a focus which falls to `share`."""
     num_layers = bundle.encoder.num_layers
-    focus = Focus.from_shares([share ** (layer / max(num_layers - 1, 1)) for layer in range(num_layers)])
+    focus = Focus.from_shares([share ** (layer / num_layers) for layer in range(1, num_layers + 1)])
     predictor = bundle.predictor(focus=focus)
     places: list[np.ndarray] = []
     for row in texts:

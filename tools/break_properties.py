@@ -1,12 +1,13 @@
 """Breaks named properties on purpose, one at a time in a copy of the checkout, and shows which test fails.
 
-    .venv/bin/python tools/break_properties.py > docs/properties.md
+    .venv/bin/python tools/break_properties.py [PART OF A NAME ...]
 
 A property whose break no test notices is a hole in the tests: the command then exits with 1.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 import re
@@ -99,14 +100,14 @@ BREAKS = (
     ),
     Break(
         "padding takes no part in attention",
-        "model/encoder.py",
+        "model/focus.py",
         "jnp.where(real_BS, 0.0, MASKED_SCORE)",
         "jnp.where(real_BS, 0.0, 0.0)",
         "tests/model/test_encoder.py",
     ),
     Break(
         "a row of padding alone is finite",
-        "model/layers.py",
+        "model/focus.py",
         "MASKED_SCORE = -1e9",
         'MASKED_SCORE = float("-inf")',
         "tests/model/test_encoder.py",
@@ -120,16 +121,23 @@ BREAKS = (
     ),
     Break(
         "a kept token keeps its position",
-        "model/encoder.py",
+        "model/focus.py",
         "positions_BK=jnp.take_along_axis(tokens.positions_BK, indices_BK, axis=1)",
         "positions_BK=tokens.positions_BK[:, :length]",
         "tests/model/test_focus.py",
     ),
     Break(
         "a row keeps a share of its own length",
-        "model/encoder.py",
+        "model/focus.py",
         "kept_B = kept_lengths(lengths_B, units)",
         "kept_B = jnp.minimum(left_B, length)",
+        "tests/model/test_focus.py",
+    ),
+    Break(
+        "a layer drops tokens before its feed-forward",
+        "model/layers.py",
+        "        x_ND, tokens = self._focused(x_ND, tokens, lengths_B, draw, index)\n        feed_forward_norm",
+        "        feed_forward_norm",
         "tests/model/test_focus.py",
     ),
     Break(
@@ -255,11 +263,19 @@ BREAKS = (
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help="break only properties with one of these in their names"
+    )
+    parts = parser.parse_args().parts
+    chosen = [item for item in BREAKS if not parts or any(part in item.name for part in parts)]
+    if not chosen:
+        parser.error(f"no property has {' or '.join(parts)} in its name")
     missed = []
     print("# Properties and the tests that hold them\n")
     print("Made by `tools/break_properties.py`, which breaks each property in a copy and runs its tests.\n")
     print("| property | broken on purpose in | tests that then fail |\n|---|---|---|")
-    for item in tqdm(BREAKS, unit="break"):
+    for item in tqdm(chosen, unit="break"):
         failed = failing_tests(item)
         if not failed:
             missed.append(item.name)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,36 @@ class Progress:
     best_score: float
     best_step: int
     epochs_since_best: int
+
+    def after_epoch(self, data: dict[str, Any], score: float, step: int) -> Progress:
+        """Where the run stands an epoch later, at `step` steps and this position in the data, with this dev score."""
+        better = score > self.best_score
+        return Progress(
+            epoch=self.epoch + 1,
+            data=data,
+            dev_score=score,
+            best_score=max(score, self.best_score),
+            best_step=step if better else self.best_step,
+            epochs_since_best=0 if better else self.epochs_since_best + 1,
+        )
+
+    def is_stuck(self, patience: int) -> bool:
+        """Whether so many epochs, if any at all are asked for, have brought nothing better."""
+        return patience > 0 and self.epochs_since_best >= patience
+
+    def keeps_last(self, looks: int, dev_sizes: Sequence[int]) -> bool:
+        """Whether a training that ran to its end keeps its last epoch: if no epoch was better by more than chance.
+
+        The learning rate has come down only there, while the highest of many dev scores is high by luck in part.
+
+        Args:
+          looks: epochs that the whole training has.
+          dev_sizes: examples of each task that the score is a mean over. Chance is one standard error of the best
+            score, taken as a mean of shares of these.
+        """
+        share = min(max(self.best_score, 0.0), 1.0)
+        variance = share * (1 - share) * sum(1 / size for size in dev_sizes) / len(dev_sizes) ** 2
+        return self.epoch == looks and self.dev_score >= self.best_score - math.sqrt(variance)
 
 
 class Checkpoints:

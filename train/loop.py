@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -161,8 +161,8 @@ def fit(trainee: Trainee, weights: Weights) -> Fitted:
 
     Returns:
       The weights of the last part's last epoch, or of the one with the best dev score where that is better by more than
-      a standard error (see `_keeps_last`). The score is the mean over tasks of accuracy, or micro-F1 of a multilabel
-      task, and after training for focus over `focus.DEV_FOCUSES` too.
+      a standard error (see `Progress.keeps_last`). The score is the mean over tasks of accuracy, or micro-F1 of a
+      multilabel task, and after training for focus over `focus.DEV_FOCUSES` too.
 
     Raises:
       InputError: the loss became NaN or infinite; the checkpoints in `out` are of other examples or another seed; a
@@ -345,17 +345,17 @@ def _fit_part(part: Part, trainee: Trainee, weights: Weights) -> Fitted:
         with open_log(part.folder, batches.num_steps, start_step=int(state.step)) as log:
             if restored is not None:
                 log.say(f"Going on after epoch {progress.epoch} (step {int(state.step):,}).")
-            while progress.epoch < part.looks and not _is_stuck(progress, part.patience):
+            while progress.epoch < part.looks and not progress.is_stuck(part.patience):
                 state = _train_epoch(train_step, state, iterator, steps_per_epoch, schedule, log, after_step)
                 score = look(_weights(state), int(state.step), log)
-                progress = _advance(progress, iterator.get_state(), score, int(state.step))
+                progress = progress.after_epoch(iterator.get_state(), score, int(state.step))
                 checkpoints.save(state, progress)
                 best = " (best so far)" if progress.epochs_since_best == 0 else ""
                 log.say(f"epoch {progress.epoch}/{part.looks} · dev {look.sentence}{best}")
             if progress.epoch < part.looks:
                 log.say(f"Stopped early: no better dev score for {part.patience} epochs.")
         checkpoints.wait()
-        if _keeps_last(progress, part.looks, [len(split.ids) for split in dev.values()]):
+        if progress.keeps_last(part.looks, [len(split.ids) for split in dev.values()]):
             return Fitted(_weights(state), progress.dev_score, progress.epoch, progress.epoch)
         if progress.best_step != int(state.step):
             state, _ = checkpoints.restore(state, progress.best_step)
@@ -445,30 +445,3 @@ def _train_epoch(
         after_step(state, step, step % num_steps == 0)
     report()
     return state
-
-
-def _advance(progress: Progress, data: dict[str, Any], score: float, step: int) -> Progress:
-    better = score > progress.best_score
-    return Progress(
-        epoch=progress.epoch + 1,
-        data=data,
-        dev_score=score,
-        best_score=max(score, progress.best_score),
-        best_step=step if better else progress.best_step,
-        epochs_since_best=0 if better else progress.epochs_since_best + 1,
-    )
-
-
-def _keeps_last(progress: Progress, looks: int, dev_sizes: Sequence[int]) -> bool:
-    """Whether a training that ran to its end keeps its last epoch: if no epoch was better by more than chance.
-
-    The learning rate has come down only there, while the highest of many dev scores is high by luck in part. Chance is
-    one standard error of the best score, taken as a mean over tasks of shares of `dev_sizes` examples.
-    """
-    share = min(max(progress.best_score, 0.0), 1.0)
-    variance = share * (1 - share) * sum(1 / size for size in dev_sizes) / len(dev_sizes) ** 2
-    return progress.epoch == looks and progress.dev_score >= progress.best_score - math.sqrt(variance)
-
-
-def _is_stuck(progress: Progress, patience: int) -> bool:
-    return patience > 0 and progress.epochs_since_best >= patience

@@ -272,7 +272,7 @@ def _layer_outputs(
         mutable=["intermediates"],
     )
     layers = cast(Any, captured)["intermediates"]
-    return [layers[f"layer_{i}"]["__call__"][0] for i in range(config.num_layers)]
+    return [layers[f"layer_{i}"]["__call__"][0][0] for i in range(config.num_layers)]
 
 
 def _likeness(

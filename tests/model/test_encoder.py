@@ -43,8 +43,8 @@ def our_layers(
         )
 
     encoded, captured = apply(params, tokens_BS, lengths_B)
-    names = ["embeddings", *(f"layer_{i}" for i in range(config.num_layers))]
-    layers: list[Any] = [captured["intermediates"][name]["__call__"][0] for name in names]
+    outputs: dict[str, Any] = {name: found.get("__call__") for name, found in captured["intermediates"].items()}
+    layers = [outputs["embeddings"][0], *(outputs[f"layer_{i}"][0][0] for i in range(config.num_layers))]
     layers = [np.asarray(x, np.float32).reshape(*tokens_BS.shape, -1) for x in layers]
     np.testing.assert_array_equal(layers[-1], np.asarray(encoded.hidden_BKD, np.float32))
     return layers

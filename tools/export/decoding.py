@@ -14,7 +14,7 @@ import numpy as np
 
 from classer.data.taxonomy import Task, TaskKind, Taxonomy
 from classer.model.decode import Calibration
-from classer.model.layers import MASKED_SCORE
+from classer.model.focus import MASKED_SCORE
 
 
 class Tree(NamedTuple):

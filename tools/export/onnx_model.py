@@ -19,8 +19,7 @@ import onnx
 
 from classer.data.taxonomy import Task, TaskKind
 from classer.model.bundle import Bundle
-from classer.model.focus import MIN_KEPT, SURE, UNITS, Focus
-from classer.model.layers import MASKED_SCORE
+from classer.model.focus import MASKED_SCORE, MIN_KEPT, SURE, UNITS, Focus
 
 from .decoding import tree_of
 from .graph import Graph
