@@ -43,8 +43,9 @@ def our_layers(
         )
 
     encoded, captured = apply(params, tokens_BS, lengths_B)
-    outputs: dict[str, Any] = {name: found.get("__call__") for name, found in captured["intermediates"].items()}
-    layers = [outputs["embeddings"][0], *(outputs[f"layer_{i}"][0][0] for i in range(config.num_layers))]
+    found: Any = captured["intermediates"]
+    layers = [found["embeddings"]["__call__"][0]]
+    layers += [found[f"layer_{i}"]["__call__"][0][0] for i in range(config.num_layers)]
     layers = [np.asarray(x, np.float32).reshape(*tokens_BS.shape, -1) for x in layers]
     np.testing.assert_array_equal(layers[-1], np.asarray(encoded.hidden_BKD, np.float32))
     return layers
