@@ -330,7 +330,7 @@ def test_a_damaged_bundle(command: str, trained: Trained, tmp_path: Path, refuse
     file.unlink()
     assert refused(command, bundle, *more) == "bundle is damaged: weights.safetensors is missing."
     file.write_bytes(whole)
-    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 2'))
+    manifest.write_text(manifest.read_text().replace('"format_version": 2', '"format_version": 3'))
     assert "Upgrade Classer to load it." in refused(command, bundle, *more)
 
 
