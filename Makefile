@@ -24,7 +24,7 @@ test: .venv/.stamp-dev ## run the quick tests
 	XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=1" $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-slow: .venv/.stamp-dev ## run the tests that take minutes each
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m slow -o faulthandler_timeout=0 $(ARGS)
 
 check: .venv/.stamp-dev | .pyright/classer ## check format, lint and types
 	$(BIN)/ruff format --check .
