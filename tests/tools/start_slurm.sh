@@ -38,7 +38,8 @@ PartitionName=main Nodes=$host Default=YES MaxTime=INFINITE State=UP
 CONF
 export SLURM_CONF=$folder/slurm.conf
 
-trap 'kill $(jobs -p) 2>/dev/null; wait' EXIT
+# Jobs outlive the daemons, if nobody cancels them.
+trap 'timeout 10 scancel --user="$(id -un)" 2>/dev/null; sleep 1; kill $(jobs -p) 2>/dev/null; wait' EXIT
 trap 'exit 0' TERM INT
 munged --foreground --force --key-file="$folder/munge.key" --socket="$folder/munge.socket" \
   --pid-file="$folder/munged.pid" --log-file="$folder/munged.log" --seed-file="$folder/munged.seed" 2>"$folder/munged.err" &
@@ -46,7 +47,8 @@ for _ in $(seq 100); do [ -S "$folder/munge.socket" ] && break; sleep 0.1; done
 slurmctld -D -i >"$folder/slurmctld.out" 2>&1 &
 slurmd -D >"$folder/slurmd.out" 2>&1 &
 for _ in $(seq 300); do
-  if sinfo --noheader --format=%T 2>/dev/null | grep -q idle; then
+  [ "$(jobs -pr | wc -l)" = 3 ] || break # one has ended, with its reason in its log
+  if timeout 5 sinfo --noheader --format=%T 2>/dev/null | grep -q idle; then
     echo ready
     wait
     exit
