@@ -29,7 +29,7 @@ import tyro
 
 from classer.data.readers import read_task_folder
 from classer.model.bundle import load_bundle
-from classer.tools.bench_serving import call
+from classer.tools.bench_serving import call, run_caller
 
 try:
     import litserve as lit  # pyright: ignore[reportMissingImports]
@@ -198,26 +198,12 @@ def call_http(
     address: str, callers: int, batch: int, seconds: float, texts: Sequence[str]
 ) -> tuple[float, float, float]:
     """`bench_serving.call` for HTTP, likewise in a process of its own."""
-    arguments = json.dumps([address, callers, batch, seconds, list(texts)])
-    command = [sys.executable, __file__, "call", "--arguments", arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=seconds + 120)
-    rate, p50, p99 = json.loads(done.stdout)
-    return rate, p50, p99
+    return run_caller([sys.executable, __file__, "call"], address, callers, batch, seconds, texts)
 
 
-@dataclasses.dataclass(frozen=True)
-class CallHttp:
-    """Calls one HTTP server for some seconds.
-
-    Attributes:
-      arguments: address, callers, texts of a call (0: one), seconds and texts, as JSON.
-    """
-
-    arguments: str
-
-
-def run_calls(a: CallHttp) -> None:
-    address, callers, batch, seconds, texts = json.loads(a.arguments)
+def run_calls() -> None:
+    """Calls one HTTP server for some seconds, as `run_caller` says on the standard input."""
+    address, callers, batch, seconds, texts = json.load(sys.stdin)
     host, port = address.split(":")
     width = batch or 1
     bodies = [json.dumps({"texts": (texts * width)[i : i + width]}).encode() for i in range(0, len(texts), width)]
@@ -413,13 +399,13 @@ def litserve(a: Stand) -> None:
 
 
 def main() -> None:
-    kinds = {"stand": Stand, "call": CallHttp}
     argv = sys.argv[1:]
-    if argv[:1] not in (["stand"], ["call"]):
+    if argv[:1] == ["stand"]:
+        stand(tyro.cli(Stand, args=argv[1:]))
+    elif argv[:1] == ["call"]:
+        run_calls()
+    else:
         compare(tyro.cli(Compare, args=argv, description=__doc__))
-        return
-    arguments = tyro.cli(kinds[argv[0]], args=argv[1:])
-    {Stand: stand, CallHttp: run_calls}[type(arguments)](arguments)
 
 
 if __name__ == "__main__":

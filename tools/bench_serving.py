@@ -124,7 +124,7 @@ try:
 except ImportError:
     pass
 
-address, callers, batch, seconds, texts = json.loads(sys.argv[1])
+address, callers, batch, seconds, texts = json.load(sys.stdin)
 
 async def main():
     async with grpc.aio.insecure_channel(address, options=[("grpc.max_receive_message_length", -1)]) as channel:
@@ -159,9 +159,20 @@ asyncio.run(main())
 
 def call(address: str, callers: int, batch: int, seconds: float, texts: Sequence[str]) -> tuple[float, float, float]:
     """Texts a second, and the median and 99th percentile of the latency in seconds; closed loop."""
-    arguments = json.dumps([address, callers, batch, seconds, list(texts)])
+    return run_caller([sys.executable, "-c", CALLER], address, callers, batch, seconds, texts)
+
+
+def run_caller(
+    command: list[str], address: str, callers: int, batch: int, seconds: float, texts: Sequence[str]
+) -> tuple[float, float, float]:
+    """What a process answers which is told on its standard input whom to call; a command line would be too long."""
     done = subprocess.run(
-        [sys.executable, "-c", CALLER, arguments], stdout=subprocess.PIPE, text=True, check=True, timeout=seconds + 120
+        command,
+        input=json.dumps([address, callers, batch, seconds, list(texts)]),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=seconds + 120,
     )
     rate, p50, p99 = json.loads(done.stdout)
     return rate, p50, p99
