@@ -104,7 +104,7 @@ def test_a_job_is_requeued_after_a_kill_goes_on_and_finishes(
     os.kill(tasks_of(run)[-1], signal.SIGKILL)
     wait_for(lambda: state(slurm, job) == "PENDING", run)
     assert not (run / "bundle").exists(), "it was killed too late to show anything"
-    # Slurm waits for two minutes. To hurry it is no use: slurmd may be clearing up still, and would end the new tasks too.
+    # Slurm waits for two minutes. Hurry it not: slurmd may be clearing up still, and would end the new tasks too.
     wait_for(lambda: state(slurm, job) not in ("PENDING", "RUNNING", "COMPLETING"), run)
     assert state(slurm, job) == "COMPLETED"
     assert (run / "bundle").is_dir()
