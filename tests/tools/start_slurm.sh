@@ -39,7 +39,7 @@ CONF
 export SLURM_CONF=$folder/slurm.conf
 
 # Jobs outlive the daemons, if nobody cancels them.
-trap 'timeout 10 scancel --user="$(id -un)" 2>/dev/null; sleep 1; kill $(jobs -p) 2>/dev/null; wait' EXIT
+trap 'timeout 10 scancel --user="$(id -un)" 2>/dev/null || true; sleep 1; kill $(jobs -p) 2>/dev/null; wait' EXIT
 trap 'exit 0' TERM INT
 munged --foreground --force --key-file="$folder/munge.key" --socket="$folder/munge.socket" \
   --pid-file="$folder/munged.pid" --log-file="$folder/munged.log" --seed-file="$folder/munged.seed" 2>"$folder/munged.err" &
