@@ -32,7 +32,7 @@ class Answers:
     def __init__(self, taxonomy: Taxonomy, calibration: Mapping[str, Calibration], name: str, version: str) -> None:
         self._tasks = {task.name: task for task in taxonomy.tasks}
         self._slices = {task.name: taxonomy.slice_of(task.name) for task in taxonomy.tasks}
-        self._calibration = {name: calibration.get(name, Calibration()) for name in self._tasks}
+        self._calibration = {name: calibration[name] for name in self._tasks}
         self._name, self._version = name, version
 
     @property
@@ -74,7 +74,8 @@ class Answers:
           task: the one asked about.
           tokens: what the model read of each text.
           scored: what the device said of each.
-          top_k: how many labels to give, best first (0: `DEFAULT_TOP_K`); the chosen ones are given in any case.
+          top_k: how many labels to give, best first (0: `DEFAULT_TOP_K`); the chosen ones are given in any case. Of a
+            tree these are leaves, and the label at which the answer stops.
           threshold: the score from which a label is chosen, instead of the model's own; of labels that exclude one
             another the best one is then chosen only if it reaches that; in a tree, the first from the best leaf upwards
             that does.
@@ -94,14 +95,21 @@ class Answers:
         if threshold is not None and not tree:
             reach_NL = probs_NL >= np.float32(threshold)
             chosen_NL = chosen_NL & reach_NL if task.kind.exclusive else reach_NL
-        ranked_NL = np.argsort(-probs_NL, axis=1, kind="stable")
+        rank_by_NL = probs_NL
+        if tree:  # labels above a leaf only sum them up; the one at which an answer stops is as probable as any leaf
+            rank_by_NL = np.where(chosen_NL, 2.0, np.where(task.leaves_L, probs_NL, -1.0))
+        ranked_NL = np.argsort(-rank_by_NL, axis=1, kind="stable")
         shown = top_k or DEFAULT_TOP_K
         responses: list[pb.ClassifyResponse | InternalError] = []
         for i, (read, one) in enumerate(zip(tokens, scored, strict=True)):
             if not finite_N[i]:
                 responses.append(InternalError("The model's scores for this text are not finite numbers."))
                 continue
-            ranks = [label for rank, label in enumerate(ranked_NL[i].tolist()) if rank < shown or chosen_NL[i, label]]
+            ranks = [
+                label
+                for rank, label in enumerate(ranked_NL[i].tolist())
+                if chosen_NL[i, label] or (rank < shown and rank_by_NL[i, label] >= 0)
+            ]
             labels = [
                 pb.ScoredLabel(
                     name=task.label_names[label],

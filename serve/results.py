@@ -37,7 +37,8 @@ class Classification:
 
     Attributes:
       task: the task that was answered.
-      labels: highest score first: the `top_k` best ones, and every chosen one.
+      labels: highest score first: the `top_k` best ones, and every chosen one; of a tree these are leaves, before them
+        the inner label at which the answer stops, if it does.
       truncated: the text was longer than the model reads, so that its end was not looked at.
       tokens: how many tokens the model read.
       queue_micros: how long the text waited for the device, in microseconds.
@@ -61,8 +62,9 @@ class Classification:
 
     @property
     def best(self) -> ScoredLabel:
-        """The label of the highest score (of a multilabel task, chosen or not)."""
-        return self.labels[0]
+        """The label of the highest score (of a multilabel task, chosen or not); of a tree the chosen one."""
+        # Other servers may rank the labels above a leaf too, none of which is less probable.
+        return next((label for label in self.labels if label.chosen and label.path), self.labels[0])
 
     @property
     def chosen(self) -> tuple[str, ...]:

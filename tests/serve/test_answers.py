@@ -10,6 +10,7 @@ from classer.model.decode import Calibration
 from classer.serve.answers import Answers
 from classer.serve.errors import InternalError, InvalidRequest, UnknownTask
 from classer.serve.proto import classifier_pb2 as pb
+from classer.serve.results import read_classification
 from classer.serve.tokenizing import Tokens
 from classer.serve.work import Output, Scored
 
@@ -18,11 +19,24 @@ TAGS = Task("tags", TaskKind.MULTILABEL, (Label("x"), Label("y"), Label("z")))
 ANSWERS = Answers(
     Taxonomy((TOPIC, TAGS)), {"topic": Calibration(2.0), "tags": Calibration(1.0, (0.9, 0.1, 0.5))}, "m", "v1"
 )
+TREE = Task(
+    "tree",
+    TaskKind.HIERARCHICAL,
+    (Label("pets"), Label("cat", parent="pets"), Label("dog", parent="pets"), Label("cars")),
+)
 TOKENS = Tokens(np.arange(5, dtype=np.int32), truncated=True)
 
 
 def answer(task: Task, logits: list[float], top_k: int = 0) -> pb.ClassifyResponse:
     (response,) = ANSWERS.answer(task, [TOKENS], [Scored(Output(np.array(logits, np.float32)), 0.25, 0.5)], top_k)
+    assert isinstance(response, pb.ClassifyResponse)
+    return response
+
+
+def answer_tree(logits: list[float], top_k: int, threshold: float | None) -> pb.ClassifyResponse:
+    answers = Answers(Taxonomy((TREE,)), {"tree": Calibration()}, "m", "v1")
+    scored = [Scored(Output(np.array(logits, np.float32)), 0.0, 0.0)]
+    (response,) = answers.answer(TREE, [TOKENS], scored, top_k, threshold=threshold)
     assert isinstance(response, pb.ClassifyResponse)
     return response
 
@@ -70,19 +84,46 @@ def test_tasks_are_found_by_name() -> None:
     assert "secret" not in str(unknown.value)
     with pytest.raises(InvalidRequest, match="name one of: topic, tags"):
         ANSWERS.task("")
-    assert Answers(Taxonomy((TAGS,)), {}, "m", "v1").task("") is TAGS
+    assert Answers(Taxonomy((TAGS,)), {"tags": Calibration()}, "m", "v1").task("") is TAGS
 
 
 def test_a_tree_s_labels_have_paths_and_an_unsure_answer_stops_higher_up() -> None:
-    labels = (Label("pets"), Label("cat", parent="pets"), Label("dog", parent="pets"), Label("cars"))
-    tree = Task("tree", TaskKind.HIERARCHICAL, labels)
-    answers = Answers(Taxonomy((tree,)), {}, "m", "v1")
-
     def chosen(threshold: float | None) -> list[tuple[str, list[str]]]:
-        scored = [Scored(Output(np.array([2.0, 0.1, 0.0, 0.0], np.float32)), 0.0, 0.0)]
-        (response,) = answers.answer(tree, [TOKENS], scored, 1, threshold=threshold)
-        assert isinstance(response, pb.ClassifyResponse)
+        response = answer_tree([2.0, 0.1, 0.0, 0.0], 1, threshold)
         return [(label.name, list(label.path)) for label in response.labels if label.chosen]
 
     assert chosen(None) == [("cat", ["pets", "cat"])]
     assert chosen(0.8) == chosen(1.0) == [("pets", ["pets"])]
+
+
+@pytest.mark.parametrize(
+    ("logits", "threshold", "top_k", "names"),
+    [  # pets .88, of which cat .46 and dog .42; cars .12
+        ([2.0, 0.1, 0.0, 0.0], None, 5, ["cat", "dog", "cars"]),
+        ([2.0, 0.1, 0.0, 0.0], None, 2, ["cat", "dog"]),
+        ([2.0, 0.1, 0.0, 0.0], 0.8, 5, ["pets", "cat", "dog", "cars"]),
+        ([2.0, 0.1, 0.0, 0.0], 0.8, 1, ["pets"]),
+        ([2.0, 100.0, 0.0, 0.0], 1.0, 2, ["pets", "cat"]),  # as probable as its leaf
+        ([0.0, 0.0, 9.0, 2.0], 0.8, 2, ["cars", "dog"]),  # a leaf at the top
+    ],
+)
+def test_of_a_tree_leaves_are_ranked_after_the_label_at_which_the_answer_stops(
+    logits: list[float], threshold: float | None, top_k: int, names: list[str]
+) -> None:
+    response = answer_tree(logits, top_k, threshold)
+    assert [label.name for label in response.labels] == names
+    assert [label.chosen for label in response.labels] == [True] + [False] * (len(names) - 1)
+    scores = [label.score for label in response.labels]
+    assert scores == sorted(scores, reverse=True)
+    assert all(tuple(label.path) == TREE.path(TREE.index[label.name]) for label in response.labels)
+    assert read_classification(response).best.name == names[0]
+
+
+def test_the_best_label_is_what_a_tree_chose_and_else_the_one_of_the_highest_score() -> None:
+    labels = [pb.ScoredLabel(name="pets", score=0.9), pb.ScoredLabel(name="cat", score=0.6, chosen=True)]
+    assert read_classification(pb.ClassifyResponse(labels=labels)).best.name == "pets"
+    labels = [
+        pb.ScoredLabel(name="pets", score=0.9, path=["pets"]),
+        pb.ScoredLabel(name="cat", score=0.6, chosen=True, path=["pets", "cat"]),
+    ]
+    assert read_classification(pb.ClassifyResponse(labels=labels)).best.name == "cat"
