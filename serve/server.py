@@ -269,9 +269,11 @@ class Server:
     async def _watch(self) -> None:
         """Keeps the health true: red while a batch hangs, green again if it ends."""
         healthy = True
-        while self.scheduler.alive:
+        while True:
             await asyncio.sleep(_WATCH_SECONDS)
             stuck = self.scheduler.running_seconds > self._config.stall_seconds
+            if not self.scheduler.alive:  # asked last: on a dead device nothing runs, and so nothing is stuck
+                return
             if healthy == stuck:
                 healthy = not stuck
                 logger.warning("the device %s", "is stuck" if stuck else "goes on")
@@ -279,7 +281,8 @@ class Server:
 
     async def _say(self, status: Health.ServingStatus) -> None:
         for name in ("", CLASSIFIER_NAME):
-            await self._health.set(name, status)
+            # A device that died meanwhile has its own word on the way, which must be the last.
+            await self._health.set(name, status if self.scheduler.alive else Health.NOT_SERVING)
 
     def _device_lost(self) -> None:
         """Called in the scheduler's thread."""

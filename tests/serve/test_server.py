@@ -439,6 +439,25 @@ def test_health_goes_red_when_the_device_is_lost(start_server, bundle_path, monk
             client.classify("card", "topic")
 
 
+def test_health_stays_red_when_a_device_that_was_stuck_dies(start_server, bundle_path, monkeypatch) -> None:
+    go_on = threading.Event()
+
+    def stuck_then_lost(engine: Engine, ids: Sequence[np.ndarray], bucket: int) -> Callable[[], list[Output]]:
+        assert go_on.wait(TIMEOUT)
+        raise RuntimeError("device lost")
+
+    with start_server(bundle_path, stall_seconds=0.1) as running, Client(running.address) as client:
+        monkeypatch.setattr(Engine, "launch", stuck_then_lost)
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(client.classify, "card", "topic", timeout=TIMEOUT)
+            assert eventually(lambda: not client.healthy())
+            go_on.set()
+            with pytest.raises(Unavailable, match="lost its device"):
+                answer.result(TIMEOUT)
+        assert eventually(running.server._watching.done)
+        assert not client.healthy()
+
+
 def test_stopping_lets_what_is_in_flight_finish(start_server, bundle_path, monkeypatch) -> None:
     """… and does not wait for those who only watch the health."""
     with start_server(bundle_path, drain_seconds=TIMEOUT) as running, Client(running.address) as client:
