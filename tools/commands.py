@@ -66,6 +66,8 @@ class ClassifyArguments(ConnectionArguments):
       server: address of a running `classer serve`, HOST:PORT.
       task: name of the task; needed only if the model has several.
       top_k: how many labels to show of each text; chosen ones are shown in any case.
+      threshold: the score from which a label is chosen, 0 to 1, instead of the model's own thresholds; in a tree, an
+        answer that is less sure stops at a label above.
       timeout: seconds to wait for each answer.
       evidence: also show what the model read to its last layer; the server must run with --focus below 1.
       json: print one JSON object a text.
@@ -75,6 +77,7 @@ class ClassifyArguments(ConnectionArguments):
     server: str = "localhost:50051"
     task: str | None = None
     top_k: int = 3
+    threshold: float | None = None
     timeout: float = 10.0
     evidence: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -84,6 +87,8 @@ class ClassifyArguments(ConnectionArguments):
             raise InputError(f"--server is '{self.server}'; an address is HOST:PORT, such as localhost:50051.")
         if self.top_k < 1:
             raise InputError(f"--top-k is {self.top_k}; at least 1 label is shown.")
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
+            raise InputError(f"--threshold is {self.threshold:g}; a score lies between 0 and 1.")
         if not 0 < self.timeout <= MAX_TIMEOUT:
             raise InputError(f"--timeout is {self.timeout:g}; give seconds, above 0 and at most {MAX_TIMEOUT:,}.")
 
@@ -91,9 +96,12 @@ class ClassifyArguments(ConnectionArguments):
 def classify(argv: Sequence[str]) -> None:
     """Ask a running server which labels a text has."""
     arguments: ClassifyArguments = parse(ClassifyArguments, argv, "classer classify", classify.__doc__)
-    from classer.serve.client import Client
+    from classer.serve.client import Client, Options
     from classer.serve.errors import InvalidRequest
 
+    options: Options = {"top_k": arguments.top_k, "evidence": arguments.evidence}
+    if arguments.threshold is not None:
+        options["threshold"] = arguments.threshold
     texts: Iterable[str] = arguments.texts or _lines_of_stdin()
     tls, key = arguments.connect_with()
     with Client(arguments.server, tls=tls, key=key) as client:
@@ -103,9 +111,8 @@ def classify(argv: Sequence[str]) -> None:
                 answer = client.classify(
                     text,
                     arguments.task,
-                    top_k=arguments.top_k,
-                    evidence=arguments.evidence,
                     timeout=arguments.timeout,
+                    **options,
                 )
             except InvalidRequest as e:
                 raise InvalidRequest(f"Text {number}: {e}") from None
@@ -114,7 +121,7 @@ def classify(argv: Sequence[str]) -> None:
                 print(json.dumps({**dataclasses.asdict(answer), "milliseconds": round(milliseconds, 2)}))
                 continue
             for label in answer.labels:
-                print(f"{'→' if label.chosen else ' '} {label.score:7.2%}  {label.name}")
+                print(f"{'→' if label.chosen else ' '} {label.score:7.2%}  {' › '.join(label.path) or label.name}")
             if answer.evidence:
                 spans = " · ".join(f"{text[span.start : span.end]} {span.score:.0%}" for span in answer.evidence)
                 print(f"  read to the end: {spans}")

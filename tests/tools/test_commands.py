@@ -7,14 +7,23 @@ import json
 import re
 import signal
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import grpc
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from classer.data.taxonomy import TaskKind
+from classer.data.taxonomy import Label, Task, TaskKind, Taxonomy
+from classer.model.decode import Calibration
+from classer.serve.answers import Answers
+from classer.serve.proto import classifier_pb2 as pb
+from classer.serve.proto.classifier_pb2_grpc import ClassifierServicer, add_ClassifierServicer_to_server
+from classer.serve.tokenizing import Tokens
+from classer.serve.work import Output, Scored
 from classer.tests.helpers import write_toy_data
 from classer.tools import cli
 from classer.tools.cli import main
@@ -114,6 +123,35 @@ def test_classify_where_the_terminal_lacks_a_character(server: str, classer: Cla
     done = classer("classify", "rain", "--server", server, PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(r"\u2192 ")
+
+
+def test_classify_shows_where_in_a_tree_an_answer_stops(capsys: pytest.CaptureFixture[str]) -> None:
+    labels = (Label("orders"), Label("refund", parent="orders"), Label("delay", parent="orders"), Label("other"))
+    tree = Task("where", TaskKind.HIERARCHICAL, labels)
+    answers = Answers(Taxonomy((tree,)), {"where": Calibration()}, "m", "v1")
+
+    class OneText(ClassifierServicer):
+        def Classify(self, request: pb.ClassifyRequest, context: grpc.ServicerContext) -> pb.ClassifyResponse:
+            scored = [Scored(Output(np.array([2.0, 0.1, 0.0, 0.0], np.float32)), 0.0, 0.0)]
+            threshold = request.threshold if request.HasField("threshold") else None
+            tokens = [Tokens(np.zeros(3, np.int32), truncated=False)]
+            (response,) = answers.answer(tree, tokens, scored, request.top_k, threshold=threshold)
+            assert isinstance(response, pb.ClassifyResponse)
+            return response
+
+    def shown(*options: str) -> list[str]:
+        assert main(["classify", "where is my money", "--server", address, "--top-k", "2", *options]) == 0
+        return capsys.readouterr().out.splitlines()[:-1]
+
+    server = grpc.server(ThreadPoolExecutor(1))
+    add_ClassifierServicer_to_server(OneText(), server)
+    address = f"localhost:{server.add_insecure_port('localhost:0')}"
+    server.start()
+    try:
+        assert shown() == ["→  46.24%  orders › refund", "   41.84%  orders › delay"]
+        assert shown("--threshold", "0.8") == ["→  88.08%  orders", "   46.24%  orders › refund"]
+    finally:
+        server.stop(None)
 
 
 def test_evaluate_measures_what_training_measured(trained: Trained, classer: Classer, tmp_path: Path) -> None:
