@@ -41,7 +41,7 @@ from .results import (
     read_tasks,
 )
 from .security import Tls, aio_channel, sync_channel
-from .status import error_of, retry_seconds_of
+from .status import error_in, error_of
 
 __all__ = [
     "AsyncClient",
@@ -323,8 +323,10 @@ def _typed_errors(server: str, timeout: float | None, failed: Sequence[Exception
     except grpc.RpcError as error:
         if failed:
             raise failed[0] from None
-        code, details, retry_seconds = _what_it_says(error)
-        if code is grpc.StatusCode.DEADLINE_EXCEEDED and retry_seconds is None and timeout is not None:
+        code, details, carried = _what_it_says(error)
+        if carried is not None:
+            raise carried from error
+        if code is grpc.StatusCode.DEADLINE_EXCEEDED and timeout is not None:
             details = f"The server at {server} did not answer within {timeout:g} seconds."
         elif code is grpc.StatusCode.CANCELLED:
             details = f"The request to the server at {server} was cancelled."
@@ -332,15 +334,15 @@ def _typed_errors(server: str, timeout: float | None, failed: Sequence[Exception
             details = f"What answers at {server} is not a Classer server, or one of another version."
         elif code is grpc.StatusCode.UNAVAILABLE and not details.startswith("The server"):
             details = f"No server answers at {server}; is it running, and is the address right? ({details})"
-        raise error_of(code, details, retry_seconds=retry_seconds) from error
+        raise error_of(code, details) from error
 
 
-def _what_it_says(error: Any) -> tuple[grpc.StatusCode, str, float | None]:
-    """Status, sentence, and when to try again.
+def _what_it_says(error: Any) -> tuple[grpc.StatusCode, str, ClasserError | None]:
+    """Status, sentence, and the server's own error if it sent one.
 
     Every RpcError that a call raises is itself a call with these methods; the base class does not say so.
     """
-    return error.code(), error.details() or "", retry_seconds_of(error.trailing_metadata())
+    return error.code(), error.details() or "", error_in(error.trailing_metadata())
 
 
 def _health_request() -> health_pb2.HealthCheckRequest:

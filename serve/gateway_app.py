@@ -40,7 +40,7 @@ from .metrics import CallMetrics, new_registry
 from .proto import classifier_pb2 as pb
 from .proto.classifier_pb2_grpc import ClassifierStub
 from .security import KEY_HEADER, KEY_SCHEME, Tls, aio_channel, is_this_machine
-from .status import code_of, error_of, reason_of, retry_seconds_of
+from .status import code_of, error_in, error_of
 from .tracing import Tracing, end, parent_of
 
 _OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_reconnect_backoff_ms", 1000)]
@@ -194,17 +194,15 @@ async def _typed(rpc: Awaitable[T]) -> T:
     try:
         return await rpc
     except grpc.aio.AioRpcError as failure:
-        code, details, metadata = failure.code(), failure.details() or "", failure.trailing_metadata()
-        reason = reason_of(metadata)
-        if not reason:  # gRPC's own words name addresses, and are none of the caller's business
-            details = {
-                grpc.StatusCode.DEADLINE_EXCEEDED: "The deadline passed before there was an answer.",
-                grpc.StatusCode.UNAVAILABLE: "The gateway does not reach its server; try again in a moment.",
-                grpc.StatusCode.RESOURCE_EXHAUSTED: "The request is larger than the server takes.",
-            }.get(code, "The server failed on this request; its log says why.")
-        error = error_of(code, details, retry_seconds=retry_seconds_of(metadata))
-        error.reason = reason or error.reason
-        raise error from None
+        if (carried := error_in(failure.trailing_metadata())) is not None:
+            raise carried from None
+        # gRPC's own words name addresses, and are none of the caller's business.
+        sentence = {
+            grpc.StatusCode.DEADLINE_EXCEEDED: "The deadline passed before there was an answer.",
+            grpc.StatusCode.UNAVAILABLE: "The gateway does not reach its server; try again in a moment.",
+            grpc.StatusCode.RESOURCE_EXHAUSTED: "The request is larger than the server takes.",
+        }.get(failure.code(), "The server failed on this request; its log says why.")
+        raise error_of(failure.code(), sentence) from None
 
 
 async def _while_there(request: Request, call: Awaitable[T]) -> T:

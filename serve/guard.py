@@ -24,7 +24,7 @@ from .log import access_logger, audit_logger, log_failure, log_fields
 from .metrics import CallMetrics, Stages
 from .proto import classifier_pb2 as pb
 from .security import KEY_HEADER, KEY_SCHEME
-from .status import code_of, reason_of, trailing_metadata
+from .status import code_of, error_in, trailing_metadata
 from .tracing import Tracing, end, trace_id
 
 if TYPE_CHECKING:
@@ -185,7 +185,8 @@ class Guard(grpc.aio.ServerInterceptor):
         except ClasserError as error:
             failure = error
         except grpc.aio.AbortError:
-            code, reason = _code_name(context.code()), reason_of(context.trailing_metadata())
+            refused = error_in(context.trailing_metadata())
+            code, reason = _code_name(context.code()), "" if refused is None else refused.reason
             raise
         except (asyncio.CancelledError, GeneratorExit, grpc.aio.InternalError) as error:
             left = context.time_remaining()

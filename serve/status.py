@@ -48,9 +48,17 @@ def code_of(error: ClasserError) -> grpc.StatusCode:
     return _CODES.get(type(error), grpc.StatusCode.INTERNAL)
 
 
-def error_of(code: grpc.StatusCode, sentence: str, *, retry_seconds: float | None = None) -> ClasserError:
+def error_of(
+    code: grpc.StatusCode,
+    sentence: str,
+    *,
+    field: str = "",
+    retry_seconds: float | None = None,
+    reason: str | None = None,
+) -> ClasserError:
     """The error of a status code; a code that no Classer server sends is an InternalError."""
-    return _ERRORS.get(code, InternalError)(sentence, retry_seconds=retry_seconds)
+    kind = _ERRORS.get(code, InternalError)
+    return kind(sentence, field=field, retry_seconds=retry_seconds, reason=reason)
 
 
 def to_status(error: ClasserError) -> status_pb2.Status:
@@ -69,12 +77,17 @@ def to_status(error: ClasserError) -> status_pb2.Status:
 
 def from_status(status: status_pb2.Status) -> ClasserError:
     """The reverse of `to_status`."""
-    retry_seconds, info = None, error_details_pb2.RetryInfo()
+    info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
     for detail in status.details:
-        if detail.Unpack(info):
-            retry_seconds = info.retry_delay.ToNanoseconds() / 1e9
-    code = _NUMBERS.get(status.code, grpc.StatusCode.INTERNAL)
-    return error_of(code, status.message, retry_seconds=retry_seconds)
+        for known in (info, bad, retry):
+            detail.Unpack(known)  # only what is of its kind
+    return error_of(
+        _NUMBERS.get(status.code, grpc.StatusCode.INTERNAL),
+        status.message,
+        field=bad.field_violations[0].field if bad.field_violations else "",
+        retry_seconds=retry.retry_delay.ToNanoseconds() / 1e9 if retry.HasField("retry_delay") else None,
+        reason=info.reason or None,
+    )
 
 
 def trailing_metadata(error: ClasserError) -> tuple[tuple[str, bytes], ...]:
@@ -82,20 +95,9 @@ def trailing_metadata(error: ClasserError) -> tuple[tuple[str, bytes], ...]:
     return ((_DETAILS_KEY, to_status(error).SerializeToString()),)
 
 
-def reason_of(metadata: Any) -> str:
-    """Why a call failed, as a word (`ClasserError.reason`), from its trailing metadata; empty if it does not say."""
-    info = error_details_pb2.ErrorInfo()
+def error_in(metadata: Any) -> ClasserError | None:
+    """The error that a failed call's trailing metadata carries; None if none of our servers failed it."""
     for key, value in metadata or ():
         if key == _DETAILS_KEY:
-            for detail in status_pb2.Status.FromString(value).details:
-                if detail.Unpack(info):
-                    return info.reason
-    return ""
-
-
-def retry_seconds_of(metadata: Any) -> float | None:
-    """After how long the server says that a failed call may be tried again, from its trailing metadata."""
-    for key, value in metadata or ():
-        if key == _DETAILS_KEY:
-            return from_status(status_pb2.Status.FromString(value)).retry_seconds
+            return from_status(status_pb2.Status.FromString(value))
     return None

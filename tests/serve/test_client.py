@@ -16,7 +16,7 @@ from classer.serve.client import AsyncClient, Client, InvalidRequest, Unavailabl
 from classer.serve.errors import ClasserError
 from classer.serve.limits import MAX_MESSAGE_BYTES, MAX_TEXTS
 from classer.serve.proto import classifier_pb2 as pb
-from classer.serve.status import code_of, error_of, from_status, to_status
+from classer.serve.status import code_of, error_in, error_of, from_status, to_status, trailing_metadata
 
 NOWHERE = "127.0.0.1:1"
 
@@ -35,6 +35,16 @@ def test_each_error_comes_back_as_itself(error: type[ClasserError]) -> None:
     for received in (from_status(to_status(sent)), error_of(code_of(sent), str(sent))):
         assert type(received) is error
         assert str(received) == "Why it was."
+
+
+def test_an_error_s_details_come_back_too() -> None:
+    sent = InvalidRequest("Why it was.", field="text", reason="ODD_TEXT", retry_seconds=1.5)
+    for received in (from_status(to_status(sent)), error_in(trailing_metadata(sent))):
+        assert type(received) is InvalidRequest
+        assert (received.field, received.reason, received.retry_seconds) == ("text", "ODD_TEXT", 1.5)
+    plain = from_status(to_status(InvalidRequest("Why it was.")))
+    assert (plain.field, plain.reason, plain.retry_seconds) == ("", "INVALID_REQUEST", None)
+    assert error_in(()) is None
 
 
 def test_codes_that_we_do_not_send_are_internal_errors() -> None:

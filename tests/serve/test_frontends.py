@@ -51,10 +51,12 @@ def test_many_callers_get_their_own_answers(client: Client) -> None:
 
 
 def test_refusals_keep_their_status_and_details(client: Client, running) -> None:
-    with pytest.raises(UnknownTask, match="topic, tags"):
+    with pytest.raises(UnknownTask, match="topic, tags") as unknown:
         client.classify("a", "secret")
-    with pytest.raises(InvalidRequest, match="at most 1000000"):
+    assert (unknown.value.field, unknown.value.reason) == ("task", "UNKNOWN_TASK")
+    with pytest.raises(InvalidRequest, match="at most 1000000") as long:
         client.classify("a" * 1_000_001, "topic")
+    assert (long.value.field, long.value.reason) == ("text", "INVALID_REQUEST")
     with grpc.insecure_channel(running.address) as channel, pytest.raises(grpc.RpcError) as caught:
         ClassifierStub(channel).ClassifyBatch(pb.ClassifyBatchRequest(texts=["a"] * 1025), timeout=TIMEOUT)
     refused: Any = caught.value

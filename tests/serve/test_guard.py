@@ -168,6 +168,10 @@ def test_a_key_s_rate_refuses_calls_and_slows_streams(key_file) -> None:
         assert "3 texts a second" in error.details()
         refusals = 'classer_refusals_total{reason="RATE_LIMITED"}'
         assert eventually(lambda: metrics_of(running).get(refusals) == 1)
+        with Client(running.address, key=keys["slow"]) as client, pytest.raises(Overloaded) as limited:
+            client.classify("a")
+        assert limited.value.reason == "RATE_LIMITED"
+        assert limited.value.retry_seconds is not None
         # A stream is not refused: it is read as fast as its key may ask.
         requests = [pb.ClassifyBatchRequest(texts=["a"])] * 3
         assert len(list(stub.ClassifyStream(iter(requests), timeout=TIMEOUT))) == 3
