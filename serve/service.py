@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import collections
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
+from typing import TypeVar
 
 import grpc
 import grpc.aio
@@ -24,6 +24,8 @@ from .work import Priority
 
 # How many messages of one stream are worked on at a time: enough that the device finds the next ones waiting.
 STREAM_AHEAD = 2
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 class Calls:
@@ -94,18 +96,10 @@ class ClassifierService(ClassifierServicer):
     ) -> AsyncIterator[pb.ClassifyBatchResponse]:
         async with self.calls.call(context):
             self._check_ready()
-            working: collections.deque[asyncio.Task[list[Outcome]]] = collections.deque()
-            try:
-                async for request in requests:
-                    working.append(asyncio.create_task(self._patient_batch(request, context)))
-                    if len(working) >= STREAM_AHEAD:
-                        yield _batch_response(await working.popleft())
-                while working:
-                    yield _batch_response(await working.popleft())
-            finally:
-                for task in working:
-                    task.cancel()
-                await asyncio.gather(*working, return_exceptions=True)
+            answers = in_order(requests, lambda request: self._patient_batch(request, context), STREAM_AHEAD)
+            async with contextlib.aclosing(answers):
+                async for outcomes in answers:
+                    yield _batch_response(outcomes)
 
     async def ListTasks(self, request: pb.ListTasksRequest, context: grpc.aio.ServicerContext) -> pb.ListTasksResponse:
         async with self.calls.call(context):
@@ -167,6 +161,43 @@ class ClassifierService(ClassifierServicer):
             for i, outcome in zip(refused, retried, strict=True):
                 outcomes[i] = outcome
         return outcomes
+
+
+async def in_order(
+    requests: AsyncIterable[T], work: Callable[[T], Awaitable[U]], ahead: int
+) -> AsyncGenerator[U, None]:
+    """What `work` makes of each request, in their order, each as soon as it and all before it are done.
+
+    Up to `ahead` are worked on at a time, and meanwhile no more are read. What `work` or `requests` raises ends it,
+    after the answers before that.
+    """
+    room = asyncio.Semaphore(ahead)
+    begun: asyncio.Queue[asyncio.Future[U] | None] = asyncio.Queue()
+
+    async def read() -> None:
+        try:
+            await room.acquire()
+            async for request in requests:
+                begun.put_nowait(asyncio.ensure_future(work(request)))
+                await room.acquire()
+        finally:
+            begun.put_nowait(None)
+
+    reading = asyncio.create_task(read())
+    try:
+        while (working := await begun.get()) is not None:
+            answer = await working
+            room.release()
+            yield answer
+        await reading
+    finally:
+        left: list[asyncio.Future] = [reading]
+        while not begun.empty():
+            if (working := begun.get_nowait()) is not None:
+                left.append(working)
+        for one in left:
+            one.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
 
 
 def _batch_response(outcomes: Sequence[Outcome]) -> pb.ClassifyBatchResponse:
