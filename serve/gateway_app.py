@@ -7,7 +7,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from typing import Any, TypeVar
 
 import grpc
@@ -40,7 +40,7 @@ from .metrics import CallMetrics, new_registry
 from .proto import classifier_pb2 as pb
 from .proto.classifier_pb2_grpc import ClassifierStub
 from .security import KEY_HEADER, KEY_SCHEME, Tls, aio_channel, is_this_machine
-from .status import code_of, error_in, error_of
+from .status import code_of, error_in, error_of, text_outcomes
 from .tracing import Tracing, end, parent_of
 
 _OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_reconnect_backoff_ms", 1000)]
@@ -161,18 +161,25 @@ class _Upstream:
         started = time.perf_counter()
         span = None if self._tracing is None else self._tracing.start(f"HTTP {method}", request.headers, {})
         code, reason = "OK", ""
+        counts: Mapping[str, int] = {}
+        refused: Mapping[str, int] = {}
         self._in_flight += 1
         try:
             metadata = [*self._key_of(request), *(_parent_in(request) if span is None else parent_of(span))]
             rpc = getattr(self._classifier, method)(message, timeout=seconds, metadata=metadata)
-            return await _while_there(request, _typed(rpc))
+            response = await _while_there(request, _typed(rpc))
+            counts = {code: texts}
+            if method == "ClassifyBatch":
+                counts, refused = text_outcomes(response.items)
+            return response
         except ClasserError as error:
             code, reason = code_of(error).name, error.reason
+            counts = {code: texts}
             raise
         finally:
             self._in_flight -= 1
             elapsed = time.perf_counter() - started
-            self._metrics.ended(f"HTTP {method}", code, elapsed, reason, "", {code: texts} if texts else {})
+            self._metrics.ended(f"HTTP {method}", code, elapsed, reason, "", counts, refused)
             if span is not None:
                 end(span, code, {"classer.texts": texts})
 

@@ -24,7 +24,7 @@ from .log import access_logger, audit_logger, log_failure, log_fields
 from .metrics import CallMetrics, Stages
 from .proto import classifier_pb2 as pb
 from .security import KEY_HEADER, KEY_SCHEME
-from .status import code_of, error_in, trailing_metadata
+from .status import code_of, error_in, text_outcomes, trailing_metadata
 from .tracing import Tracing, end, trace_id
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class _Call:
     admin: bool
     bytes: int = 0
     texts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    refused: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     stages: Stages | None = None
 
     @property
@@ -225,14 +226,11 @@ class Guard(grpc.aio.ServerInterceptor):
             call.texts["OK"] += 1
             call.stages = Stages(response.queue_micros / 1e6, response.compute_micros / 1e6)
         elif isinstance(response, pb.ClassifyBatchResponse):
-            longest = None
-            for item in response.items:
-                if item.HasField("error"):
-                    call.texts[_CODE_NAMES.get(item.error.code, "UNKNOWN")] += 1
-                    continue
-                call.texts["OK"] += 1
-                if longest is None or item.response.queue_micros > longest.queue_micros:
-                    longest = item.response
+            codes, reasons = text_outcomes(response.items)
+            call.texts.update(codes)
+            call.refused.update(reasons)
+            answered = (item.response for item in response.items if item.HasField("response"))
+            longest = max(answered, key=lambda one: one.queue_micros, default=None)
             if longest is not None:
                 call.stages = Stages(longest.queue_micros / 1e6, longest.compute_micros / 1e6)
 
@@ -240,7 +238,7 @@ class Guard(grpc.aio.ServerInterceptor):
         seconds = time.perf_counter() - call.started
         texts = dict(call.texts)
         if self._metrics is not None:
-            self._metrics.ended(call.method, code, seconds, reason, call.key, texts)
+            self._metrics.ended(call.method, code, seconds, reason, call.key, texts, call.refused)
             if call.stages is not None:
                 self._metrics.staged(seconds, call.stages)
         if call.span is not None:

@@ -6,7 +6,7 @@ Shares are left to the query, so that they can be summed over servers: the paddi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ..data.errors import InputError
@@ -66,6 +66,12 @@ class CallMetrics:
         self._refusals = Counter(
             "classer_refusals", "Calls that failed, by the reason in their ErrorInfo.", ["reason"], registry=registry
         )
+        self._refused_texts = Counter(
+            "classer_refused_texts",
+            "Texts that failed by themselves in a batch that was answered, by the reason in their ErrorInfo.",
+            ["reason"],
+            registry=registry,
+        )
         self._texts = Counter("classer_texts", "Texts, by what became of them.", ["code"], registry=registry)
         self._key_texts = Counter("classer_key_texts", "Texts asked for, by API key.", ["key"], registry=registry)
         self._call_seconds = Histogram(
@@ -83,14 +89,25 @@ class CallMetrics:
         for stage in ("queue", "compute", "rest"):
             self._stage_seconds.labels(stage)
 
-    def ended(self, method: str, code: str, seconds: float, reason: str, key: str, texts: dict[str, int]) -> None:
-        """Counts a call that has ended; `texts` are its texts by status."""
+    def ended(
+        self,
+        method: str,
+        code: str,
+        seconds: float,
+        reason: str,
+        key: str,
+        texts: Mapping[str, int],
+        refused: Mapping[str, int],
+    ) -> None:
+        """Counts a call that has ended; `texts` are its texts by status, `refused` those of a batch by reason."""
         self._calls.labels(method, code).inc()
         self._call_seconds.labels(method).observe(seconds)
         if code != "OK":
             self._refusals.labels(reason or code).inc()
         for outcome, count in texts.items():
             self._texts.labels(outcome).inc(count)
+        for why, count in refused.items():
+            self._refused_texts.labels(why).inc(count)
         if key and texts:
             self._key_texts.labels(key).inc(sum(texts.values()))
 

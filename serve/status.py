@@ -4,6 +4,8 @@ client reads by.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -23,6 +25,7 @@ from .errors import (
     Unavailable,
     UnknownTask,
 )
+from .proto import classifier_pb2 as pb
 
 _CODES: dict[type[ClasserError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
@@ -88,6 +91,18 @@ def from_status(status: status_pb2.Status) -> ClasserError:
         retry_seconds=retry.retry_delay.ToNanoseconds() / 1e9 if retry.HasField("retry_delay") else None,
         reason=info.reason or None,
     )
+
+
+def text_outcomes(items: Sequence[pb.ClassifyBatchItem]) -> tuple[Counter[str], Counter[str]]:
+    """The texts of a batch by status, and those that failed by reason."""
+    # Texts that were refused together have the same error, which is then read once.
+    failed = Counter(item.error.SerializeToString() for item in items if item.HasField("error"))
+    codes, reasons = Counter({"OK": len(items) - failed.total()}), Counter[str]()
+    for status, count in failed.items():
+        error = from_status(status_pb2.Status.FromString(status))
+        codes[code_of(error).name] += count
+        reasons[error.reason] += count
+    return codes, reasons
 
 
 def trailing_metadata(error: ClasserError) -> tuple[tuple[str, bytes], ...]:

@@ -32,7 +32,7 @@ def samples() -> dict[str, set[str]]:
     """The labels of every sample of a server that has answered a call and run a batch."""
     registry = new_registry()
     calls = CallMetrics(registry)
-    calls.ended("Classify", "RESOURCE_EXHAUSTED", 0.1, "OVERLOADED", "team", {"OK": 1})
+    calls.ended("Classify", "RESOURCE_EXHAUSTED", 0.1, "OVERLOADED", "team", {"OK": 1}, {"OVERLOADED": 1})
     calls.staged(0.1, Stages(0.01, 0.01))
     DeviceMetrics(registry, waiting_tokens=lambda: 3, max_waiting_tokens=10, alive=lambda: True).ran(Ran())
     return {sample.name: set(sample.labels) for family in registry.collect() for sample in family.samples}

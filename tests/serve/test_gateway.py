@@ -105,6 +105,9 @@ def test_it_answers_as_the_service_does(gateway: Gateway) -> None:
         "message": "Full.",
         "retry_seconds": 0.7,
     }
+    measured = gateway.ask("GET", "/metrics").body
+    assert 'classer_refused_texts_total{reason="OVERLOADED"} 1.0' in measured
+    assert 'classer_texts_total{code="RESOURCE_EXHAUSTED"} 1.0' in measured
     tasks = gateway.ask("GET", "/v1/tasks").body["tasks"]
     assert tasks == [{"name": "topic", "kind": "multiclass", "num_labels": 2, "model": "null", "model_version": "v1"}]
 

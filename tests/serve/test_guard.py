@@ -321,9 +321,12 @@ def test_calls_are_counted_by_method_status_reason_and_stage() -> None:
         assert str(refused.value) == "Full."
         assert eventually(lambda: 'classer_refusals_total{reason="OVERLOADED"}' in metrics_of(running))
         samples = metrics_of(running)
+        client.classify_batch(["full", "full"])  # an answered call, though none of its texts was
+        assert eventually(lambda: metrics_of(running)['classer_refused_texts_total{reason="OVERLOADED"}'] == 3)
     assert samples['classer_calls_total{code="OK",method="Classify"}'] == 3
     assert samples['classer_calls_total{code="RESOURCE_EXHAUSTED",method="Classify"}'] == 1
     assert samples['classer_refusals_total{reason="OVERLOADED"}'] == 1
+    assert samples['classer_refused_texts_total{reason="OVERLOADED"}'] == 1
     assert samples['classer_texts_total{code="OK"}'] == 5
     assert samples['classer_texts_total{code="RESOURCE_EXHAUSTED"}'] == 1
     assert samples['classer_call_seconds_count{method="Classify"}'] == 4
