@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -91,7 +91,7 @@ class Engine:
     """All programs of one model at one focus; a `scheduler.Device`.
 
     For each bucket the largest batch is compiled in every precision, and the fastest of those that reproduce the golden
-    outputs runs that bucket; only that one's smaller batches are compiled too.
+    outputs runs that bucket; only that one's smaller batches are compiled too, and must reproduce them as well.
 
     Args:
       predictors: what compiles the programs, by precision, in the order of preference among equals.
@@ -99,7 +99,7 @@ class Engine:
       pad_id: the token id that fills what is left of a row; also what warm-up runs on.
       golden: what every precision must reproduce; None asks for nothing.
       plan: bucket → precision, where the choice was made before (for a model of the same shapes); then nothing is
-        measured but what is chosen.
+        measured but what is chosen, unless that does not reproduce the golden outputs.
       buckets: the lengths in tokens for which there are programs; those beyond `max_length` are left out.
       batch_sizes: the numbers of texts for which there are programs. The smallest is always built, a larger one only
         where it holds at most `MAX_BATCH_TOKENS`.
@@ -129,7 +129,7 @@ class Engine:
             for bucket in self._buckets
         }
         self._plan = {bucket: plan[bucket] for bucket in self._buckets if plan and plan.get(bucket) in self._predictors}
-        # How many programs `warm_up` compiles.
+        # How many programs `warm_up` compiles, if the golden outputs turn no choice down.
         self.steps = sum(
             len(self._sizes[bucket]) - 1 + (1 if bucket in self._plan else len(self._predictors))
             for bucket in self._buckets
@@ -164,7 +164,7 @@ class Engine:
 
     @property
     def measured(self) -> list[Warmed]:
-        """The largest batch of every bucket in every precision that was tried."""
+        """The largest batch of every bucket in every precision that was tried; `off` is that of all its batches."""
         return self._measured
 
     @property
@@ -179,17 +179,7 @@ class Engine:
           InputError: no precision reproduces the golden outputs.
         """
         for bucket in self._buckets:
-            *smaller, largest = self._sizes[bucket]
-            tried: list[Warmed] = []
-            for precision in [self._plan[bucket]] if bucket in self._plan else list(self._predictors):
-                tried.append(self._warm(precision, largest, bucket))
-                yield tried[-1]
-            best = self._choose(tried)
-            self._measured += [dataclasses.replace(one, chosen=one is best) for one in tried]
-            self._warmed[bucket, largest] = best
-            for size in smaller:
-                self._warmed[bucket, size] = warmed = self._warm(best.precision, size, bucket)
-                yield warmed
+            yield from self._warm_up_bucket(bucket)
         self._golden = None
         used = set(self.plan.values())
         self._predictors = {name: value for name, value in self._predictors.items() if name in used}
@@ -253,6 +243,32 @@ class Engine:
         bucket = self._buckets[0]
         self.run([np.full(bucket, self._pad_id, np.int32)], bucket)
 
+    def _warm_up_bucket(self, bucket: int) -> Iterator[Warmed]:
+        *smaller, largest = self._sizes[bucket]
+        planned = [self._plan[bucket]] if bucket in self._plan else []
+        tried: dict[str, Warmed] = {}
+        for precisions in (planned, [one for one in self._predictors if one not in planned]):
+            for precision in precisions:
+                tried[precision] = self._warm(precision, largest, bucket)
+                yield tried[precision]
+            while (best := self._fastest(tried.values())) is not None:
+                self._warmed[bucket, largest] = best
+                for size in smaller:
+                    warmed = self._warm(best.precision, size, bucket)
+                    if not self._reproduces(warmed):
+                        tried[best.precision] = dataclasses.replace(best, off=warmed.off)
+                        break
+                    self._warmed[bucket, size] = warmed
+                    yield warmed
+                else:
+                    self._measured += [dataclasses.replace(one, chosen=one is best) for one in tried.values()]
+                    return
+        found = ", ".join(f"{one.precision} is off by {one.off:.4f}" for one in tried.values())
+        raise InputError(
+            f"No precision reproduces the bundle's golden outputs in batches of up to {largest} × {bucket} tokens: "
+            f"{found}. The bundle or this installation is broken."
+        )
+
     def _warm(self, precision: str, size: int, bucket: int) -> Warmed:
         begin = self._clock()
         program = self._predictors[precision].compile(size, bucket)
@@ -283,13 +299,9 @@ class Engine:
                 break
         return off
 
-    def _choose(self, tried: Sequence[Warmed]) -> Warmed:
-        """The fastest of those that reproduce the golden outputs."""
-        right = [one for one in tried if self._golden is None or one.off <= self._golden.tolerance]
-        if not right:
-            found = ", ".join(f"{one.precision} is off by {one.off:.4f}" for one in tried)
-            raise InputError(
-                f"No precision reproduces the bundle's golden outputs in batches of {tried[0].batch_size} × "
-                f"{tried[0].length} tokens: {found}. The bundle or this installation is broken."
-            )
-        return min(right, key=lambda one: one.run_seconds)
+    def _reproduces(self, warmed: Warmed) -> bool:
+        return self._golden is None or warmed.off <= self._golden.tolerance  # False where it is NaN
+
+    def _fastest(self, tried: Iterable[Warmed]) -> Warmed | None:
+        """Of those that reproduce the golden outputs."""
+        return min(filter(self._reproduces, tried), key=lambda one: one.run_seconds, default=None)

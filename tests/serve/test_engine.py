@@ -24,6 +24,7 @@ class Programs:
         self.focused = focused
         self.now = 0.0
         self.wrong = 0.0
+        self.wrong_sizes: set[int] = set()
         self.compiled: list[tuple[int, int]] = []
         self.ran: list[tuple[int, int]] = []
 
@@ -43,7 +44,7 @@ class Programs:
             assert (tokens_BS[~real_BS] == PAD).all()
             sums_B1 = np.where(real_BS, tokens_BS, 0).sum(axis=1, keepdims=True).astype(np.float32)
             kept = [Kept(np.flatnonzero(row), np.zeros(row.sum())) for row in real_BS]
-            return lambda: (sums_B1 + self.wrong, kept)
+            return lambda: (sums_B1 + self.wrong + (batch_size in self.wrong_sizes), kept)
 
         def launch(tokens_BS: np.ndarray, lengths_B: np.ndarray) -> Any:
             outputs = launch_explain(tokens_BS, lengths_B)()
@@ -183,8 +184,38 @@ def test_a_plan_is_followed_but_still_checked() -> None:
     assert len(list(engine.warm_up())) == engine.steps == 12
     assert engine.plan == plan
     assert precisions.wrong.compiled == []
-    with pytest.raises(InputError, match=r"No precision reproduces .* int8 is off by 1\.0000"):
-        list(Precisions().engine(plan={32: "int8"}).warm_up())
+
+
+def test_where_a_plan_misses_the_golden_outputs_the_other_precisions_are_measured() -> None:
+    precisions = Precisions()
+    engine = precisions.engine(plan={16: "float32", 32: "int8", 64: "bfloat16", 100: "bfloat16"})
+    list(engine.warm_up())
+    assert engine.plan == {16: "float32", 32: "float32", 64: "bfloat16", 100: "bfloat16"}
+    assert precisions.wrong.compiled == [(32, 32)]
+    assert [(one.precision, one.off, one.chosen) for one in engine.measured if one.length == 32] == [
+        ("int8", 1, False),
+        ("float32", 0, True),
+        ("bfloat16", 0, False),
+    ]
+    precisions = Precisions()
+    precisions.short.wrong = precisions.long.wrong = 2.0
+    with pytest.raises(InputError, match=r"No precision .*: int8 is off by 1\.0000, float32 is off by 2\.0000"):
+        list(precisions.engine(plan={16: "int8"}).warm_up())
+
+
+@pytest.mark.parametrize("plan", [{}, {32: "float32"}])
+def test_smaller_batches_must_compute_the_golden_outputs_too(plan: dict[int, str]) -> None:
+    precisions = Precisions()
+    precisions.short.wrong_sizes = {8}
+    engine = precisions.engine(plan=plan)
+    list(engine.warm_up())
+    assert engine.ready
+    assert engine.plan == {16: "bfloat16", 32: "bfloat16", 64: "bfloat16", 100: "bfloat16"}
+    assert {one.precision: one.off for one in engine.measured if one.length == 32}["float32"] == 1
+    programs = Programs()
+    programs.wrong_sizes = {1}
+    with pytest.raises(InputError, match=r"up to 32 × 16 tokens: float32 is off by 1\.0000"):
+        list(engine_of(programs, golden=GOLDEN).warm_up())
 
 
 @pytest.mark.parametrize("wrong", [1.0, np.nan])
@@ -206,7 +237,7 @@ def test_the_empty_golden_text_counts_only_where_no_other_fits() -> None:
         return float(0 in texts)
 
     golden = Golden(ids, off_of_empty, tolerance=0.5)
-    with pytest.raises(InputError, match=r"batches of 32 × 16 tokens: float32 is off by 1\.0000"):
+    with pytest.raises(InputError, match=r"batches of up to 32 × 16 tokens: float32 is off by 1\.0000"):
         list(engine_of(Programs(), golden=golden).warm_up())
     assert asked == [[0]]
     asked.clear()
