@@ -9,6 +9,7 @@ import grpc.aio
 from ..data.errors import InputError
 from .describe import model_message
 from .errors import NotPossible, Unavailable
+from .guard import audit
 from .log import log_failure, logger
 from .models import Model, Models
 from .proto import classifier_pb2 as pb
@@ -39,11 +40,13 @@ class ModelAdminService(ModelAdminServicer):
     async def LoadModel(self, request: pb.LoadModelRequest, context: grpc.aio.ServicerContext) -> pb.Model:
         async with self.calls.call(context):
             self._check_ready()
+            self._audit(bundle=request.bundle, model=request.name or request.bundle)
             # To the end, even if the caller has gone: half a swap is none.
             task = asyncio.create_task(self._load(request))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
             model = await asyncio.shield(task)
+            audit(version=model.version)
         return model_message(model, self._models, labels=True)
 
     async def UnloadModel(
@@ -51,6 +54,7 @@ class ModelAdminService(ModelAdminServicer):
     ) -> pb.UnloadModelResponse:
         async with self.calls.call(context):
             self._check_ready()
+            self._audit(model=request.name, version=request.version)
             self._models.unload(request.name, request.version)
             logger.info("unloaded model %s version %s", request.name, request.version)
         return pb.UnloadModelResponse()
@@ -60,6 +64,7 @@ class ModelAdminService(ModelAdminServicer):
     ) -> pb.Model:
         async with self.calls.call(context):
             self._check_ready()
+            self._audit(model=request.name, version=request.version)
             model = self._models.set_default(request.name, request.version)
             logger.info("model %s answers with version %s", request.name, request.version)
         return model_message(model, self._models, labels=True)
@@ -67,6 +72,12 @@ class ModelAdminService(ModelAdminServicer):
     def _check_ready(self) -> None:
         if not self.ready:
             raise Unavailable("The server is still compiling its programs; wait until its health says SERVING.")
+
+    def _audit(self, **given: str) -> None:
+        """Says what a call is about, where that is the name of something; else it is a caller's own words."""
+        bundles = self._models.folders.keys()
+        known = {"bundle": bundles, "model": bundles, "version": {model.version for model in self._models}}
+        audit(**{field: value if value in known[field] else "unknown" for field, value in given.items()})
 
     async def _load(self, request: pb.LoadModelRequest) -> Model:
         try:

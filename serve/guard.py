@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import contextvars
 import dataclasses
 import logging
 import time
@@ -40,6 +41,8 @@ _RETRY_SECONDS = 0.1
 _PATIENCE_SECONDS = 60.0
 # Calls of several texts.
 _BATCHES = ("ClassifyBatch", "ClassifyStream")
+# What an admin's call under way is about, as `audit` said.
+_about: contextvars.ContextVar[dict[str, str]] = contextvars.ContextVar("about")
 _CODE_NAMES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 
@@ -57,6 +60,7 @@ class _Call:
     bytes: int = 0
     texts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     refused: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    about: dict[str, str] = dataclasses.field(default_factory=dict)
     stages: Stages | None = None
 
     @property
@@ -141,6 +145,7 @@ class Guard(grpc.aio.ServerInterceptor):
     def _guard_unary(self, inner: Callable[..., Awaitable[Any]], begin: Callable[[Any], _Call]) -> Callable[..., Any]:
         async def guarded(request: Any, context: Any) -> Any:
             call = begin(context)
+            _about.set(call.about)
             async with self._in_call(call, context):
                 self._take_bytes(call, _size(request))
                 if call.allowance is not None and (texts := _count(call.method, request)):
@@ -258,9 +263,15 @@ class Guard(grpc.aio.ServerInterceptor):
             if value:
                 fields[name] = value
         if call.admin:
-            log_fields(audit_logger, "admin", **fields)
+            log_fields(audit_logger, "admin", **fields, **call.about)
         elif access_logger.isEnabledFor(logging.INFO):
             log_fields(access_logger, "call", **fields, texts=sum(texts.values()))
+
+
+def audit(**fields: str) -> None:
+    """Adds to the audit line of the admin's call under way what it is about: names that the server knows, no others."""
+    if (about := _about.get(None)) is not None:
+        about.update(fields)
 
 
 def _refusing(in_call: Callable[..., Any], begin: Callable[[Any], _Call], error: ClasserError) -> Any:

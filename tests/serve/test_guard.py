@@ -16,9 +16,11 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import grpc
+import grpc.aio
 import pytest
 
 from classer.data.errors import InputError
@@ -34,11 +36,12 @@ from classer.serve.client import (
 )
 from classer.serve.errors import Forbidden, Unauthenticated
 from classer.serve.frontend import FrontEndConfig
+from classer.serve.guard import Guard
 from classer.serve.keys import make_key, write_keys
 from classer.serve.log import JsonFormatter, access_logger, audit_logger
 from classer.serve.operations import OperationsConfig
 from classer.serve.proto import classifier_pb2 as pb
-from classer.serve.proto.classifier_pb2_grpc import ClassifierStub, ModelAdminStub
+from classer.serve.proto.classifier_pb2_grpc import ClassifierStub, ModelAdminStub, add_ModelAdminServicer_to_server
 from classer.serve.security import aio_channel, sync_channel
 from classer.serve.status import error_of
 
@@ -197,6 +200,60 @@ def test_models_are_changed_by_admin_keys_only_and_each_try_is_audited(key_file,
         ("any", "UnloadModel", "PERMISSION_DENIED"),
     ]
     assert all(line["peer"] for line in lines)
+
+
+def test_the_audit_line_names_what_was_changed_and_repeats_nothing_else(monkeypatch, caplog) -> None:
+    from classer.serve import admin
+
+    class Models:
+        """Two bundles; of `tickets` version v1 is loaded, and v2 is what loading gives."""
+
+        folders: ClassVar = {"tickets": Path("a"), "intents": Path("b")}
+
+        def __iter__(self) -> Iterator[Any]:
+            return iter([SimpleNamespace(name="tickets", version="v1")])
+
+        async def load(self, bundle: str, name: str, **_: Any) -> Any:
+            if bundle not in self.folders:
+                raise UnknownTask("There is no bundle of the name given; there are: intents, tickets.")
+            return SimpleNamespace(name=name or bundle, version="v2")
+
+        def unload(self, name: str, version: str) -> None: ...
+
+        def set_default(self, name: str, version: str) -> None: ...
+
+    async def change() -> None:
+        service = admin.ModelAdminService(Models())  # pyright: ignore[reportArgumentType]
+        service.ready = True
+        server = grpc.aio.server(interceptors=[Guard()])
+        add_ModelAdminServicer_to_server(service, server)
+        port = server.add_insecure_port("localhost:0")
+        await server.start()
+        async with grpc.aio.insecure_channel(f"localhost:{port}") as channel:
+            stub: Any = ModelAdminStub(channel)
+            await stub.LoadModel(pb.LoadModelRequest(bundle="intents", name="tickets"))
+            await stub.LoadModel(pb.LoadModelRequest(bundle="intents"))
+            with pytest.raises(grpc.RpcError, match="no bundle of the name"):
+                await stub.LoadModel(pb.LoadModelRequest(bundle=SECRET_TEXT, name="tickets"))
+            await stub.SetDefaultVersion(pb.SetDefaultVersionRequest(name="tickets", version="v1"))
+            await stub.UnloadModel(pb.UnloadModelRequest(name=SECRET_TEXT, version=SECRET_TEXT))
+            await stub.ListModels(pb.ListModelsRequest())
+        await server.stop(0)
+
+    monkeypatch.setattr(admin, "model_message", lambda *_, **__: pb.Model())
+    with caplog.at_level(logging.INFO, audit_logger.name):
+        asyncio.run(change())
+    lines = [record.__dict__["fields"] for record in caplog.records if record.name == audit_logger.name]
+    names = ("bundle", "model", "version")
+    assert [(line["method"], *(line.get(name) for name in names)) for line in lines] == [
+        ("LoadModel", "intents", "tickets", "v2"),
+        ("LoadModel", "intents", "intents", "v2"),
+        ("LoadModel", "unknown", "tickets", None),
+        ("SetDefaultVersion", None, "tickets", "v1"),
+        ("UnloadModel", None, "unknown", "unknown"),
+        ("ListModels", None, None, None),
+    ]
+    assert SECRET_TEXT not in str(lines)
 
 
 def test_a_key_does_not_leave_the_machine_in_the_clear() -> None:
