@@ -13,6 +13,7 @@ README.md            the model card; LICENSE and NOTICE of the pretrained encode
 from __future__ import annotations
 
 import dataclasses
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,6 +35,8 @@ from .focus import Focus
 from .manifest import FolderKind, read_json, write_json
 from .predict import Predictor
 from .quantize import Precision, Quantization, Weights, convert
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "bundle.json"
 _WEIGHTS = "weights.safetensors"
@@ -277,6 +280,9 @@ def _read_calibration(file: Path, taxonomy: Taxonomy) -> dict[str, Calibration]:
         given, needed = fitted.thresholds, len(task.labels)
         if given is not None and len(given) != needed:
             raise InputError(f"{file}: the task '{task.name}' has {needed} labels, but {len(given)} thresholds.")
+        if given is None and not task.kind.exclusive:
+            logger.warning("%s has no thresholds of the multilabel task '%s'; 0.5 is used for all.", file, task.name)
+            calibration[task.name] = dataclasses.replace(fitted, thresholds=(0.5,) * needed)
     return calibration
 
 

@@ -15,8 +15,6 @@ import numpy as np
 from ..data.errors import InputError
 from ..data.taxonomy import Task, TaskKind
 
-DEFAULT_THRESHOLD = 0.5
-
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
@@ -25,8 +23,8 @@ class Calibration:
     Attributes:
       temperature: what the logits are divided by (Guo et al. 2017, "On Calibration of Modern Neural Networks", §4.2);
         above 1 makes the model less sure of itself. Positive and finite.
-      thresholds: multilabel only, one a label: the label is chosen when its probability reaches this. None means 0.5
-        for all.
+      thresholds: multilabel only, one a label: the label is chosen when its probability reaches this. Where they are
+        None, no label can be chosen (see `choose`).
 
     Raises:
       InputError: a temperature or threshold out of range.
@@ -132,7 +130,8 @@ def choose(task: Task, probs_L: np.ndarray, calibration: Calibration, threshold:
       threshold: hierarchical tasks: how sure an answer must be; None is not at all. Others ignore it.
 
     Raises:
-      ValueError: the number of probabilities or of thresholds is not the task's number of labels.
+      ValueError: the number of probabilities or of thresholds is not the task's number of labels; a multilabel task has
+        no thresholds.
     """
     return np.flatnonzero(choose_all(task, probs_L[None], calibration, threshold)[0]).tolist()
 
@@ -152,7 +151,7 @@ def choose_all(
     if task.kind.exclusive:
         return probs_NL.argmax(axis=-1)[:, None] == np.arange(len(task.labels))
     if calibration.thresholds is None:
-        return probs_NL >= DEFAULT_THRESHOLD
+        raise ValueError(f"Task '{task.name}' is multilabel, but its calibration has no thresholds to choose by.")
     count = len(calibration.thresholds)
     if count != len(task.labels):
         raise ValueError(f"Task '{task.name}' has {len(task.labels)} labels, its calibration {count} thresholds.")

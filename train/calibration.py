@@ -9,13 +9,16 @@ import math
 
 import numpy as np
 from scipy.optimize import minimize_scalar
+from scipy.sparse import csr_array
 from scipy.special import logsumexp
 
 from ..data.taxonomy import Task, with_ancestors
-from ..model.decode import DEFAULT_THRESHOLD, Calibration, probabilities
+from ..model.decode import Calibration, probabilities
 
 # A dev set without a single error would drive the temperature to 0, and one without signal to infinity.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.1, 10.0
+DEFAULT_THRESHOLD = 0.5  # where nothing says more
+NAMED = 3  # labels that a sentence names
 
 
 def fit_calibration(task: Task, logits_NL: np.ndarray, targets_NL: np.ndarray) -> Calibration:
@@ -23,7 +26,7 @@ def fit_calibration(task: Task, logits_NL: np.ndarray, targets_NL: np.ndarray) -
 
     The temperature minimises the negative log-likelihood (Guo et al. 2017, "On Calibration of Modern Neural Networks",
     §4.2) between MIN_TEMPERATURE and MAX_TEMPERATURE, and is 1 where nothing does better, so that the likelihood of the
-    dev set never falls. A threshold maximises its label's F1 at that temperature.
+    dev set never falls. Thresholds are those of `fit_thresholds` at that temperature.
 
     Args:
       task: whose labels the columns are.
@@ -45,9 +48,46 @@ def fit_calibration(task: Task, logits_NL: np.ndarray, targets_NL: np.ndarray) -
     temperature = _fit_temperature(task, logits_NL, targets_NL) if len(logits_NL) else 1.0
     if task.kind.exclusive:
         return Calibration(temperature)
-    probs_NL = probabilities(task, logits_NL, Calibration(temperature))
-    thresholds = tuple(best_threshold(probs_NL[:, i], targets_NL[:, i] > 0.5) for i in range(len(task.labels)))
-    return Calibration(temperature, thresholds)
+    return Calibration(
+        temperature, fit_thresholds(probabilities(task, logits_NL, Calibration(temperature)), targets_NL)
+    )
+
+
+def fit_thresholds(probs_NL: np.ndarray, targets_NL: np.ndarray) -> tuple[float, ...]:
+    """A multilabel task's thresholds, each the best for its label's F1; see `best_threshold`.
+
+    A label that no text has gets the median of the others', which knows the model better than a half does; where no
+    text has any label, all get DEFAULT_THRESHOLD. `without_thresholds` says so to people.
+
+    Args:
+      probs_NL: (N, L) calibrated probabilities; N may be 0.
+      targets_NL: (N, L) 1 where a label holds, else 0.
+    """
+    held_NL = targets_NL > 0.5
+    thresholds_L = np.array([best_threshold(p_N, held_N) for p_N, held_N in zip(probs_NL.T, held_NL.T, strict=True)])
+    known_L = held_NL.any(axis=0)
+    if known_L.any():
+        thresholds_L[~known_L] = np.median(thresholds_L[known_L])
+    return tuple(thresholds_L.tolist())
+
+
+def without_thresholds(task: Task, targets: csr_array) -> str:
+    """A sentence about the labels of a multilabel task whose thresholds `fit_thresholds` cannot choose; empty for none.
+
+    Args:
+      task: whose labels the columns are.
+      targets: sparse (N, L), of the dev set.
+    """
+    missing = [] if task.kind.exclusive else np.flatnonzero(targets.sum(axis=0) == 0).tolist()
+    if not missing:
+        return ""
+    names = ", ".join(f"'{task.label_names[i]}'" for i in missing[:NAMED])
+    more = f" and {len(missing) - NAMED:,} more" if len(missing) > NAMED else ""
+    instead = "the median of the others'" if len(missing) < len(task.labels) else str(DEFAULT_THRESHOLD)
+    return (
+        f"Task '{task.name}': no example for development has {names}{more} (of {len(task.labels):,} labels), by which "
+        f"to choose a threshold; it is {instead}."
+    )
 
 
 def negative_log_likelihood(task: Task, logits_NL: np.ndarray, targets_NL: np.ndarray, temperature: float) -> float:

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from ..data.taxonomy import Taxonomy
 from ..model.config import ComputeDtype, EncoderConfig
-from ..model.decode import Calibration
+from ..model.decode import Calibration, probabilities
 from ..model.focus import Focus
 from ..model.predict import Predictor
 from ..model.quantize import Weights
+from .calibration import fit_thresholds
 from .evaluation import TokenizedSplit, measure
 from .metrics import Metrics
 from .processes import each_its_share
@@ -82,7 +83,12 @@ class DevLook:
         for name, split in self._dev.items():
             columns = self._taxonomy.slice_of(name)
             logits_NL = each_its_share(lambda ids, columns=columns: predictor.logits(ids, columns=columns), split.ids)
-            by_task[name] = measure(self._taxonomy.task(name), logits_NL, split.targets_NL, Calibration())
+            task, targets_NL = self._taxonomy.task(name), split.targets_NL
+            calibration = Calibration()
+            if not task.kind.exclusive:  # as it will choose labels in the end
+                probs_NL = probabilities(task, logits_NL, calibration)
+                calibration = Calibration(thresholds=fit_thresholds(probs_NL, targets_NL))
+            by_task[name] = measure(task, logits_NL, targets_NL, calibration)
         return by_task
 
     def _score(self, name: str, metrics: Metrics) -> float:

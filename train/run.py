@@ -16,7 +16,7 @@ from ..model.focus import is_gate
 from ..model.quantize import Weights
 from ..model.sharding import make_layout
 from .baseline import BaselineScore, tfidf_svm
-from .calibration import fit_calibration
+from .calibration import fit_calibration, without_thresholds
 from .config import TrainJob, read_curriculum
 from .evaluation import measure
 from .inputs import Inputs, load_inputs, open_data
@@ -105,6 +105,9 @@ def run_job(job: TrainJob) -> TrainResult | None:
     if not start.weights:
         say(f"{job.recipe.encoder} begins with random weights; a pretrained or upcycled encoder learns from far fewer.")
     inputs = load_inputs(job, data, start.tokenizer, say)
+    for task in inputs.taxonomy.tasks:
+        if sentence := without_thresholds(task, inputs.splits["dev"][task.name].targets):
+            say(sentence)
     weights = _begin_with(job, start, inputs, say)
     first_decides(lambda: _write_job(job) is None)
     running = Running(layout, job.save_steps, job.save_minutes, _job_json(job))

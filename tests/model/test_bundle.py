@@ -19,6 +19,7 @@ from classer.data.errors import InputError
 from classer.data.fetch import sha256_of
 from classer.model import bundle as bundle_module
 from classer.model.bundle import Bundle, load_bundle, quantize, save_bundle
+from classer.model.decode import Calibration
 from classer.model.focus import Focus
 from classer.model.manifest import content_hash
 
@@ -354,3 +355,14 @@ def test_json_files_that_do_not_fit_are_named(copy: Path, name: str, change, say
     vouch(copy)
     with pytest.raises(InputError, match=says):
         load_bundle(copy)
+
+
+def test_a_multilabel_task_without_thresholds_is_warned_of(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load_bundle(copy)
+    assert not caplog.messages
+    change_json(copy / "calibration.json", lambda d: d["tags"].pop("thresholds"))
+    vouch(copy)
+    assert load_bundle(copy).calibration["tags"] == Calibration(0.8, (0.5, 0.5, 0.5))
+    assert caplog.messages == [
+        f"{copy / 'calibration.json'} has no thresholds of the multilabel task 'tags'; 0.5 is used for all."
+    ]

@@ -79,7 +79,7 @@ def test_exclusive_task_chooses_the_most_probable():
 
 def test_multilabel_task_chooses_all_over_their_thresholds():
     probs = np.array([0.4, 0.6, 0.9], np.float32)
-    assert choose(MULTILABEL, probs, Calibration()) == [1, 2]
+    assert choose(MULTILABEL, probs, Calibration(thresholds=(0.5, 0.5, 0.5))) == [1, 2]
     assert choose(MULTILABEL, probs, Calibration(thresholds=(0.3, 0.7, 0.95))) == [0]
     assert choose(MULTILABEL, probs, Calibration(thresholds=(1.0, 1.0, 1.0))) == []
 
@@ -87,6 +87,11 @@ def test_multilabel_task_chooses_all_over_their_thresholds():
 @given(hnp.arrays(np.float32, 3, elements=st.floats(0, 1, width=32)))
 def test_threshold_equal_to_the_probability_admits_it(probs_L):
     assert choose(MULTILABEL, probs_L, Calibration(thresholds=tuple(probs_L.tolist()))) == [0, 1, 2]
+
+
+def test_multilabel_task_without_thresholds_chooses_nothing_in_silence():
+    with pytest.raises(ValueError, match="Task 't' is multilabel, but its calibration has no thresholds"):
+        choose(MULTILABEL, np.array([0.4, 0.6, 0.9], np.float32), Calibration())
 
 
 def test_wrong_widths_are_refused():

@@ -5,12 +5,20 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.sparse import csr_array
 from scipy.special import expit, softmax
 from sklearn.metrics import f1_score, log_loss
 
 from classer.data.taxonomy import Label, Task, TaskKind
 from classer.model.decode import Calibration, choose_all, probabilities
-from classer.train.calibration import MIN_TEMPERATURE, best_threshold, fit_calibration, negative_log_likelihood
+from classer.train.calibration import (
+    MIN_TEMPERATURE,
+    best_threshold,
+    fit_calibration,
+    fit_thresholds,
+    negative_log_likelihood,
+    without_thresholds,
+)
 from classer.train.metrics import reliability
 
 ZERO: Any = 0.0  # scikit-learn's own annotation of `zero_division` admits only strings
@@ -125,10 +133,27 @@ def test_label_without_positive_texts_keeps_a_half():
     assert best_threshold(np.array([0.9, 0.1]), np.array([False, False])) == 0.5
 
 
+def test_labels_without_positive_texts_take_the_median_of_the_others_and_it_is_said():
+    probs = np.array([[0.9, 0.4, 0.5, 0.9, 0.3], [0.6, 0.2, 0.1, 0.5, 0.1]], np.float32)
+    targets = np.array([[1, 1, 0, 1, 0], [0, 0, 0, 0, 0]])
+    assert fit_thresholds(probs, targets) == pytest.approx((0.75, 0.3, 0.7, 0.7, 0.7))
+    t = task(TaskKind.MULTILABEL, 5)
+    assert without_thresholds(t, csr_array(targets)) == (
+        "Task 't': no example for development has 'l2', 'l4' (of 5 labels), by which to choose a threshold; it is the "
+        "median of the others'."
+    )
+    none = without_thresholds(t, csr_array((0, 5)))
+    assert "'l0', 'l1', 'l2' and 2 more (of 5 labels)" in none
+    assert none.endswith("it is 0.5.")
+    assert without_thresholds(t, csr_array(np.eye(5))) == ""
+    assert without_thresholds(task(TaskKind.MULTICLASS, 5), csr_array(targets)) == ""
+
+
 label_of_texts = st.lists(st.tuples(st.floats(0, 1, width=32), st.booleans()), min_size=1, max_size=30)
 
 
 @given(label_of_texts)
+@settings(deadline=None)
 def test_no_cut_reaches_a_higher_f1(texts):
     probs, held = np.array([p for p, _ in texts], np.float32), np.array([h for _, h in texts])
     single = task(TaskKind.MULTILABEL, 1)

@@ -19,13 +19,13 @@ from classer.model.config import EncoderConfig
 from classer.model.focus import is_gate
 from classer.model.pretrained import load_encoder
 from classer.model.quantize import Weights
-from classer.train import loop
+from classer.train import devlook, loop
 from classer.train.config import Recipe
 from classer.train.devlook import DevLook
 from classer.train.evaluation import TokenizedSplit
 from classer.train.focus import SOFT_SHARE, draw_focus
 from classer.train.loop import Fitted, Trainee, fit
-from classer.train.runlog import RunLog
+from classer.train.runlog import RunLog, open_log
 
 MULTICLASS = Task("toy", TaskKind.MULTICLASS, tuple(Label(name) for name in "abc"))
 BINARY = Task("toy", TaskKind.BINARY, tuple(Label(name) for name in "ab"))
@@ -225,6 +225,28 @@ def test_going_on_with_other_examples_is_refused(encoder, tmp_path: Path) -> Non
     run(encoder, tmp_path)
     with pytest.raises(InputError, match="was taken with other examples, labels, tokens, seed or batch size"):
         run(encoder, tmp_path, count=46)
+
+
+def test_a_multilabel_dev_set_is_scored_at_the_thresholds_that_it_gives(monkeypatch, tmp_path: Path) -> None:
+    """Every label is told apart without an error, but below a half."""
+    targets_NL = np.eye(3, dtype=np.float32)[[0, 1, 2, 0]]
+
+    class Unsure:
+        def __init__(self, *_: object) -> None: ...
+
+        def with_weights(self, _: Weights) -> Unsure:
+            return self
+
+        def logits(self, *_: object, **__: object) -> np.ndarray:
+            return targets_NL - 3
+
+    monkeypatch.setattr(devlook, "Predictor", Unsure)
+    dev = {"toy": TokenizedSplit([np.array([CLS, SEP], np.int32)] * 4, csr_array(targets_NL))}
+    config = EncoderConfig(20, num_layers=2, d_model=8, num_heads=2, d_ff=16, max_positions=16)
+    look = DevLook(Taxonomy((MULTILABEL,)), config, {}, "float32", dev, [1.0])
+    with open_log(tmp_path, 1) as log:
+        assert look({}, 1, log) == 1
+    assert look.sentence == "accuracy 100.00% · macro-F1 1.000"
 
 
 def scripted_scores(monkeypatch: pytest.MonkeyPatch, *scores: float) -> list[Weights]:

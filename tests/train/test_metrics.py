@@ -30,7 +30,7 @@ def predictions(draw, kind: TaskKind):
     else:
         targets = draw(hnp.arrays(np.float32, (n, labels), elements=st.sampled_from([0.0, 1.0])))
     t = task(kind, labels)
-    return t, probs, targets, choose_all(t, probs, Calibration())
+    return t, probs, targets, choose_all(t, probs, Calibration(thresholds=(0.5,) * labels))
 
 
 @given(predictions(TaskKind.MULTICLASS))

@@ -33,7 +33,7 @@ def report(folder: Path, kind: TaskKind, label_names: tuple[str, ...], n: int, s
         targets = (rng.uniform(size=(n, count)) < 0.2).astype(np.float32)
     logits = (targets - 0.5) * sharpness + rng.normal(size=(n, count))
     probs = probabilities(task, logits, Calibration())
-    chosen = choose_all(task, probs, Calibration())
+    chosen = choose_all(task, probs, Calibration(thresholds=(0.5,) * count))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         write_report(folder, task, evaluate(task, probs, targets, chosen), probs, targets, chosen, "made up, test")
@@ -101,7 +101,7 @@ def test_multilabel_report_counts_missed_and_wrongly_chosen(tmp_path):
     task = Task("t", TaskKind.MULTILABEL, (Label("a"), Label("b")))
     targets = np.array([[1, 0], [1, 0], [0, 1], [0, 1]], np.float32)
     probs = np.array([[0.9, 0.9], [0.1, 0.9], [0.1, 0.9], [0.1, 0.9]], np.float32)
-    chosen = choose_all(task, probs, Calibration())
+    chosen = choose_all(task, probs, Calibration(thresholds=(0.5, 0.5)))
     write_report(tmp_path, task, evaluate(task, probs, targets, chosen), probs, targets, chosen, "x")
     text = (tmp_path / "report.md").read_text()
     assert text.index("| b | 0 | 2 |") < text.index("| a | 1 | 0 |")

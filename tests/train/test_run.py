@@ -270,6 +270,22 @@ def epochs_logged(out: Path) -> list[int]:
     return [json.loads(line)["step"] for line in lines if "dev/accuracy" in line and line.endswith("}")]
 
 
+def test_labels_that_no_dev_example_has_are_said_before_training(
+    tiny_encoder: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    job = make_job(tiny_encoder, tmp_path, TaskKind.MULTILABEL)
+    (tmp_path / "dev.jsonl").write_text('{"text": "bread", "labels": ["food"]}\n{"text": "rain", "labels": []}\n')
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module, "fit", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(dataclasses.replace(job, dev=tmp_path / "dev.jsonl"))
+    said = capsys.readouterr().out
+    assert said.count("Task 'toy': no example for development has 'sport', 'weather' (of 3 labels), by which to ") == 1
+
+
 @pytest.mark.slow
 def test_a_native_size_is_trained_from_nothing(minilm: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     job = make_job(minilm, tmp_path, epochs=6, learning_rate=1e-3, patience=0, encoder="classer-5m")
