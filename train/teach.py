@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ..data.errors import InputError
 from ..data.readers import infer_task, read_examples, read_task_folder, read_texts
 from ..data.soft_labels import write_soft_labels
-from ..data.taxonomy import Task
+from ..data.taxonomy import Task, with_ancestors
 from ..model.bundle import MANIFEST, load_bundle
 
 BATCH_SIZE = 32
@@ -86,7 +86,7 @@ def teach(job: TeachJob, say: Callable[[str], object] = print) -> None:
         with tqdm(total=len(texts), desc=name, unit="text", mininterval=1) as bar:
             for start in range(0, len(texts), BATCH_SIZE * 8):
                 chunk = texts[start : start + BATCH_SIZE * 8]
-                probs_NL = teacher(chunk)
+                probs_NL = _within(task, teacher(chunk))
                 mean_NL[start : start + len(chunk)] += weight * probs_NL
                 losses += _losses(task, probs_NL, [labels_of[text] for text in chunk])
                 bar.update(len(chunk))
@@ -98,6 +98,14 @@ def teach(job: TeachJob, say: Callable[[str], object] = print) -> None:
     write_soft_labels(part, task, texts, mean_NL)
     part.rename(job.out)
     say(f"{job.out}: the answers of {', '.join(job.teacher)}.")
+
+
+def _within(task: Task, probs_NL: np.ndarray) -> np.ndarray:
+    """An exclusive task's probabilities without what a teacher gave other labels, an inner label's from its leaves."""
+    if not task.kind.exclusive:
+        return probs_NL
+    leaves_NL = np.where(task.leaves_L, probs_NL, 0.0)
+    return with_ancestors(task.parent_L, leaves_NL / leaves_NL.sum(axis=1, keepdims=True))
 
 
 def _losses(task: Task, probs_NL: np.ndarray, labels_N: Sequence[Sequence[str]]) -> list[float]:
