@@ -180,9 +180,8 @@ class Engine:
         """
         for bucket in self._buckets:
             yield from self._warm_up_bucket(bucket)
-        self._golden = None
-        used = set(self.plan.values())
-        self._predictors = {name: value for name, value in self._predictors.items() if name in used}
+        # With them go the weights that no program uses.
+        self._golden, self._predictors = None, {}
 
     def batch_for(self, bucket: int, waiting: int) -> int:
         """How many of `waiting` texts to run next: what finishes the most texts a second, as measured at warm-up.

@@ -23,8 +23,9 @@ import numpy as np
 from ..data.errors import InputError
 from ..data.taxonomy import Task
 from ..model.bundle import GOLDEN_LENGTH, Bundle, load_bundle
+from ..model.config import EncoderConfig
 from ..model.focus import Focus
-from ..model.predict import Executables, Predictor
+from ..model.predict import Executables, Predictor, Program
 from ..model.variants import (
     AGREEMENT,
     VARIANTS,
@@ -173,8 +174,10 @@ class Models:
           UnknownTask: there is none.
           InvalidRequest: the name is empty and there are several.
         """
+        if not self._default:
+            raise UnknownTask("No model is loaded; load one through ModelAdmin.", field="model")
         known = ", ".join(sorted(self._default))
-        if not name and len(self._default) != 1:
+        if not name and len(self._default) > 1:
             raise InvalidRequest(f"The field `model` is empty, but there are several; name one of: {known}.")
         name = name or next(iter(self._default))
         if name not in self._default:
@@ -193,7 +196,7 @@ class Models:
         Raises:
           UnknownTask, InvalidRequest: nobody, or several could.
         """
-        if model or version or len(self._default) == 1:
+        if model or version or len(self._default) <= 1:
             found = self.find(model, version)
             return found, found.answers.task(task)
         having = [one for one in self.defaults if task in one.answers.tasks]
@@ -221,7 +224,7 @@ class Models:
         Args:
           bundle: a name of `folders`.
           name: under which to serve it; empty for the same.
-          default: whether requests that name no version go to it from now on.
+          default: whether requests that name no version go to it from now on; they do if there is no other.
           keep_old: whether the version that they went to stays; else it is retired.
           progress: called with the model before and after each program that was compiled; False gives up.
 
@@ -254,10 +257,11 @@ class Models:
             await asyncio.to_thread(_settle)
             model.state = State.READY
             self._versions.setdefault(name, []).append(model)
-            if default or sibling is None:
+            old = self._default.get(name)  # another one than before, if it was unloaded or changed meanwhile
+            if default or old is None:
                 self._default[name] = model
-                if sibling is not None and not keep_old:
-                    self._retire(sibling)
+                if old is not None and not keep_old:
+                    self._retire(old)
         return model
 
     def unload(self, name: str, version: str) -> None:
@@ -331,44 +335,66 @@ def named_folders(sources: Sequence[str]) -> dict[str, Path]:
     return folders
 
 
+@dataclasses.dataclass(eq=False)
+class _OnDemand:
+    """A `Predictor` that puts its weights on the device when it is first used: one that a plan leaves out never is.
+
+    `executables` gets what it compiles.
+    """
+
+    bundle: Bundle
+    variant: Variant
+    focus: Focus | None
+    executables: list[Executables]
+
+    @functools.cached_property
+    def predictor(self) -> Predictor:
+        predictor = variant_predictor(self.bundle, self.variant, self.focus)
+        self.executables.append(predictor.executables)
+        return predictor
+
+    @property
+    def focused(self) -> bool:
+        return self.focus is not None
+
+    def compile(self, batch_size: int, length: int) -> Program:
+        return self.predictor.compile(batch_size, length)
+
+
 def _prepare(name: str, path: Path, settings: ModelSettings, sibling: Model | None) -> Model:
-    """Reads a bundle and puts its weights on the device; nothing is compiled but what its check needs."""
+    """Reads a bundle and puts on the device, and compiles, what its check needs; the rest is `warm_up`'s."""
     bundle = load_bundle(path)
     model = Model(name, bundle)
+    variants: list[Variant] = [one for one in VARIANTS if settings.precision in (AUTO, one)]
+    variants.sort(key=lambda one: one != native(bundle))  # among equals the bundle's own is preferred
+    alike = sibling if sibling is not None and _shapes(sibling.bundle) == _shapes(bundle) else None
     for text in settings.focuses:
         focus = Focus.parse(text, bundle.encoder.num_layers)
         if not focus.full and not bundle.encoder.gated and "1" in settings.focuses:
             continue  # among several models those without gates serve what they can
-        before = sibling.engines.get(text) if sibling is not None else None
-        plan = before.plan if before is not None and before.ready else {}
-        variants = _variants(bundle, settings.precision, plan)
-        predictors = {one: variant_predictor(bundle, one, None if focus.full else focus) for one in variants}
-        model.executables += [predictor.executables for predictor in predictors.values()]
+        before = alike.engines.get(text) if alike is not None else None
+        kept = None if focus.full else focus
+        predictors = {one: _OnDemand(bundle, one, kept, model.executables) for one in variants}
+        own = predictors.get(native(bundle)) or _OnDemand(bundle, native(bundle), kept, model.executables)
         model.engines[text] = Engine(
             predictors,
             max_length=bundle.max_length,
             pad_id=bundle.tokenizer.pad_id,
-            golden=_golden(bundle, predictors.get(native(bundle)), None if focus.full else focus),
-            plan=plan,
+            golden=_golden(bundle, own.predictor),
+            plan=before.plan if before is not None and before.ready else {},
         )
     if sibling is not None:
         model.executables += sibling.executables  # also those of the precisions that were not chosen
     return model
 
 
-def _variants(bundle: Bundle, precision: str, plan: Mapping[int, str]) -> list[Variant]:
-    """The precisions to try, the bundle's own first; of a plan only those that are in it."""
-    own = native(bundle)
-    variants: list[Variant] = [own, *(one for one in VARIANTS if one != own)]
-    planned = {one for one in variants if one in plan.values()}
-    if precision == AUTO:
-        return [one for one in variants if one in planned] or variants
-    return [one for one in variants if one == precision]
+def _shapes(bundle: Bundle) -> tuple[EncoderConfig, int, int]:
+    """What the programs of two bundles must agree in for one's measurements to hold for the other."""
+    return bundle.encoder, bundle.taxonomy.num_labels, bundle.max_length
 
 
-def _golden(bundle: Bundle, predictor: Predictor | None, focus: Focus | None) -> Golden:
+def _golden(bundle: Bundle, predictor: Predictor) -> Golden:
     """What the bundle's own precision gives: at full focus the golden outputs, as `load_bundle` has just found."""
-    predictor = predictor or variant_predictor(bundle, native(bundle), focus)
     ids = golden_ids(bundle)
     length = min(GOLDEN_LENGTH, bundle.max_length)
     reference_NL = predictor.logits(ids, batch_size=max(1, len(ids)), buckets=(length,))

@@ -22,7 +22,12 @@ from classer.data.errors import InputError
 from classer.data.taxonomy import Label, Task, TaskKind, Taxonomy
 from classer.model import predict
 from classer.model.bundle import Bundle, save_bundle
-from classer.serve.models import ModelSettings, named_folders
+from classer.model.focus import Focus
+from classer.model.variants import Variant
+from classer.serve import models as served
+from classer.serve.engine import Warmed
+from classer.serve.errors import UnknownTask
+from classer.serve.models import Model, Models, ModelSettings, State, named_folders
 from classer.serve.proto import classifier_pb2 as pb
 from classer.serve.proto.classifier_pb2_grpc import ClassifierStub, ModelAdminStub
 from classer.serve.service import in_order
@@ -367,6 +372,100 @@ def test_versions_stand_side_by_side_until_one_is_unloaded(stub, admin: ModelAdm
     admin.UnloadModel(pb.UnloadModelRequest(name="one", version=second.version), timeout=TIMEOUT)
     code, _, _ = refusal(lambda: version(model="one", model_version=second.version))
     assert code is grpc.StatusCode.NOT_FOUND
+
+
+@pytest.fixture(scope="module")
+def versions(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Bundle) -> dict[str, Path]:
+    """a, b, c: versions of one model with few programs; longer: one that reads more."""
+    folder = tmp_path_factory.mktemp("versions")
+    for i, name in enumerate("abc"):
+        weights = {**tiny_bundle.weights, "head.kernel": np.roll(tiny_bundle.weights["head.kernel"], i, axis=1)}
+        save_bundle(dataclasses.replace(tiny_bundle, weights=weights, max_length=16), folder / name)
+    save_bundle(dataclasses.replace(tiny_bundle, max_length=24), folder / "longer")
+    return {name: folder / name for name in ("a", "b", "c", "longer")}
+
+
+def meanwhile(change: Callable[[], object]) -> Callable[..., bool]:
+    """A load's `progress` that makes one change while programs are compiled."""
+
+    def progress(model: Model, warmed: Warmed | None) -> bool:
+        if warmed is None:
+            change()
+        return True
+
+    return progress
+
+
+@pytest.mark.parametrize("default", [True, False])
+def test_a_version_that_is_unloaded_while_the_next_one_loads_leaves_that_the_default(
+    versions: dict[str, Path], default: bool
+) -> None:
+    async def main() -> None:
+        models = Models(versions, ModelSettings(precision="float32"))
+        first = await models.load("a")
+        unload = meanwhile(lambda: models.unload("a", first.version))
+        second = await models.load("b", "a", default=default, progress=unload)
+        assert first.state is State.RETIRING
+        assert models.find("a") is second
+        models.unload("a", second.version)
+        for ask in (models.find, models.resolve):
+            with pytest.raises(UnknownTask, match="No model is loaded"):
+                ask("")
+        models.close()
+
+    asyncio.run(main())
+
+
+def test_the_version_that_is_the_default_after_a_load_is_the_one_retired(versions: dict[str, Path]) -> None:
+    async def main() -> None:
+        models = Models(versions, ModelSettings(precision="float32"))
+        first = await models.load("a")
+        second = await models.load("b", "a", default=False)
+        assert models.find("a") is first
+        change = meanwhile(lambda: models.set_default("a", second.version))
+        third = await models.load("c", "a", progress=change)
+        assert models.find("a") is third
+        assert (first.state, second.state) == (State.READY, State.RETIRING)
+        assert models.find("a", first.version) is first
+        models.close()
+
+    asyncio.run(main())
+
+
+def test_a_next_version_is_measured_where_its_predecessor_s_plan_does_not_hold(
+    versions: dict[str, Path], monkeypatch
+) -> None:
+    broken: set[str] = set()
+    made: list[str] = []
+    real = served.variant_predictor
+
+    def variant_predictor(bundle: Bundle, variant: Variant, focus: Focus | None = None) -> predict.Predictor:
+        made.append(variant)
+        if variant in broken:
+            kernel = -bundle.weights["head.kernel"]
+            bundle = dataclasses.replace(bundle, weights={**bundle.weights, "head.kernel": kernel})
+        return real(bundle, variant, focus)
+
+    monkeypatch.setattr(served, "variant_predictor", variant_predictor)
+
+    async def main() -> None:
+        models = Models(versions, ModelSettings(precision="int8"))
+        assert (await models.load("a")).engine("").plan == {16: "int8"}
+        models._settings = ModelSettings()
+        made.clear()
+        assert (await models.load("b", "a")).engine("").plan == {16: "int8"}
+        assert made == ["float32", "int8"]  # nothing but what is checked by, and what was planned
+        broken.add("int8")
+        third = (await models.load("c", "a")).engine("")
+        assert third.plan.keys() == {16}
+        assert [one.precision for one in third.measured] == ["int8", "float32", "bfloat16"]
+        assert third.plan[16] != "int8"
+        broken.clear()
+        other = (await models.load("longer", "a")).engine("")
+        assert [one.precision for one in other.measured if one.length == 16] == ["float32", "bfloat16", "int8"]
+        models.close()
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("bundle", ["../one", "/etc", "secret", "", "one/../two"])
