@@ -22,6 +22,8 @@ from .log import log_failure
 # many empty ones are not free.
 MAX_WAITING_CHARS = 64_000_000
 MAX_BATCH_CHARS = 1_000_000
+# A refusal's hint: about what so many take, after which there is room again.
+RETRY_SECONDS = 0.5
 
 
 class Encoded(Protocol):
@@ -98,7 +100,8 @@ class TokenizerStage:
         if self._waiting_chars + chars > self._max_waiting_chars:
             raise Overloaded(
                 f"The server has {self._waiting_chars} characters waiting for the tokenizer and takes on "
-                f"{self._max_waiting_chars} at most; try again in a moment."
+                f"{self._max_waiting_chars} at most; try again in a moment.",
+                retry_seconds=RETRY_SECONDS,
             )
         group = _Group(texts, chars, spans, asyncio.get_running_loop().create_future())
         self._waiting.append(group)

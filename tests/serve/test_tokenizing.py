@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from classer.serve.errors import InternalError, Overloaded
-from classer.serve.tokenizing import TokenizerStage, Tokens
+from classer.serve.tokenizing import RETRY_SECONDS, TokenizerStage, Tokens
 
 
 @dataclasses.dataclass
@@ -96,8 +96,9 @@ def test_more_than_the_bound_is_refused_and_a_gone_caller_makes_room() -> None:
             await asyncio.sleep(0)
         waiting = asyncio.create_task(stage.tokenize(["b" * 9]))
         await asyncio.sleep(0)
-        with pytest.raises(Overloaded, match="takes on 10 at most"):
+        with pytest.raises(Overloaded, match="takes on 10 at most") as refused:
             await stage.tokenize([""])
+        assert refused.value.retry_seconds == RETRY_SECONDS
         waiting.cancel()
         tokenizer.go.set()
         await first
