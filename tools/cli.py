@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import signal
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 from classer import __version__
 from classer.data.errors import InputError
 from classer.data.fetch import cache_folder
+from classer.serve.cache import check_private
 from classer.serve.errors import ClasserError
 from classer.tools import commands, measuring, training
 from classer.tools.aot import aot
@@ -105,12 +107,8 @@ def keep_compiled_programs() -> None:
     What is kept there is code: a folder that others may write to is left alone. Call it before JAX is imported.
     """
     folder = cache_folder() / "programs"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = folder.stat()
-    except OSError:
-        return  # No home that can be written to: everything is compiled anew.
-    if status.st_uid == os.getuid() and not status.st_mode & 0o022:
+    with contextlib.suppress(InputError):  # with no private folder everything is compiled anew
+        check_private(folder)
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
