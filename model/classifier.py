@@ -54,7 +54,9 @@ class LabelHead(nn.Module):
     def __call__(self, pooled_BD: jax.Array) -> jax.Array:
         kernel_DL = self.param("kernel", kernel_init, (pooled_BD.shape[-1], self.num_labels), jnp.float32)
         bias_L = self.param("bias", nn.initializers.zeros_init(), (self.num_labels,), jnp.float32)
-        return pooled_BD @ sharding.gathered(kernel_DL, "head.kernel") + sharding.gathered(bias_L, "head.bias")
+        kernel_DL, bias_L = sharding.divide_labels(kernel_DL, bias_L)
+        logits_BL = sharding.constrain(pooled_BD @ kernel_DL + bias_L, "batch", "logits")
+        return logits_BL[:, : self.num_labels]
 
 
 class TextClassifier(nn.Module):

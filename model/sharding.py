@@ -2,10 +2,11 @@
 
 The mesh has three axes. Along `data` and `fsdp` the rows of a batch are divided; along `fsdp` parameters and optimiser
 moments too, each gathered where it is used (Zhao et al. 2023, https://arxiv.org/abs/2304.11277); along `tensor` the
-heads and the feed-forward's hidden units (Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053). XLA puts in the
-collectives: it gets shardings of what goes in and comes out, and `constrain`'s hints between.
+heads, the feed-forward's hidden units and the labels (Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053). XLA puts
+in the collectives: it gets shardings of what goes in and comes out, and `constrain`'s hints between.
 
-Axes: B batch, N tokens, D model width, E outputs of several products side by side, F outputs of one, T tensor shards.
+Axes: B batch, N tokens, D model width, E outputs of several products side by side, F outputs of one, L labels, T tensor
+shards.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _AXES: dict[str, tuple[str, ...]] = {
     "up.bias": ("hidden",),
     "down.kernel": ("hidden", "embed"),
     "down.bias": ("vector",),
-    "head.kernel": ("embed", "labels"),
+    "head.kernel": ("pooled", "labels"),
     "head.bias": ("labels",),
     "norm.scale": ("vector",),
     "norm.bias": ("vector",),
@@ -57,7 +58,9 @@ class Rules:
       embed: the model width of matrices.
       heads: attention heads: the outputs of `qkv`, the inputs of `out`.
       hidden: units of the feed-forward: the outputs of `up`, the inputs of `down`.
-      labels: of the taxonomy; their number seldom divides evenly.
+      pooled: the model width of the label table.
+      labels: of the label table at rest; their number seldom divides evenly.
+      logits: labels in the product with the table and in the loss, filled up by `fill_labels`.
       layers: scanned layers.
       vector: norms, gates and the biases of the model width: too small to be worth a collective.
     """
@@ -67,7 +70,9 @@ class Rules:
     embed: MeshAxes = ("fsdp",)
     heads: MeshAxes = ("tensor",)
     hidden: MeshAxes = ("tensor",)
+    pooled: MeshAxes = ("tensor", "fsdp")
     labels: MeshAxes = ()
+    logits: MeshAxes = ("tensor",)
     layers: MeshAxes = ()
     vector: MeshAxes = ()
 
@@ -283,7 +288,7 @@ def interleave(x: jax.Array, name: str, parts: int) -> jax.Array:
       name: the end of its name, such as "qkv.kernel".
       parts: how many products.
     """
-    shards = _shards(name) if parts > 1 else 1
+    shards = _shards(logical_axes(name)[-1]) if parts > 1 else 1
     if shards == 1:
         return gathered(x, name)
     lead, width = x.shape[:-1], x.shape[-1] // parts
@@ -294,13 +299,33 @@ def interleave(x: jax.Array, name: str, parts: int) -> jax.Array:
 def deinterleave(y_NE: jax.Array, name: str, parts: int) -> list[jax.Array]:
     """The products of an interleaved kernel, each (N, F)."""
     axis = logical_axes(name)[-1]
-    shards = _shards(name) if parts > 1 else 1
+    shards = _shards(axis) if parts > 1 else 1
     if shards == 1:
         split = jnp.split(y_NE, parts, axis=1)
     else:
         y_NTPF = y_NE.reshape(len(y_NE), shards, parts, -1)
         split = [y_NTPF[:, :, part].reshape(len(y_NE), -1) for part in range(parts)]
     return [constrain(y_NF, "batch", axis) for y_NF in split]
+
+
+def divide_labels(kernel_DL: jax.Array, bias_L: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The label table as its product takes it, filled up by `fill_labels`: a device has all of its own labels.
+
+    At rest it is the width that is divided, evenly whatever the number of labels is, so that parameters, checkpoints
+    and bundles have no fillers. Shards of the width are gathered over `fsdp`, then exchanged for shards of the labels
+    (an all-to-all over `tensor`): the whole table never is on one device.
+    """
+    kernel_DL = fill_labels(constrain(kernel_DL, "logits", None))
+    return constrain(kernel_DL, None, "logits"), constrain(fill_labels(bias_L), "logits")
+
+
+def fill_labels(x_L: jax.Array) -> jax.Array:
+    """Zeros after the last axis, which is labels, until these divide evenly; nothing where they do.
+
+    XLA can divide an axis unevenly too, but then its scatters (the sums over siblings) count what pads the last shard.
+    """
+    fill = -x_L.shape[-1] % _shards("logits")
+    return jnp.pad(x_L, [(0, 0)] * (x_L.ndim - 1) + [(0, fill)]) if fill else x_L
 
 
 def to_host(x: Any) -> np.ndarray:
@@ -317,6 +342,6 @@ def _put(x: Any, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
-def _shards(name: str) -> int:
+def _shards(axis: str) -> int:
     layout = _active.get()
-    return 1 if layout is None else layout._count(logical_axes(name)[-1])
+    return 1 if layout is None else layout._count(axis)

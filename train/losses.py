@@ -5,6 +5,7 @@ Axes: B batch, L labels of the whole taxonomy, G sets of siblings.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ import optax
 from jax import lax
 
 from ..data.taxonomy import LabelTable
+from ..model.sharding import constrain, fill_labels
 
 
 class SoftTargets(NamedTuple):
@@ -100,7 +102,7 @@ def answers(table: LabelTable, logits_BL: jax.Array, tasks_B: jax.Array) -> jax.
     Returns:
       float32 (B, L); 0 for labels of other tasks.
     """
-    log_probs_BL = _log_probs_of_siblings(table, logits_BL)
+    log_probs_BL = constrain(_log_probs_of_siblings(table, logits_BL), "batch", None)
     path_BL, above_L = log_probs_BL, table.parent_L
     while (above_L >= 0).any():
         rows = np.flatnonzero(above_L >= 0)
@@ -161,24 +163,32 @@ def _sibling_cross_entropy(
 
 def _log_probs_of_siblings(table: LabelTable, logits_BL: jax.Array) -> jax.Array:
     """(B, L): the log of each label's probability given the label above it."""
-    highest_LB = jax.ops.segment_max(lax.stop_gradient(logits_BL).T, table.group_L, table.num_groups)[table.group_L]
-    shifted_BL = logits_BL - highest_LB.T
+    shifted_BL = logits_BL - _of_siblings(jax.ops.segment_max, table, lax.stop_gradient(logits_BL))
     return shifted_BL - jnp.log(_sum_of_siblings(table, jnp.exp(shifted_BL)))
 
 
 def _sum_of_siblings(table: LabelTable, x_BL: jax.Array) -> jax.Array:
     """(B, L): for each label the sum over it and its siblings."""
-    return jax.ops.segment_sum(x_BL.T, table.group_L, table.num_groups)[table.group_L].T
+    return _of_siblings(jax.ops.segment_sum, table, x_BL)
+
+
+def _of_siblings(segments: Callable[..., jax.Array], table: LabelTable, x_BL: jax.Array) -> jax.Array:
+    """(B, L): for each label what `segments` makes of it and its siblings; fillers are each other's siblings."""
+    filled_BL = fill_labels(x_BL)
+    fill = filled_BL.shape[1] - x_BL.shape[1]
+    group_L = np.pad(table.group_L, (0, fill), constant_values=table.num_groups)
+    return segments(filled_BL.T, group_L, table.num_groups + (fill > 0))[group_L].T[:, : x_BL.shape[1]]
 
 
 def _with_ancestors(parent_L: np.ndarray, given_BL: jax.Array) -> jax.Array:
-    """`data.taxonomy.with_ancestors` on the device."""
+    """`data.taxonomy.with_ancestors` on the device, where all labels of a row are on one."""
+    given_BL = constrain(given_BL, "batch", None)
     held_BL, above_L = given_BL, parent_L
     while (above_L >= 0).any():
         rows = np.flatnonzero(above_L >= 0)
         held_BL = held_BL.at[:, above_L[rows]].add(given_BL[:, rows])
         above_L = np.where(above_L >= 0, parent_L[above_L], -1)
-    return held_BL
+    return constrain(held_BL, "batch", None)
 
 
 def balanced_class_weights(table: LabelTable, positives_L: np.ndarray, examples_T: np.ndarray) -> jax.Array:

@@ -20,8 +20,18 @@ from classer.model.focus import UNITS, FocusDraw
 from classer.model.sharding import Layout, make_layout, to_host
 from classer.train.losses import classification_loss
 
-ROWS, LENGTH, LABELS = 16, 8, 5
-TABLE = Taxonomy((Task("toy", TaskKind.MULTICLASS, tuple(Label(str(i)) for i in range(LABELS))),)).table
+ROWS, LENGTH = 16, 8
+# 77 labels, which no number of devices here divides; the tree has three levels.
+TREE = ("a", "b", *(f"{'ab'[i % 2]}{i}" for i in range(4)), *(f"leaf {i}" for i in range(45)))
+PARENTS = (None, None, "a", "b", "a", "b", *(f"{'ab'[i % 2]}{i % 4}" for i in range(45)))
+TAXONOMY = Taxonomy(
+    (
+        Task("tree", TaskKind.HIERARCHICAL, tuple(Label(n, parent=p) for n, p in zip(TREE, PARENTS, strict=True))),
+        Task("multilabel", TaskKind.MULTILABEL, tuple(Label(str(i)) for i in range(7))),
+        Task("multiclass", TaskKind.MULTICLASS, tuple(Label(str(i)) for i in range(19))),
+    )
+)
+TABLE, LABELS = TAXONOMY.table, TAXONOMY.num_labels
 NATIVE: dict[str, Any] = {
     "num_segments": 0,
     "norm_eps": 1e-6,
@@ -45,10 +55,16 @@ def batch(kind: str) -> tuple[np.ndarray, ...]:
     rng = np.random.default_rng(0)
     tokens_BS = rng.integers(0, 30, (ROWS, LENGTH), dtype=np.int32)
     lengths_B = rng.integers(1, LENGTH + 1, ROWS).astype(np.int32)
-    targets_BL = np.eye(LABELS, dtype=np.float32)[rng.integers(0, LABELS, ROWS)]
+    tasks_B = np.arange(ROWS, dtype=np.int32) % len(TAXONOMY.tasks)
+    targets_BL = np.zeros((ROWS, LABELS), np.float32)
+    for row, number in enumerate(tasks_B):  # an inner label of the tree may be the answer too
+        own = TAXONOMY.slice_of(TAXONOMY.tasks[number].name)
+        many = TAXONOMY.tasks[number].kind is TaskKind.MULTILABEL
+        targets_BL[row, rng.choice(np.arange(own.start, own.stop), 3 if many else 1, replace=False)] = 1
     weights_B = (np.arange(ROWS) < ROWS - 2).astype(np.float32)
     units_BI = np.tile(np.array([UNITS, UNITS * 3 // 4], np.int32), (ROWS, 1))
-    return tokens_BS, lengths_B * (weights_B > 0), targets_BL, weights_B, *([units_BI] if kind == "focus" else [])
+    units = [units_BI] if kind == "focus" else []
+    return tokens_BS, lengths_B * (weights_B > 0), targets_BL, tasks_B, weights_B, *units
 
 
 def run_case(case: dict[str, Any]) -> list[dict[str, Any]]:
@@ -64,11 +80,10 @@ def run_case(case: dict[str, Any]) -> list[dict[str, Any]]:
     )
 
     def loss_fn(params: Any, batch: tuple) -> jax.Array:
-        tokens_BS, lengths_B, targets_BL, weights_B, *units = batch
+        tokens_BS, lengths_B, targets_BL, tasks_B, weights_B, *units = batch
         draw = FocusDraw(units[0], jnp.float32(0.5), jnp.zeros(len(units[0]), bool)) if units else None
         logits_BL = cast(jax.Array, model.apply({"params": params}, tokens_BS, lengths_B, draw))
-        tasks_B = jnp.zeros(len(tokens_BS), jnp.int32)
-        return classification_loss(TABLE, logits_BL, targets_BL, tasks_B, weights_B)
+        return classification_loss(TABLE, logits_BL, targets_BL, tasks_B, weights_B, label_smoothing=0.1)
 
     whole = batch(case["kind"])
     expected = jax.device_get(jax.jit(jax.value_and_grad(loss_fn))(params, whole))
@@ -92,6 +107,8 @@ def run_mesh(layout: Layout, loss_fn: Any, params: Any, whole: tuple, expected: 
     loss, gradients = compiled(*placed)
     found = jax.tree.leaves(jax.tree.map(to_host, gradients))
     wanted = jax.tree.leaves(expected[1])
+    program = compiled.as_text() or ""
+    table = placed[0]["head"]["kernel"]
     shares = [
         leaf.addressable_shards[0].data.size / leaf.size for leaf in jax.tree.leaves(placed[0]) if leaf.size > 100
     ]
@@ -103,8 +120,17 @@ def run_mesh(layout: Layout, loss_fn: Any, params: Any, whole: tuple, expected: 
         "largest_gradient": max(float(np.abs(leaf).max()) for leaf in found),
         "smallest_gradient": min(float(np.abs(leaf).max()) for leaf in found),
         "largest_share": max(shares),
-        "collectives": collections.Counter(COLLECTIVE.findall(compiled.as_text() or "")),
+        "collectives": collections.Counter(COLLECTIVE.findall(program)),
+        "labels": LABELS,
+        "table_share": table.addressable_shards[0].data.size / table.size,
+        "table_labels": table_labels(program, len(table)),
     }
+
+
+def table_labels(program: str, width: int) -> list[int]:
+    """The other axis of each matrix of a device's program that has the table's width as one."""
+    found = re.findall(rf"f32\[(?:{width},(\d+)|(\d+),{width})\]", program)
+    return sorted({int(a or b) for a, b in found})
 
 
 def main() -> None:
