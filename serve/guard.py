@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
-from .errors import ClasserError, Forbidden, InternalError, Overloaded
+from .errors import ClasserError, Forbidden, InternalError, InvalidRequest, Overloaded
 from .keys import Allowance, KeyRing
 from .log import access_logger, audit_logger, log_failure, log_fields
 from .metrics import CallMetrics, Stages
@@ -161,22 +162,34 @@ class Guard(grpc.aio.ServerInterceptor):
             call = begin(context)
             sizes: collections.deque[int] = collections.deque()  # of the messages that are not answered yet
 
-            async def admitted() -> AsyncIterator[Any]:
-                async for request in requests:
-                    if call.allowance is not None:
-                        await _take_patiently(call.allowance, _count(call.method, request))
-                    size = _size(request)
-                    self._take_bytes(call, size)
-                    sizes.append(size)
-                    yield request
+            refused: list[ClasserError] = []
 
-            async with self._in_call(call, context), contextlib.aclosing(inner(admitted(), context)) as responses:
-                async for response in responses:
-                    self._note(call, response)
-                    yield response
-                    size = sizes.popleft()
-                    call.bytes -= size
-                    self._bytes -= size
+            async def admitted() -> AsyncIterator[Any]:
+                try:
+                    async for request in requests:
+                        if call.allowance is not None:
+                            await _take_patiently(call.allowance, _count(call.method, request))
+                        size = _size(request)
+                        self._take_bytes(call, size)
+                        sizes.append(size)
+                        yield request
+                except ClasserError as error:
+                    refused.append(error)
+                    raise
+
+            async with self._in_call(call, context):
+                try:
+                    async with contextlib.aclosing(inner(admitted(), context)) as responses:
+                        async for response in responses:
+                            self._note(call, response)
+                            yield response
+                            size = sizes.popleft()
+                            call.bytes -= size
+                            self._bytes -= size
+                except asyncio.CancelledError:  # what a front end hears of its call to the engine
+                    if refused:
+                        raise refused[0] from None
+                    raise
 
         return guarded
 
@@ -313,9 +326,12 @@ def _size(request: Any) -> int:
 
 
 def _count(method: str, request: Any) -> int:
-    """Texts of a request; a front end hands batches on as bytes."""
+    """Texts of a request; a front end hands batches on as bytes. Raises InvalidRequest if they are no message."""
     if isinstance(request, bytes) and method in _BATCHES:
-        request = pb.ClassifyBatchRequest.FromString(request)
+        try:
+            request = pb.ClassifyBatchRequest.FromString(request)
+        except DecodeError:
+            raise InvalidRequest("The request is not a ClassifyBatchRequest as Protocol Buffers write it.") from None
     if isinstance(request, pb.ClassifyRequest):
         return 1
     if isinstance(request, pb.ClassifyBatchRequest):

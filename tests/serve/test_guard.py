@@ -35,7 +35,7 @@ from classer.serve.client import (
     UnknownTask,
 )
 from classer.serve.errors import Forbidden, Unauthenticated
-from classer.serve.frontend import FrontEndConfig
+from classer.serve.frontend import FrontEnd, FrontEndConfig
 from classer.serve.guard import Guard
 from classer.serve.keys import make_key, write_keys
 from classer.serve.log import JsonFormatter, access_logger, audit_logger
@@ -426,6 +426,42 @@ def test_a_call_s_span_is_its_caller_s_child(monkeypatch) -> None:
 
 
 # Front ends
+
+
+def test_a_front_end_refuses_what_is_no_message_with_a_sentence(key_file, caplog) -> None:
+    """In a call and in a stream, whose other refusals come through too; none of them is a failure of the server's."""
+    path, keys = key_file
+
+    async def ask(engine: str) -> list[Any]:
+        front_end = FrontEnd(FrontEndConfig(engine, port=0, operations=OperationsConfig(keys=path, max_in_flight_mb=1)))
+        await front_end.start()
+        batch = pb.ClassifyBatchRequest(texts=["a"]).SerializeToString()
+        large = pb.ClassifyBatchRequest(texts=["a" * 1_100_000]).SerializeToString()
+        found = []
+        async with aio_channel(front_end.address, [], key=keys["any"]) as channel:
+            unary: Any = channel.unary_unary("/classer.v1.Classifier/ClassifyBatch")
+            stream: Any = channel.stream_stream("/classer.v1.Classifier/ClassifyStream")
+
+            async def once(message: bytes) -> None:
+                await unary(message, timeout=TIMEOUT)
+
+            async def streamed(message: bytes) -> None:
+                async for _ in stream(iter([batch, message]), timeout=TIMEOUT):
+                    pass
+
+            for message in (b"\xff", large):
+                for send in (once, streamed):
+                    with pytest.raises(grpc.aio.AioRpcError) as refused:
+                        await send(message)
+                    found.append((refused.value.code().name, refused.value.details()))
+        await front_end.stop()
+        return found
+
+    with guarded() as engine:
+        found = asyncio.run(ask(engine.address))
+    assert [code for code, _ in found] == ["INVALID_ARGUMENT"] * 2 + ["RESOURCE_EXHAUSTED"] * 2
+    assert all("not a ClassifyBatchRequest" in sentence for _, sentence in found[:2])
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 def test_a_front_end_guards_as_a_server_does(key_file) -> None:
