@@ -5,11 +5,17 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import pytest
 
-from classer.serve.client import Client
+from classer.serve.client import Classification, Client, Unavailable
+from classer.serve.proto import classifier_pb2 as pb
+from classer.serve.proto.classifier_pb2_grpc import ClassifierStub
 
 TIMEOUT = 90
 CODE = """
@@ -17,6 +23,27 @@ import sys
 from classer.serve.server import ServeConfig, serve
 serve(ServeConfig(bundles=(sys.argv[1],), port=0, precision="float32"))
 """
+
+# The device says when it has a batch, and runs it when it is told to.
+HELD = """
+import sys
+from classer.serve.engine import Engine
+from classer.tools.cli import main
+launch = Engine.launch
+def held(*arguments):
+    print("Held", flush=True)
+    sys.stdin.readline()
+    return launch(*arguments)
+Engine.launch = held
+sys.exit(main(["serve", sys.argv[1], "--port", "0", "--precision", "float32"]))
+"""
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
@@ -36,6 +63,41 @@ def test_it_says_where_it_serves_and_ends_well(bundle_path: Path, signum: signal
         output, errors = process.communicate(timeout=TIMEOUT)
         assert process.returncode == 0, errors
         assert output == ""
+        assert "Traceback" not in errors
+    finally:
+        process.kill()
+
+
+def test_calls_in_flight_are_answered_after_sigterm(bundle_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HELD, str(bundle_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        address = next(line for line in process.stdout if line.startswith("Serving")).split()[-1]
+        with Client(address) as client, grpc.insecure_channel(address) as channel, ThreadPoolExecutor() as pool:
+            unary = pool.submit(client.classify, "my card has not arrived", "topic", timeout=TIMEOUT)
+            assert process.stdout.readline() == "Held\n"
+            stream = pool.submit(lambda: list(client.classify_stream(["card", "money"], "topic", timeout=TIMEOUT)))
+            model = ClassifierStub(channel)
+            eventually(lambda: model.GetModel(pb.GetModelRequest(), timeout=TIMEOUT).in_flight == 2)
+            process.send_signal(signal.SIGTERM)
+            eventually(lambda: not client.healthy())
+            with pytest.raises(Unavailable):
+                client.classify("card", "topic")
+            assert not unary.done()
+            assert not stream.done()
+            assert process.stdin is not None
+            process.stdin.write("\n" * 9)
+            process.stdin.flush()
+            assert unary.result(TIMEOUT).chosen
+            assert [type(outcome) for outcome in stream.result(TIMEOUT)] == [Classification] * 2
+        _, errors = process.communicate(timeout=TIMEOUT)
+        assert process.returncode == 0, errors
         assert "Traceback" not in errors
     finally:
         process.kill()
