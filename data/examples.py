@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+import numpy as np
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Example:
@@ -18,6 +20,7 @@ class Example:
       id: the source's own identifier, if it has one.
       source: where it came from, for error messages: "tickets.csv, row 17".
       soft: a teacher's probabilities by label name, if it has been asked; labels that are left out have 0.
+      vector: teachers' pooled vector of the text, if they are to be learnt from.
     """
 
     text: str
@@ -26,3 +29,4 @@ class Example:
     id: str | None = None
     source: str = ""
     soft: Mapping[str, float] | None = None
+    vector: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)

@@ -1,6 +1,6 @@
 """From token ids to batches: shuffled, in length buckets, resumable to the batch. On Grain.
 
-Axes: `B` batch, `S` sequence (a bucket's length), `L` all labels of the taxonomy, `N` examples.
+Axes: `B` batch, `S` sequence (a bucket's length), `L` all labels of the taxonomy, `N` examples, `V` teachers' vectors.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class Batch:
       tasks_B: int32, the position of each example's task in the taxonomy.
       soft_BL: float32, a teacher's answers over all labels; None where no example has any.
       soft_share_B: float32, what they weigh beside the labels; 0 for an example without them.
+      vectors_BV: float16, teachers' pooled vectors; zeros for an example without one, None where no example has any.
     """
 
     tokens_BS: np.ndarray
@@ -40,6 +41,7 @@ class Batch:
     tasks_B: np.ndarray
     soft_BL: np.ndarray | None = None
     soft_share_B: np.ndarray | None = None
+    vectors_BV: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +54,7 @@ class TrainExamples:
       tasks_N: int32, ascending, the position of each example's task.
       soft: sparse float32, a teacher's answers; None where no example has any.
       soft_share_N: float32, what they weigh beside the labels.
+      vectors_NV: float16, teachers' pooled vectors; zeros for an example without one, None where no example has any.
     """
 
     ids: Sequence[np.ndarray]
@@ -59,6 +62,7 @@ class TrainExamples:
     tasks_N: np.ndarray
     soft: csr_array | None = None
     soft_share_N: np.ndarray | None = None
+    vectors_NV: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         targets = _shape(self.targets)[0]
@@ -75,6 +79,8 @@ class TrainExamples:
         arrays = [np.array([len(row) for row in self.ids]), self.tasks_N, *_parts(self.targets), *self.ids]
         if self.soft is not None:
             arrays += [*_parts(self.soft), np.asarray(self.soft_share_N)]
+        if self.vectors_NV is not None:
+            arrays.append(self.vectors_NV)
         for array in arrays:
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()[:16]
@@ -91,8 +97,12 @@ class TrainExamples:
             soft_BL = _dense(self.soft, rows, batch_size)
             soft_share_B = np.zeros(batch_size, np.float32)
             soft_share_B[:count] = self.soft_share_N[rows]
+        vectors_BV = None
+        if self.vectors_NV is not None:
+            vectors_BV = np.zeros((batch_size, self.vectors_NV.shape[1]), np.float16)
+            vectors_BV[:count] = self.vectors_NV[rows]
         targets_BL = _dense(self.targets, rows, batch_size)
-        return Batch(tokens_BS, lengths_B, targets_BL, weights_B, tasks_B, soft_BL, soft_share_B)
+        return Batch(tokens_BS, lengths_B, targets_BL, weights_B, tasks_B, soft_BL, soft_share_B, vectors_BV)
 
 
 def _dense(targets: csr_array, rows: np.ndarray, batch_size: int) -> np.ndarray:

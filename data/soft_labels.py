@@ -1,17 +1,26 @@
 """A teacher's answers as a file: what `classer teach` writes, and what anyone else may bring.
 
 JSON Lines; each line is {"text": …, "probabilities": {"label": 0.9, …}}, with "task" where the model has several tasks.
+Beside `soft.jsonl` there may be `soft.teachers.json`, who answered and how well, and `soft.vectors.npz`, the teachers'
+pooled vectors of the texts.
+
+Axes: N texts, L labels of one task, V the teachers' vectors.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .errors import InputError
+from .readers import read_mapping
 from .tables import read_rows
 from .taxonomy import Task, Taxonomy
 
@@ -76,3 +85,84 @@ def write_soft_labels(path: Path, task: Task, texts: Iterable[str], probs_NL: It
             scale = 1 / math.fsum(kept.values()) if task.kind.exclusive else 1.0
             named = {task.label_names[i]: round(p * scale, 6) for i, p in kept.items()}
             file.write(json.dumps({"text": text, "task": task.name, "probabilities": named}, ensure_ascii=False) + "\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherScore:
+    """How well a teacher knows the labels of the texts that it was asked about.
+
+    Attributes:
+      name: its folder, or its name on the hub.
+      weight: of its answers in the mean; those of all teachers sum to 1.
+      loss: its mean negative log-likelihood of the labels, in nats; None where no text has any.
+      texts: how many have labels.
+    """
+
+    name: str
+    weight: float
+    loss: float | None
+    texts: int
+
+    def __str__(self) -> str:
+        if self.loss is None:
+            return f"{self.name}: no loss, for no text has labels."
+        return f"{self.name}: a mean loss of {self.loss:.3f} nats on the {self.texts:,} texts with labels."
+
+
+def teachers_file(path: Path) -> Path:
+    """Beside a file of soft labels, where it says who answered."""
+    return path.with_suffix(".teachers.json")
+
+
+def write_teachers(path: Path, teachers: Iterable[TeacherScore]) -> None:
+    path.write_text(json.dumps(list(map(dataclasses.asdict, teachers)), indent=1) + "\n", encoding="utf-8")
+
+
+def read_teachers(path: Path) -> list[TeacherScore]:
+    """Who gave the soft labels of a file; nobody where that is not said.
+
+    Raises:
+      InputError: as `read_mapping`, or it says something else.
+    """
+    file = teachers_file(path)
+    if not file.exists():
+        return []
+    try:
+        return [TeacherScore(**teacher) for teacher in read_mapping(file)]
+    except TypeError as e:
+        raise InputError(f"{file} does not list teachers as `classer teach` does: {e}.") from None
+
+
+def vectors_file(path: Path) -> Path:
+    """Beside a file of soft labels, where the teachers' vectors of its texts are."""
+    return path.with_suffix(".vectors.npz")
+
+
+def write_vectors(path: Path, texts: Sequence[str], vectors_NV: np.ndarray) -> None:
+    """Writes the teachers' vectors, a row a text, as float16."""
+    with path.open("wb") as file:
+        as_json = np.frombuffer(json.dumps(list(texts)).encode(), np.uint8)  # a NumPy array of texts pads all of them
+        np.savez(file, texts=as_json, vectors=vectors_NV.astype(np.float16))
+
+
+def read_vectors(path: Path) -> dict[str, np.ndarray]:
+    """The teachers' vectors of the texts of a file of soft labels, float16 (V,) by text.
+
+    Raises:
+      InputError: they are not there, or the file holds something else.
+    """
+    file = vectors_file(path)
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            texts, vectors_NV = json.loads(arrays["texts"].tobytes()), arrays["vectors"]
+        whole = len(texts) == len(vectors_NV) and vectors_NV.ndim == 2 and np.isfinite(vectors_NV).all()
+    except FileNotFoundError:
+        raise InputError(
+            f"{file} is not there, which holds the teachers' vectors that relation_share is for; `classer teach` makes "
+            f"it with --relations and --out {path}."
+        ) from None
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as e:
+        raise InputError(f"{file} cannot be read as vectors of `classer teach`: {e}.") from None
+    if not whole or vectors_NV.dtype != np.float16:
+        raise InputError(f"{file} must hold a finite float16 vector for each of its {len(texts):,} texts.")
+    return dict(zip(texts, vectors_NV, strict=True))

@@ -85,6 +85,14 @@ class TextClassifier(nn.Module):
         encoded = self.encoder(tokens_BS, lengths_B, draw)
         return self.head(mean_pool(encoded.hidden_BKD, encoded.weights_BK))
 
+    def with_pooled(
+        self, tokens_BS: jax.Array, lengths_B: jax.Array, draw: FocusDraw | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """The logits, and the pooled vectors that the head read, float32 (B, D)."""
+        encoded = self.encoder(tokens_BS, lengths_B, draw)
+        pooled_BD = mean_pool(encoded.hidden_BKD, encoded.weights_BK)
+        return self.head(pooled_BD), pooled_BD
+
     def explain(self, tokens_BS: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, Evidence]:
         """The logits, and the tokens that they were computed from in the end."""
         encoded = self.encoder(tokens_BS, lengths_B)

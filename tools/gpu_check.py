@@ -220,6 +220,7 @@ def train_step(config: EncoderConfig, labels: int, batch: int, length: int, roun
         tasks_B=jnp.zeros((batch,), jnp.int32),
         soft_BL=None,
         soft_share_B=None,
+        vectors_BV=None,
     )
     table = Taxonomy((Task("all", TaskKind.MULTICLASS, tuple(Label(str(i)) for i in range(labels))),)).table
     ids = jnp.zeros((1, 8), jnp.int32), jnp.ones((1,), jnp.int32)

@@ -86,6 +86,8 @@ class Recipe:
       curriculum: stages that follow one another; none trains `epochs` epochs on all examples alike.
       soft_share: what a teacher's answer weighs in the loss beside the example's own label (see `soft_labels`).
       soft_temperature: what teacher and student are softened by (see `losses.classification_loss`).
+      relation_share: what the teachers' relations between texts weigh in the loss, beside the labels and answers (see
+        `losses.relation_loss`); above 0 it needs their vectors: `classer teach --relations`.
       patience: epochs without a better dev score after which training stops early; 0 never stops early.
       seed: of the split, the shuffles, the head's initial values and dropout.
     """
@@ -109,6 +111,7 @@ class Recipe:
     curriculum: Annotated[tuple[CurriculumStage, ...], tyro.conf.Suppress] = ()
     soft_share: float = 0.7
     soft_temperature: float = 2.0
+    relation_share: float = 0.0
     patience: int = 3
     seed: int = 0
 
@@ -127,6 +130,7 @@ class Recipe:
             ("dev_fraction", 0.001, 0.9),
             ("soft_share", 0, 1),
             ("soft_temperature", 0.1, 100),
+            ("relation_share", 0, None),
             ("patience", 0, None),
             ("seed", 0, None),
         ):
@@ -195,6 +199,8 @@ class TrainJob:
         for name in ("texts", "held_out_texts"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} is {getattr(self, name)}; give a number of examples, or 0 for all.")
+        if self.recipe.relation_share and self.soft_labels is None:
+            raise InputError("relation_share needs teachers' vectors, which stand beside soft labels; name these too.")
 
 
 def read_curriculum(path: Path) -> tuple[CurriculumStage, ...]:

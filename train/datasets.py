@@ -12,7 +12,7 @@ import numpy as np
 from ..data.errors import InputError
 from ..data.examples import Example
 from ..data.readers import check_labels, infer_task, read_examples, read_task_folder, task_folders
-from ..data.soft_labels import read_soft_labels
+from ..data.soft_labels import read_soft_labels, read_teachers, read_vectors, vectors_file
 from ..data.splits import describe_duplicates, find_duplicates, stratified_split
 from ..data.taxonomy import Task, Taxonomy
 from .config import TrainJob
@@ -68,6 +68,10 @@ def load_dataset(job: TrainJob, say: Callable[[str], object]) -> Dataset:
     dataset = Dataset(taxonomy, **splits)
     if job.soft_labels is not None:
         dataset = add_soft_labels(dataset, job.soft_labels, say)
+        for teacher in read_teachers(job.soft_labels):
+            say(f"Teacher {teacher}")
+        if job.recipe.relation_share:
+            dataset = add_vectors(dataset, job.soft_labels, say)
     return dataset
 
 
@@ -147,6 +151,29 @@ def add_soft_labels(dataset: Dataset, path: Path, say: Callable[[str], object]) 
         f"{path}: soft labels for {matched:,} of {sum(map(len, dataset.train.values())):,} training examples, and "
         f"{added:,} texts without other labels{left_out}."
     )
+    return dataclasses.replace(dataset, train=train)
+
+
+def add_vectors(dataset: Dataset, path: Path, say: Callable[[str], object]) -> Dataset:
+    """Gives training examples the teachers' vectors of their texts.
+
+    Args:
+      dataset: whose training examples have their soft labels.
+      path: these; the vectors stand beside them.
+      say: is told how many there are.
+
+    Raises:
+      InputError: as `read_vectors`; of no training example's text there is one.
+    """
+    vectors = read_vectors(path)
+    train = {
+        task: [dataclasses.replace(example, vector=vectors.get(example.text)) for example in examples]
+        for task, examples in dataset.train.items()
+    }
+    given = [example.vector is not None for examples in train.values() for example in examples]
+    if not any(given):
+        raise InputError(f"{vectors_file(path)} has the vector of no training text; it belongs to other data.")
+    say(f"{vectors_file(path)}: teachers' vectors of {sum(given):,} of {len(given):,} training examples.")
     return dataclasses.replace(dataset, train=train)
 
 

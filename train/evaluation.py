@@ -1,6 +1,6 @@
 """Measuring a classifier on labelled examples: the same in training, after it, and for `classer evaluate`.
 
-Axes: N texts, L labels of one task.
+Axes: N texts, L labels of one task, V teachers' vectors.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class TokenizedSplit:
       truncated: how many texts were longer than the model reads.
       soft: sparse float32 (N, L), a teacher's probabilities; None where no example has any.
       has_soft_N: bool, which examples have them.
+      vectors_NV: float16, teachers' pooled vectors; zeros for an example without one, None where no example has any.
     """
 
     ids: list[np.ndarray]
@@ -39,6 +40,7 @@ class TokenizedSplit:
     truncated: int = 0
     soft: csr_array | None = None
     has_soft_N: np.ndarray | None = None
+    vectors_NV: np.ndarray | None = None
 
     @property
     def targets_NL(self) -> np.ndarray:
@@ -46,7 +48,7 @@ class TokenizedSplit:
         return self.targets.toarray()
 
     def sample(self, count: int, seed: int = 0) -> TokenizedSplit:
-        """At most `count` of the examples, drawn at random; `truncated` stays that of all. Without soft labels."""
+        """At most `count` of the examples, drawn at random; `truncated` stays that of all. Labels alone."""
         rows = np.random.default_rng(seed).permutation(len(self.ids))[:count]
         return TokenizedSplit([self.ids[row] for row in rows], self.targets[rows], self.truncated)
 
@@ -59,7 +61,11 @@ def tokenize(task: Task, examples: Sequence[Example], tokenizer: WordPieceTokeni
     if any(example.soft is not None for example in examples):
         soft = _sparse(task, [example.soft or {} for example in examples])
         has_soft_N = np.array([example.soft is not None for example in examples])
-    return TokenizedSplit(tokenized.ids, targets, int(tokenized.truncated.sum()), soft, has_soft_N)
+    vectors_NV = None
+    if vectors := [example.vector for example in examples if example.vector is not None]:
+        vectors_NV = np.zeros((len(examples), len(vectors[0])), np.float16)
+        vectors_NV[[example.vector is not None for example in examples]] = vectors
+    return TokenizedSplit(tokenized.ids, targets, int(tokenized.truncated.sum()), soft, has_soft_N, vectors_NV)
 
 
 def _sparse(task: Task, rows: Sequence[Mapping[str, float]]) -> csr_array:
@@ -109,6 +115,17 @@ def join(
         tasks_N=np.concatenate([np.full(len(split.ids), i, np.int32) for i, _, split in present]),
         soft=soft,
         soft_share_N=share_N,
+        vectors_NV=_join_vectors([split for _, _, split in present]),
+    )
+
+
+def _join_vectors(splits: Sequence[TokenizedSplit]) -> np.ndarray | None:
+    widths = [split.vectors_NV.shape[1] for split in splits if split.vectors_NV is not None]
+    if not widths:
+        return None
+    none_NV = [np.zeros((len(split.ids), widths[0]), np.float16) for split in splits]
+    return np.concatenate(
+        [none if split.vectors_NV is None else split.vectors_NV for split, none in zip(splits, none_NV, strict=True)]
     )
 
 

@@ -95,7 +95,7 @@ def distilled(
             continue
         answers = _answers(predictor, taxonomy, task, split, out / f"teacher-{taxonomy.tasks.index(task)}.npz")
         targets = csr_array(TEACHER_SHARE * answers + (1 - TEACHER_SHARE) * split.targets)
-        mixed[task.name] = dataclasses.replace(split, targets=targets, soft=None, has_soft_N=None)
+        mixed[task.name] = dataclasses.replace(split, targets=targets, soft=None, has_soft_N=None, vectors_NV=None)
     return mixed
 
 

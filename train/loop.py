@@ -394,6 +394,7 @@ def _make_step(
         class_weights_L=class_weights_L,
         seed=recipe.seed,
         temperature=recipe.soft_temperature,
+        relation_share=recipe.relation_share,
         draw_focus=None if part.focus_from is None else draw,
         dense=dense,
         layout=layout,
@@ -428,8 +429,8 @@ def _train_epoch(
         if pending is not None:
             metrics, tokens = pending
             loss = metrics.loss.item()
-            of_teacher = None if metrics.teacher_loss is None else metrics.teacher_loss.item()
-            log.step(step, loss, tokens, float(schedule(step - 1)), of_teacher)
+            of_teachers = [x if x is None else x.item() for x in (metrics.teacher_loss, metrics.relation_loss)]
+            log.step(step, loss, tokens, float(schedule(step - 1)), *of_teachers)
             if not math.isfinite(loss):
                 raise InputError(
                     f"The loss of step {step} is {loss}: training diverged, and no weights of it are of use. "

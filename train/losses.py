@@ -1,6 +1,6 @@
 """What training minimises: one loss for examples of all kinds, mixed in a batch.
 
-Axes: B batch, L labels of the whole taxonomy, G sets of siblings.
+Axes: B batch, L labels of the whole taxonomy, G sets of siblings, D model width, V teachers' vectors.
 """
 
 from __future__ import annotations
@@ -89,6 +89,34 @@ def teacher_loss(
     soft_B = _teacher_losses(table, logits_BL, tasks_B, soft, temperature)
     mean = (soft_B * answered_B).sum() / jnp.maximum(answered_B.sum(), 1.0)
     return jnp.where(answered_B.any(), mean, jnp.nan)
+
+
+def relation_loss(pooled_BD: jax.Array, vectors_BV: jax.Array, weights_B: jax.Array) -> jax.Array:
+    """How differently a student and its teachers relate the texts of a batch to one another.
+
+    The mean over pairs of different texts of the squared difference between the student's and the teachers' cosine
+    similarity: relational knowledge distillation (Park et al. 2019, https://arxiv.org/abs/1904.05068) of the
+    similarities of Tung & Mori 2019 (https://arxiv.org/abs/1907.09682). The vectors' sizes need not be the same.
+
+    Args:
+      pooled_BD: the student's vectors, as its head reads them.
+      vectors_BV: the teachers'; zeros for an example without one, which then is in no pair.
+      weights_B: 1 for an example, 0 for a filler row, which is in no pair either.
+
+    Returns:
+      A scalar in [0, 4]; 0 of a batch without any pair.
+    """
+    known_B = (weights_B > 0) & (vectors_BV != 0).any(axis=-1)
+    pairs_BB = known_B[:, None] & known_B & ~jnp.eye(len(known_B), dtype=bool)
+    squares_BB = (_cosines(pooled_BD) - _cosines(vectors_BV)) ** 2
+    return jnp.where(pairs_BB, squares_BB, 0.0).sum() / jnp.maximum(pairs_BB.sum(), 1)
+
+
+def _cosines(x_BD: jax.Array) -> jax.Array:
+    """(B, B) cosine similarities of the rows, with those of zeros 0."""
+    x_BD = x_BD.astype(jnp.float32)
+    unit_BD = x_BD * lax.rsqrt(jnp.maximum((x_BD**2).sum(axis=-1, keepdims=True), 1e-12))
+    return unit_BD @ unit_BD.T
 
 
 def answers(table: LabelTable, logits_BL: jax.Array, tasks_B: jax.Array) -> jax.Array:

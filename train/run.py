@@ -11,6 +11,7 @@ from typing import Any
 
 from .. import __version__
 from ..data.errors import InputError
+from ..data.soft_labels import read_teachers
 from ..model.bundle import Bundle, quantize, save_bundle
 from ..model.focus import is_gate
 from ..model.quantize import Weights
@@ -255,7 +256,10 @@ def _job_json(job: TrainJob) -> dict[str, Any]:
 def _write_job(job: TrainJob) -> None:
     job.out.mkdir(parents=True, exist_ok=True)
     whole = job.out / f"{JOB_FILE}.part"
-    whole.write_text(json.dumps(_job_json(job), indent=1) + "\n", encoding="utf-8")
+    told = _job_json(job)
+    if job.soft_labels is not None:
+        told["teachers"] = list(map(dataclasses.asdict, read_teachers(job.soft_labels)))
+    whole.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     whole.rename(job.out / JOB_FILE)
 
 

@@ -74,7 +74,15 @@ class RunLog:
                 bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} {desc}",
             )
 
-    def step(self, step: int, loss: float, tokens: int, lr: float, teacher_loss: float | None = None) -> None:
+    def step(
+        self,
+        step: int,
+        loss: float,
+        tokens: int,
+        lr: float,
+        teacher_loss: float | None = None,
+        relation_loss: float | None = None,
+    ) -> None:
         """Logs one training step.
 
         Args:
@@ -83,6 +91,7 @@ class RunLog:
           tokens: tokens it trained on, without padding.
           lr: its learning rate.
           teacher_loss: what a teacher's answers had in the loss, if there was one.
+          relation_loss: how far the relations of the texts are from the teachers', if these are learnt.
         """
         now, loss = self._clock(), float(loss)
         self._window.append((now, step, self._window[-1][2] + int(tokens)))
@@ -90,7 +99,8 @@ class RunLog:
             self._loss = LOSS_SMOOTHING * self._loss + (1 - LOSS_SMOOTHING) * loss
             self._loss_weight = LOSS_SMOOTHING * self._loss_weight + (1 - LOSS_SMOOTHING)
         values = {"loss": loss, "lr": float(lr), "tokens_per_second": self.tokens_per_second}
-        self.scalars(step, values if teacher_loss is None else {**values, "teacher_loss": teacher_loss})
+        learnt = {"teacher_loss": teacher_loss, "relation_loss": relation_loss}
+        self.scalars(step, values | {name: value for name, value in learnt.items() if value is not None})
 
         if self._bar is not None:
             self._bar.set_description_str(self._status(step), refresh=False)

@@ -14,7 +14,7 @@ from ..data.taxonomy import LabelTable
 from ..model.classifier import TextClassifier
 from ..model.focus import FocusDraw
 from ..model.sharding import Layout
-from .losses import SoftTargets, answers, classification_loss, teacher_loss
+from .losses import SoftTargets, answers, classification_loss, relation_loss, teacher_loss
 
 if TYPE_CHECKING:  # the step itself needs JAX, Flax and Optax alone, so that tools/gpu_check.py runs on these
     from ..data.pipeline import Batch
@@ -30,11 +30,12 @@ class TrainState(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """Scalars; `teacher_loss` is None of a batch without soft labels, see `losses.teacher_loss`."""
+    """Scalars; see `losses`. `teacher_loss` is None of a batch without soft labels, `relation_loss` without vectors."""
 
     loss: jax.Array
     grad_norm: jax.Array
     teacher_loss: jax.Array | None
+    relation_loss: jax.Array | None
 
 
 class Arrays(NamedTuple):
@@ -46,13 +47,16 @@ class Arrays(NamedTuple):
     weights_B: Any
     tasks_B: Any
     soft: SoftTargets | None
+    vectors_BV: Any
 
 
 def arrays_of(batch: Batch) -> Arrays:
     soft = None
     if batch.soft_BL is not None and batch.soft_share_B is not None:
         soft = SoftTargets(cast(jax.Array, batch.soft_BL), cast(jax.Array, batch.soft_share_B))
-    return Arrays(batch.tokens_BS, batch.lengths_B, batch.targets_BL, batch.weights_B, batch.tasks_B, soft)
+    return Arrays(
+        batch.tokens_BS, batch.lengths_B, batch.targets_BL, batch.weights_B, batch.tasks_B, soft, batch.vectors_BV
+    )
 
 
 class Dense(NamedTuple):
@@ -111,6 +115,7 @@ def make_train_step(
     class_weights_L: jax.Array | None,
     seed: int,
     temperature: float = 1.0,
+    relation_share: float = 0.0,
     draw_focus: DrawFocus | None = None,
     dense: Dense | None = None,
     layout: Layout | None = None,
@@ -124,6 +129,7 @@ def make_train_step(
       optimizer: from `make_optimizer`.
       label_smoothing, class_weights_L, temperature: see `classification_loss`.
       seed: of dropout and focus, which are functions of the seed and the step alone.
+      relation_share: what `relation_loss` is multiplied by and added with, of batches with teachers' vectors.
       draw_focus: (key, steps done, rows) → what each row keeps; None trains the dense classifier.
       dense: a classifier whose answers are mixed into the targets, worked out in each step; None where that was done
         before, or is not to be done.
@@ -141,12 +147,18 @@ def make_train_step(
         answers_BL = answers(table, logits_BL, batch.tasks_B)
         return batch._replace(targets_BL=dense.share * answers_BL + (1 - dense.share) * batch.targets_BL)
 
-    def loss_fn(params, batch: Arrays, step: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        tokens_BS, lengths_B, targets_BL, weights_B, tasks_B, soft = batch
+    def loss_fn(params, batch: Arrays, step: jax.Array) -> tuple[jax.Array, tuple[jax.Array | None, jax.Array | None]]:
+        tokens_BS, lengths_B, targets_BL, weights_B, tasks_B, soft, vectors_BV = batch
         key = jax.random.fold_in(jax.random.key(seed), step)
         rngs = {"dropout": key} if model.dropout else None
         draw = draw_focus(jax.random.fold_in(key, _FOCUS), step, len(tokens_BS)) if draw_focus else None
-        logits_BL = cast(jax.Array, model.apply({"params": params}, tokens_BS, lengths_B, draw, rngs=rngs))
+        inputs = {"params": params}, tokens_BS, lengths_B, draw
+        relation = None
+        if vectors_BV is None:
+            logits_BL = cast(jax.Array, model.apply(*inputs, rngs=rngs))
+        else:
+            logits_BL, pooled_BD = cast(Any, model.apply(*inputs, rngs=rngs, method="with_pooled"))
+            relation = relation_loss(pooled_BD, vectors_BV, weights_B)
         loss = classification_loss(
             table,
             logits_BL,
@@ -158,7 +170,10 @@ def make_train_step(
             soft=soft,
             temperature=temperature,
         )
-        return loss, None if soft is None else teacher_loss(table, logits_BL, tasks_B, weights_B, soft, temperature)
+        if relation is not None:
+            loss += relation_share * relation
+        of_teacher = None if soft is None else teacher_loss(table, logits_BL, tasks_B, weights_B, soft, temperature)
+        return loss, (of_teacher, relation)
 
     shardings = None
     if layout is not None:
@@ -167,10 +182,10 @@ def make_train_step(
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=shardings)
     def step(state: TrainState, batch: Arrays, dense_params: Any) -> tuple[TrainState, StepMetrics]:
         batch = mixed(batch, dense_params)
-        (loss, of_teacher), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, state.step)
+        (loss, of_teachers), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, state.step)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = StepMetrics(loss, optax.tree.norm(gradients), of_teacher)
+        metrics = StepMetrics(loss, optax.tree.norm(gradients), *of_teachers)
         return TrainState(params, opt_state, state.step + 1), metrics
 
     dense_params = None if dense is None else dense.params

@@ -1,6 +1,6 @@
 """Asking better models: a teacher's probabilities for every text, as soft labels to learn from.
 
-Axes: N texts, L labels of one task.
+Axes: N texts, L labels of one task, D the width of a teacher, V of all teachers' vectors, S sequence.
 """
 
 from __future__ import annotations
@@ -8,16 +8,24 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from tqdm import tqdm
 
 from ..data.errors import InputError
 from ..data.readers import infer_task, read_examples, read_task_folder, read_texts
-from ..data.soft_labels import write_soft_labels
+from ..data.soft_labels import (
+    TeacherScore,
+    teachers_file,
+    vectors_file,
+    write_soft_labels,
+    write_teachers,
+    write_vectors,
+)
 from ..data.taxonomy import Task, with_ancestors
 from ..model.bundle import MANIFEST, load_bundle
+from ..model.predict import Predictor
 
 BATCH_SIZE = 32
 
@@ -30,13 +38,16 @@ class TeachJob:
       teacher: Classer bundles, or sequence classifiers of Hugging Face transformers (a folder or a name on the hub;
         needs the extra `teachers`); the answers of several are averaged.
       data: a folder with task.json, whose split is asked about; or a file of texts.
-      out: the JSON Lines file to write; must not exist.
+      out: the JSON Lines file to write; must not exist. A file beside it that ends in `.teachers.json` says who
+        answered, and how well.
       weights: one factor a teacher; none for equal ones.
       split: which split of the folder.
       text_column: the column of the texts in a file.
       label_column: of a file, the column of its labels, which say what the task is; by default `label` or `labels`.
       task: name of the bundles' task, if it differs from the data's.
       max_length: tokens that a transformers teacher reads of a text.
+      relations: also write the teachers' pooled vectors of each text, in a file beside `out` that ends in
+        `.vectors.npz`, for `classer train --relation-share`.
     """
 
     teacher: tuple[str, ...]
@@ -48,6 +59,7 @@ class TeachJob:
     label_column: str | None = None
     task: str | None = None
     max_length: int = 256
+    relations: bool = False
 
     def __post_init__(self) -> None:
         if not self.teacher:
@@ -60,10 +72,22 @@ class TeachJob:
             raise InputError(f"max_length is {self.max_length}; a text needs 8 tokens at least.")
 
 
-class Teacher(Protocol):
-    """Answers texts: (N texts) → (N, L) probabilities of the task's labels, as `decode.probabilities` gives them."""
+class Answers(NamedTuple):
+    """What a teacher makes of N texts.
 
-    def __call__(self, texts: Sequence[str]) -> np.ndarray: ...
+    Attributes:
+      probs_NL: of the task's labels, as `decode.probabilities` gives them.
+      pooled_ND: the means of its last hidden states, over each text's tokens.
+    """
+
+    probs_NL: np.ndarray
+    pooled_ND: np.ndarray
+
+
+class Teacher(Protocol):
+    """Answers texts."""
+
+    def __call__(self, texts: Sequence[str]) -> Answers: ...
 
 
 def teach(job: TeachJob, say: Callable[[str], object] = print) -> None:
@@ -72,8 +96,10 @@ def teach(job: TeachJob, say: Callable[[str], object] = print) -> None:
     Raises:
       InputError: the data, a teacher or the file cannot be used; a teacher's labels are not the task's.
     """
-    if job.out.exists():
-        raise InputError(f"{job.out} exists already and was not touched; name a new file with --out.")
+    files = vectors_file(job.out), teachers_file(job.out), job.out
+    for file in files:
+        if file.exists():
+            raise InputError(f"{file} exists already and was not touched; name a new file with --out.")
     task, examples = _read(job)
     labels_of = dict(reversed(examples))  # of a text that stands twice, the first's
     texts = list(dict.fromkeys(text for text, _ in examples))
@@ -81,23 +107,40 @@ def teach(job: TeachJob, say: Callable[[str], object] = print) -> None:
     weights /= weights.sum()
     say(f"{len(texts):,} texts, task '{task.name}', {task.kind}, {len(task.labels):,} labels.")
     mean_NL = np.zeros((len(texts), len(task.labels)), np.float32)
-    for name, weight in zip(job.teacher, weights, strict=True):
-        teacher, losses = _load(name, task, job), []
+    scores, vectors = [], []
+    for name, weight in zip(job.teacher, weights.tolist(), strict=True):
+        teacher, losses, pooled = _load(name, task, job), [], []
         with tqdm(total=len(texts), desc=name, unit="text", mininterval=1) as bar:
             for start in range(0, len(texts), BATCH_SIZE * 8):
                 chunk = texts[start : start + BATCH_SIZE * 8]
-                probs_NL = _within(task, teacher(chunk))
+                probs_NL, pooled_ND = teacher(chunk)
+                probs_NL = _within(task, probs_NL)
                 mean_NL[start : start + len(chunk)] += weight * probs_NL
                 losses += _losses(task, probs_NL, [labels_of[text] for text in chunk])
+                if job.relations:
+                    pooled.append(_weighted(pooled_ND, weight))
                 bar.update(len(chunk))
-        if losses:
-            say(f"{name}: a mean loss of {np.mean(losses):.3f} nats on the {len(losses):,} texts with labels.")
+        scores.append(TeacherScore(name, weight, float(np.mean(losses)) if losses else None, len(losses)))
+        vectors.append(pooled)
+        say(str(scores[-1]))
     job.out.parent.mkdir(parents=True, exist_ok=True)
-    part = job.out.with_name(job.out.name + ".part")
-    part.unlink(missing_ok=True)
-    write_soft_labels(part, task, texts, mean_NL)
-    part.rename(job.out)
+    parts = [file.with_name(file.name + ".part") for file in files]
+    for part in parts:
+        part.unlink(missing_ok=True)
+    if job.relations:
+        write_vectors(parts[0], texts, np.concatenate([np.concatenate(chunks) for chunks in vectors], axis=1))
+    write_teachers(parts[1], scores)
+    write_soft_labels(parts[2], task, texts, mean_NL)
+    for part, file in zip(parts, files, strict=True):
+        if part.exists():
+            part.rename(file)
     say(f"{job.out}: the answers of {', '.join(job.teacher)}.")
+
+
+def _weighted(pooled_ND: np.ndarray, weight: float) -> np.ndarray:
+    """Scaled so that, beside other teachers', inner products are the weighted mean of their cosine similarities."""
+    norms_N1 = np.linalg.norm(pooled_ND, axis=1, keepdims=True)
+    return (weight**0.5 * pooled_ND / np.maximum(norms_N1, 1e-12)).astype(np.float16)
 
 
 def _within(task: Task, probs_NL: np.ndarray) -> np.ndarray:
@@ -153,11 +196,17 @@ def _bundle_teacher(path: Path, task: Task, name: str) -> Teacher:
     # A file's own name is not what the bundle's only task need be called.
     theirs = bundle.taxonomy.tasks[0] if len(bundle.taxonomy.tasks) == 1 else bundle.taxonomy.task(name)
     columns = _columns(str(path), theirs.label_names, task.label_names)
-    predictor = bundle.predictor()
+    # The head with more columns, which hand on what it reads.
+    kernel_DL, bias_L = bundle.weights["head.kernel"], bundle.weights["head.bias"]
+    D, L = kernel_DL.shape
+    head = {"head.kernel": np.hstack([kernel_DL, np.eye(D)]), "head.bias": np.hstack([bias_L, np.zeros(D)])}
+    weights = {**bundle.weights, **{name: value.astype(np.float32) for name, value in head.items()}}
+    predictor = Predictor(bundle.encoder, L + D, weights, bundle.precision)
 
-    def answer(texts: Sequence[str]) -> np.ndarray:
+    def answer(texts: Sequence[str]) -> Answers:
         ids = bundle.tokenizer.encode(texts, bundle.max_length).ids
-        return bundle.probabilities(theirs.name, predictor.logits(ids))[:, columns]
+        logits_NL, pooled_ND = np.split(predictor.logits(ids), [L], axis=1)
+        return Answers(bundle.probabilities(theirs.name, logits_NL)[:, columns], pooled_ND)
 
     return answer
 
@@ -176,9 +225,11 @@ def _transformers_teacher(name: str, task: Task, max_length: int) -> Teacher:
     names = [model.config.id2label[i] for i in range(model.config.num_labels)]
     answerable = [label for label, leaf in zip(task.label_names, task.leaves_L, strict=True) if leaf]
     columns = _columns(name, names, answerable)
+    hidden: list[Any] = []
+    model.base_model.register_forward_hook(lambda _, __, output: hidden.append(output[0]))
 
-    def answer(texts: Sequence[str]) -> np.ndarray:
-        probs_NL = np.zeros((len(texts), len(task.labels)), np.float32)
+    def answer(texts: Sequence[str]) -> Answers:
+        probs_NL, pooled = np.zeros((len(texts), len(task.labels)), np.float32), []
         with torch.inference_mode():
             for start in range(0, len(texts), BATCH_SIZE):
                 batch = list(texts[start : start + BATCH_SIZE])
@@ -186,7 +237,9 @@ def _transformers_teacher(name: str, task: Task, max_length: int) -> Teacher:
                 logits_NL = model(**inputs.to(model.device)).logits.float()
                 probs = torch.softmax(logits_NL, -1) if task.kind.exclusive else torch.sigmoid(logits_NL)
                 probs_NL[start : start + len(batch), task.leaves_L] = probs.cpu().numpy()[:, columns]
-        return probs_NL
+                real_NS1 = inputs["attention_mask"][..., None]
+                pooled.append(((hidden.pop().float() * real_NS1).sum(1) / real_NS1.sum(1)).cpu().numpy())
+        return Answers(probs_NL, np.concatenate(pooled))
 
     return answer
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from itertools import islice
 
@@ -150,6 +151,18 @@ def test_two_iterators_do_not_disturb_each_other():
     first = list(islice(one, 5))
     assert_same(first, list(islice(two, 5)))
     assert one.get_state()["next_step"] == two.get_state()["next_step"] == 5
+
+
+def test_rows_carry_their_teachers_vectors_and_fillers_none():
+    plain = TrainExamples([np.full(3, n + 1, np.int32) for n in range(5)], csr_array(np.eye(5)), np.zeros(5, np.int32))
+    assert plain.batch(np.array([0]), 2, 8, PAD).vectors_BV is None
+    examples = dataclasses.replace(plain, vectors_NV=np.arange(10, dtype=np.float16).reshape(5, 2))
+    batch = examples.batch(np.array([4, 1]), 3, 8, PAD)
+    assert batch.vectors_BV is not None
+    assert batch.vectors_BV.dtype == np.float16
+    assert batch.vectors_BV.tolist() == [[8, 9], [2, 3], [0, 0]]
+    others = dataclasses.replace(plain, vectors_NV=np.ones((5, 2), np.float16))
+    assert len({plain.digest, examples.digest, others.digest}) == 3
 
 
 def test_needs_examples_and_as_many_targets():

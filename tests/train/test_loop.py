@@ -140,6 +140,34 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(
     assert steps_logged == list(range(1, 4 * 6 + 1)), "each step stands once in the log"
 
 
+def test_relations_to_teachers_vectors_are_learnt_and_go_on_after_a_stop(encoder, tmp_path: Path, monkeypatch) -> None:
+    recipe = dataclasses.replace(RECIPE, epochs=2, relation_share=2.0)
+    vectors_NV = np.random.default_rng(0).normal(size=(45, 6)).astype(np.float16)
+    vectors_NV[::5] = 0  # texts without one
+    train = dataclasses.replace(toy_split(MULTICLASS, 45, seed=0), vectors_NV=vectors_NV)
+
+    def fitted(out: Path, train: TokenizedSplit = train) -> Fitted:
+        dev = toy_split(MULTICLASS, 20, seed=1)
+        return fit(
+            Trainee(recipe, Taxonomy((MULTICLASS,)), encoder[0], {"toy": train}, {"toy": dev}, 0, out), encoder[1]
+        )
+
+    def relation_losses(out: Path) -> list[float]:
+        return [record["relation_loss"] for record in log_of(out) if "loss" in record]
+
+    whole = fitted(tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        stop_after(patched, 8)
+        with pytest.raises(Stopped):
+            fitted(tmp_path / "stopped")
+    others = dataclasses.replace(train, vectors_NV=vectors_NV[::-1])
+    with pytest.raises(InputError, match="other examples"):
+        fitted(tmp_path / "stopped", others)
+    assert_same(fitted(tmp_path / "stopped"), whole)
+    assert relation_losses(tmp_path / "stopped") == relation_losses(tmp_path / "whole")
+    assert np.mean(relation_losses(tmp_path / "whole")[-3:]) < np.mean(relation_losses(tmp_path / "whole")[:3])
+
+
 FOCUSED = dataclasses.replace(RECIPE, epochs=2, focus_epochs=3)
 
 

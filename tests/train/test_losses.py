@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
 from classer.data.taxonomy import Label, LabelTable, Task, TaskKind, Taxonomy
 from classer.model.decode import Calibration, probabilities
@@ -14,6 +15,7 @@ from classer.train.losses import (
     answers,
     balanced_class_weights,
     classification_loss,
+    relation_loss,
     teacher_loss,
 )
 
@@ -233,3 +235,46 @@ def test_a_teachers_answers_are_mixed_in_where_there_are_any() -> None:
     assert float(told) == pytest.approx(4 * (tree + topics) / 2, rel=1e-4)
     untold_B = jnp.asarray(np.array([0, 1, 0, 1, 1], np.float32))
     assert np.isnan(float(teacher_loss(MIXED.table, logits_BL, tasks_B, untold_B, soft, temperature)))
+
+
+# Of seven texts: a student's vectors, two teachers', and a filler row and a text that no teacher has seen.
+POOLED_BD = RNG.normal(size=(7, 4)).astype(np.float32)
+VECTORS_BV = np.where(np.arange(7)[:, None] == 2, 0, RNG.normal(size=(7, 6))).astype(np.float16)
+FILLED_B = np.array([1, 1, 1, 1, 1, 1, 0], np.float32)
+
+
+def relations(pooled_BD=POOLED_BD, vectors_BV=VECTORS_BV, weights_B=FILLED_B) -> jax.Array:
+    return relation_loss(jnp.asarray(pooled_BD), jnp.asarray(vectors_BV), jnp.asarray(weights_B))
+
+
+def test_the_relation_loss_is_the_mean_squared_difference_of_cosines_over_pairs_of_known_texts() -> None:
+    def cosine(x: np.ndarray, y: np.ndarray) -> float:
+        return float(x @ y / np.linalg.norm(x) / np.linalg.norm(y))
+
+    pooled, vectors = POOLED_BD.astype(np.float64), VECTORS_BV.astype(np.float64)
+    known = (0, 1, 3, 4, 5)
+    pairs = [(i, j) for i in known for j in known if i != j]
+    expected = np.mean([(cosine(pooled[i], pooled[j]) - cosine(vectors[i], vectors[j])) ** 2 for i, j in pairs])
+    assert float(relations()) == pytest.approx(expected, rel=1e-5)
+    # What stands in rows that are in no pair changes nothing, nor does it get a gradient; nor are zeros a trouble.
+    other = POOLED_BD.copy()
+    other[[2, 6]] = ((9, 9, -9, 9), (0, 0, 0, 0))
+    assert float(relations(other)) == float(relations())
+    gradient_BD = np.asarray(jax.grad(relations)(jnp.asarray(other)))
+    assert not gradient_BD[[2, 6]].any()
+    assert np.abs(gradient_BD[list(known)]).min() > 1e-6
+    assert float(relations(weights_B=np.eye(7)[0])) == 0, "one text is in no pair"
+
+
+def test_equal_relations_have_no_loss_and_no_gradient_however_the_vectors_are_turned() -> None:
+    rotation, _ = np.linalg.qr(np.random.default_rng(1).normal(size=(6, 6)))
+    turned_BV = VECTORS_BV.astype(np.float32) @ rotation.astype(np.float32)
+    assert float(relations(vectors_BV=turned_BV)) == pytest.approx(float(relations()), rel=1e-5)
+    student_BD = 3 * np.hstack([turned_BV, np.zeros((7, 2), np.float32)])
+    loss, gradient_BD = jax.value_and_grad(relations)(jnp.asarray(student_BD))
+    assert float(loss) < 1e-12
+    assert np.abs(gradient_BD).max() < 1e-7
+
+
+def test_the_relation_losss_gradient_is_that_of_finite_differences() -> None:
+    check_grads(relations, (jnp.asarray(POOLED_BD),), order=1, modes=["rev"], atol=1e-3, rtol=1e-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 from pathlib import Path
@@ -11,9 +12,11 @@ import pytest
 
 from classer.data.errors import InputError
 from classer.data.examples import Example
-from classer.data.soft_labels import read_soft_labels, write_soft_labels
+from classer.data.soft_labels import read_soft_labels, read_vectors, vectors_file, write_soft_labels
 from classer.data.taxonomy import Label, Task, TaskKind, Taxonomy
 from classer.model.bundle import load_bundle
+from classer.model.classifier import TextClassifier
+from classer.model.quantize import variables
 from classer.tests.helpers import TOPICS, toy_text, write_toy_data
 from classer.tools.cli import main
 from classer.train.config import CurriculumStage, Recipe, TrainJob, read_curriculum
@@ -171,6 +174,69 @@ def test_a_bundle_teaches_and_its_answers_are_learnt_from(
     assert min(of_teacher[-5:]) < of_teacher[0]
 
 
+def test_teachers_of_two_kinds_teach_their_relations(
+    job: TrainJob, finished: TrainResult, tasks: Path, tiny_encoder: Path, tmp_path: Path, capsys
+) -> None:
+    import torch
+    import transformers
+
+    config = transformers.BertConfig.from_pretrained(tiny_encoder, id2label=dict(enumerate(sorted(TOPICS))))
+    model = transformers.BertForSequenceClassification(config).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_encoder)
+    for saved in (model, tokenizer):
+        saved.save_pretrained(tmp_path / "bert")
+    teachers = [str(job.out / "bundle-float32"), str(tmp_path / "bert")]
+    data, soft, out = tasks / "where", tmp_path / "soft.jsonl", tmp_path / "run"
+    teach = ["teach", "--teacher", *teachers, "--weights", "3", "1", "--data", str(data), "--out", str(soft)]
+    assert main([*teach, "--relations"]) == 0
+
+    # Inner products are the weighted mean of the teachers' cosine similarities, each text by itself.
+    vectors = read_vectors(soft)
+    texts = sorted(vectors, key=len)[:: len(vectors) // 5]
+    bundle = finished.float_bundle
+    classifier, pooled = TextClassifier(bundle.encoder, bundle.taxonomy.num_labels), []
+    for text in texts:
+        ids = bundle.tokenizer.encode([text], 16).ids[0]
+        inputs = variables(bundle.weights, "float32"), ids[None], np.array([len(ids)])
+        with torch.no_grad():
+            hidden_SD = model.bert(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].numpy()
+        pooled.append((np.asarray(classifier.apply(*inputs, method="with_pooled")[1])[0], hidden_SD.mean(axis=0)))
+    units = [np.array([x / np.linalg.norm(x) for x in of_teacher]) for of_teacher in zip(*pooled, strict=True)]
+    cosines_NN = 0.75 * units[0] @ units[0].T + 0.25 * units[1] @ units[1].T
+    found_NV = np.array([vectors[text] for text in texts], np.float32)
+    np.testing.assert_allclose(found_NV @ found_NV.T, cosines_NN, atol=2e-3)
+
+    options = ["--data", str(data), "--encoder", str(tiny_encoder), "--max-length", "16", "--batch-size", "16"]
+    train_command = ["train", *options, "--epochs", "5", "--learning-rate", "3e-3", "--relation-share", "20"]
+    assert main([*train_command, "--out", str(out)]) == 2
+    assert "relation_share needs teachers' vectors" in capsys.readouterr().err
+    train_command += ["--soft-labels", str(soft)]
+    assert main([*train_command, "--out", str(out)]) == 0
+    logged = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    losses = [step["relation_loss"] for step in logged if "loss" in step]
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5]), losses
+    said = capsys.readouterr().out
+    who = json.loads((out / "job.json").read_text())["teachers"]
+    assert [(teacher["name"], teacher["weight"]) for teacher in who] == [(teachers[0], 0.75), (teachers[1], 0.25)]
+    for teacher in who:
+        line = f"{teacher['name']}: a mean loss of {teacher['loss']:.3f} nats on the {len(vectors)} texts with labels."
+        assert f"Teacher {line}" in said
+    student, trees = load_bundle(out / "bundle-float32"), list(out.glob("checkpoints/*/state/_METADATA"))
+    assert trees
+    for tree in trees:
+        kept = list(map(ast.literal_eval, json.loads(tree.read_text())["tree_metadata"]))
+        assert {part for part, *_ in kept} == {"params", "opt_state", "step"}
+        assert {".".join(name) for part, *name in kept if part == "params"} == set(student.weights)
+
+    vectors_file(soft).write_bytes(b"PK")
+    assert main([*train_command, "--out", str(tmp_path / "other")]) == 2
+    assert f"{vectors_file(soft)} cannot be read as vectors" in capsys.readouterr().err
+    vectors_file(soft).unlink()
+    assert main([*train_command, "--out", str(tmp_path / "other")]) == 2
+    assert f"{vectors_file(soft)} is not there" in (err := capsys.readouterr().err)
+    assert f"`classer teach` makes it with --relations and --out {soft}." in err
+
+
 def test_texts_of_dev_and_test_are_no_soft_examples(tasks: Path, tmp_path: Path) -> None:
     test_text = json.loads((tasks / "topic" / "test.jsonl").read_text().splitlines()[0])["text"]
     train_text = json.loads((tasks / "topic" / "train.jsonl").read_text().splitlines()[0])["text"]
@@ -240,7 +306,14 @@ def test_joined_examples_have_their_tasks_columns(tiny_bundle) -> None:
 
     joined = join(taxonomy, {"topic": split(topic, ("topic 3",)), "tags": split(tags, (), ("angry", "spam"))})
     assert joined.tasks_N.tolist() == [0, 1, 1]
+    assert joined.vectors_NV is None
     assert [np.flatnonzero(row).tolist() for row in joined.targets.toarray()] == [[3], [], [8, 9]]
+
+    known = Example("soup", ("spam",), "tags", vector=np.array([0.5, 2], np.float16))
+    tagged = tokenize(tags, [Example("bread", (), "tags"), known], tiny_bundle.tokenizer, 8)
+    joined = join(taxonomy, {"topic": split(topic, ("topic 3",)), "tags": tagged})
+    assert joined.vectors_NV is not None
+    assert joined.vectors_NV.tolist() == [[0, 0], [0, 0], [0.5, 2]]
 
 
 # Curricula

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +21,7 @@ from classer.model.classifier import TextClassifier
 from classer.model.config import EncoderConfig
 from classer.model.decode import Calibration, probabilities
 from classer.model.quantize import flatten, variables
+from classer.model.sharding import make_layout
 from classer.train.config import Recipe
 from classer.train.losses import classification_loss
 from classer.train.step import Dense, init_state, learning_rate_schedule, make_optimizer, make_train_step
@@ -228,3 +233,58 @@ def test_the_dense_classifiers_answers_are_mixed_into_the_targets(dropout: float
         other, got = in_step(other, batch)
         assert float(got.loss) == pytest.approx(float(expected.loss), rel=1e-5)
         assert float(got.grad_norm) == pytest.approx(float(expected.grad_norm), rel=1e-4)
+
+
+def batch_with_vectors() -> Batch:
+    vectors_BV = np.random.default_rng(2).normal(size=(4, 5)).astype(np.float16)
+    vectors_BV[3] = 0
+    return dataclasses.replace(fixed_batch(), vectors_BV=vectors_BV)
+
+
+def relation_step(share: float, **options: Any) -> Any:
+    optimizer = make_optimizer(RECIPE, lambda step: RECIPE.learning_rate)
+    model, table = TextClassifier(CONFIG, 3), table_of(TaskKind.MULTICLASS)
+    fixed: dict[str, Any] = {"label_smoothing": 0.05, "class_weights_L": None, "seed": 0}
+    return make_train_step(model, table, optimizer, relation_share=share, **fixed, **options), optimizer
+
+
+def test_relations_are_added_to_the_loss_and_learnt() -> None:
+    step, optimizer = relation_step(2.0)
+    state = init_state(fixed_params(), optimizer)
+    plain, _ = make_step()
+    _, without = plain(init_state(fixed_params(), optimizer), fixed_batch())
+    assert without.relation_loss is None
+    seen = []
+    for _ in range(20):
+        state, metrics = step(state, batch_with_vectors())
+        seen.append(metrics)
+    assert float(seen[0].loss) == pytest.approx(float(without.loss) + 2 * float(seen[0].relation_loss), rel=1e-5)
+    assert float(seen[-1].relation_loss) < 0.5 * float(seen[0].relation_loss)
+
+
+def test_without_vectors_the_step_is_what_it_was() -> None:
+    programs = []
+    for share in (0.0, 0.2):
+        step, optimizer = relation_step(share)
+        state = init_state(fixed_params(), optimizer)
+        programs.append(jax.jit(lambda state, step=step: step(state, fixed_batch())).lower(state).as_text())
+    assert programs[0] == programs[1]
+
+
+def test_relations_are_over_the_whole_of_a_batch_that_is_divided() -> None:
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", "from classer.tests.train.test_step import check_divided; check_divided()"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def check_divided() -> None:
+    layout = make_layout(fsdp=2)
+    assert layout.batch_shards == 4
+    found = []
+    for place in (None, layout):
+        step, optimizer = relation_step(2.0, layout=place)
+        params = fixed_params() if place is None else place.put(fixed_params())
+        _, metrics = step(init_state(params, optimizer, place), batch_with_vectors())
+        found.append([float(x) for x in (metrics.loss, metrics.grad_norm, metrics.relation_loss)])
+    np.testing.assert_allclose(*found, rtol=1e-5)
