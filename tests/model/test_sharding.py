@@ -26,7 +26,7 @@ from classer.model.sharding import Layout, Rules, logical_axes, make_layout
 WORKER = Path(__file__).with_name("sharding_worker.py")
 TIMEOUT = 240
 BERT = EncoderConfig(30, num_layers=2, d_model=16, num_heads=4, d_ff=32, max_positions=16, gated=True)
-MESHES = ([1, 1], [8, 1], [2, 2], [2, 4])  # fsdp, tensor: 8×1×1, 1×8×1, 2×2×2, 1×2×4
+MESHES = ([1, 1], [8, 1], [2, 2])  # fsdp, tensor: 8×1×1, 1×8×1, 2×2×2
 
 
 def shapes_of(config: EncoderConfig, *, scan: bool = False) -> dict[str, tuple[int, ...]]:
@@ -155,13 +155,13 @@ def check(found: list[dict[str, Any]], count: int) -> None:
 
 def test_sharded_steps_are_the_unsharded_one(tmp_path: Path) -> None:
     """The loss of tasks of all kinds and every gradient, float32, on meshes of 8×1×1, 1×8×1, 2×2×2 and 1×2×4."""
-    check(run_workers([Case("native", False, MESHES)], folder=tmp_path), 4)
+    check(run_workers([Case("native", False, (*MESHES, [2, 4]))], folder=tmp_path), 4)
 
 
 @pytest.mark.slow
 def test_sharded_steps_are_the_unsharded_one_for_every_kind_of_model(tmp_path: Path) -> None:
     kinds = [Case("bert", False, MESHES), Case("native", True, MESHES), Case("bert", True, MESHES)]
-    check(run_workers([*kinds, Case("modernbert", False, MESHES), Case("focus", False, MESHES)], folder=tmp_path), 20)
+    check(run_workers([*kinds, Case("modernbert", False, MESHES), Case("focus", False, MESHES)], folder=tmp_path), 15)
 
 
 @pytest.mark.slow
