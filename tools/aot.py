@@ -23,7 +23,8 @@ import tyro
 
 from classer.data.errors import InputError
 from classer.model.config import NATIVE_SIZES, ComputeDtype, native
-from classer.tools.accelerators import GIB, Topology
+from classer.tools.accelerators import GIB, UTILISATION, Topology
+from classer.tools.hlo import Traffic, collectives, count_flops, instructions, products
 
 if TYPE_CHECKING:
     import jax
@@ -49,6 +50,7 @@ class AotArguments:
       tensor: devices that heads and hidden units are divided over.
       compute_dtype: of activations and products in training.
       serve_batch: texts a batch of the inference program, on one device.
+      texts: how many texts the job trains on, for the time that it takes.
       json: a file for the figures.
     """
 
@@ -63,10 +65,11 @@ class AotArguments:
     tensor: int = 1
     compute_dtype: ComputeDtype = "bfloat16"
     serve_batch: int = 64
+    texts: int = 500_000_000
     json: Path | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "length", "labels", "vocab_size", "tensor", "serve_batch"):
+        for name in ("batch_size", "length", "labels", "vocab_size", "tensor", "serve_batch", "texts"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1.")
 
@@ -84,7 +87,7 @@ class Report:
       flops: of the matrix products of one run, over all devices, from the jaxpr; rematerialisation included.
       model_flops: the same without rematerialisation.
       products: matrix products by their types, as often as they run.
-      collectives: kind → {"count", "bytes"}.
+      collectives: what devices exchange, as `tools.hlo.Traffic` says.
       faults: why the program should not be run; empty if it may.
     """
 
@@ -104,12 +107,34 @@ class Report:
     flops: int
     model_flops: int
     products: dict[str, int]
-    collectives: dict[str, dict[str, int]]
+    collectives: tuple[Traffic, ...]
     faults: tuple[str, ...]
 
     @property
     def peak(self) -> int:
         return self.arguments + self.temporaries + self.outputs
+
+    @property
+    def moving(self) -> float:
+        """The least seconds of a step that a device's links are busy."""
+        topology = Topology.parse(self.topology)
+        return sum(topology.moving(one.kind, one.bytes, one.group, one.hosts) for one in self.collectives)
+
+    @property
+    def computing(self) -> float:
+        """Seconds of a step at `UTILISATION` of the peak."""
+        return self.model_flops / (self.devices * Topology.parse(self.topology).accelerator.bf16 * UTILISATION)
+
+    @property
+    def step(self) -> float:
+        """Seconds a step: the longer of the two, as the one can go on during the other."""
+        return max(self.moving, self.computing)
+
+    @classmethod
+    def parse(cls, fields: dict[str, Any]) -> Report:
+        """From what `--json` wrote."""
+        collectives = tuple(Traffic(**one) for one in fields["collectives"])
+        return cls(**{**fields, "collectives": collectives, "faults": tuple(fields["faults"])})
 
 
 def aot(argv: Sequence[str]) -> None:
@@ -121,7 +146,7 @@ def aot(argv: Sequence[str]) -> None:
     for program in ("train", "serve") if a.programs == "both" else (a.programs,):
         print(f"Compiling {a.preset}, {program}, for {topology} …", file=sys.stderr, flush=True)
         reports.append(compile_train(a, topology) if program == "train" else compile_serve(a, topology))
-        print(describe(reports[-1]), flush=True)
+        print(describe(reports[-1], a.texts), flush=True)
     if a.json is not None:
         a.json.write_text(json.dumps([dataclasses.asdict(report) for report in reports], indent=1) + "\n")
     faults = [fault for report in reports for fault in report.faults]
@@ -147,7 +172,10 @@ def prepare_process(topology: Topology) -> None:
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": "v5litepod-8",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else one process of the machine
-        "TF_CPP_MIN_LOG_LEVEL": "1",  # warnings must be seen: one of them is a fault
+        # Warnings must be seen: one of them is a fault.
+        "TF_CPP_MIN_LOG_LEVEL": "1",
+        "TPU_MIN_LOG_LEVEL": "1",
+        "TPU_STDERR_LOG_LEVEL": "1",
     }.items():
         os.environ[name] = value
     import jax
@@ -296,10 +324,8 @@ def _report(
     *,
     batch_size: int,
 ) -> Report:
-    from classer.tools.hlo import collectives, count_flops, instructions, products
-
     started = time.monotonic()
-    with _captured_stderr() as said:
+    with captured_stderr() as said:
         compiled = traced.lower().compile()
     said = said()
     seconds = time.monotonic() - started
@@ -330,13 +356,13 @@ def _report(
         flops=count_flops(traced.jaxpr.jaxpr),
         model_flops=count_flops(plain.jaxpr.jaxpr),
         products=dict(products(code).most_common()),
-        collectives={kind: dataclasses.asdict(traffic) for kind, traffic in sorted(collectives(code).items())},
+        collectives=tuple(collectives(code, layout.mesh.size, topology.per_host)),
         faults=tuple(faults),
     )
 
 
-def describe(report: Report) -> str:
-    """A report for people."""
+def describe(report: Report, texts: int) -> str:
+    """A report for people, with the time that training on so many texts would take."""
     accelerator = Topology.parse(report.topology).accelerator
     peak = accelerator.bf16 if report.program == "train" else accelerator.int8
     mesh = " × ".join(f"{axis} {size}" for axis, size in report.mesh.items())
@@ -350,15 +376,22 @@ def describe(report: Report) -> str:
         f"{peak / 1e12:,.0f} T/s a device {report.flops / report.devices / peak * 1e3:.1f} ms",
         "  products: " + (", ".join(f"{n} {types}" for types, n in report.products.items()) or "none seen"),
     ]
-    for kind, traffic in report.collectives.items():
-        lines.append(f"  {kind}: {traffic['count']:,}, {traffic['bytes'] / 1e9:.2f} GB")
+    for one in report.collectives:
+        where = f"{one.group} devices" + (f" of {one.hosts} hosts" if one.hosts > 1 else "")
+        lines.append(f"  {one.kind} among {where}: {one.count:,}, {one.bytes / 1e9:.2f} GB")
     if not report.collectives:
         lines.append("  no collectives")
+    if report.program == "train":
+        hours = report.step * texts / report.batch_size / 3600
+        lines.append(
+            f"  a step computes for {report.computing * 1e3:.0f} ms at {UTILISATION:.0%} of the peak and moves for at "
+            f"least {report.moving * 1e3:.0f} ms; {texts:,} texts take {hours:,.1f} h, if both go on at once"
+        )
     return "\n".join(lines + [f"  FAULT: {fault}" for fault in report.faults])
 
 
 @contextlib.contextmanager
-def _captured_stderr() -> Iterator[Callable[[], str]]:
+def captured_stderr() -> Iterator[Callable[[], str]]:
     """What libraries write to stderr in C++; given out afterwards, whatever happens."""
     text = ""
     sys.stderr.flush()

@@ -9,8 +9,10 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
+
+import numpy as np
 
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "bf16": 2}
 _BYTES |= {"f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8}
@@ -21,7 +23,13 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|condition|body|branch_computations)=(?:\{([^}]*)\}|%?([\w.-]+))")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_GROUPS = re.compile(r"replica_groups=(?:\[(\d+),(\d+)\]|\{\{([\d,]*)\})")
+_CONDITION = re.compile(r"condition=%?([\w.-]+)")
+_CONSTANT = re.compile(r"(\d+)\)")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+# Groups are listed, or are rows of an array of all devices: [groups,size]<=[sides]T(axes) or mesh['x'=2,'y'=4] {'y'}.
+_LISTED = re.compile(r"replica_groups=\{(\{[\d,{}]*\})\}")
+_ROWS = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_AXES = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 _MATMUL = re.compile(r'custom_call_target="[^"]*(?:gemm|matmul)', re.IGNORECASE)
 
 
@@ -30,15 +38,12 @@ class Instruction:
     """One instruction, and how often a run of the program executes it (a loop of unknown length counts once)."""
 
     name: str
+    computation: str
     types: tuple[tuple[str, tuple[int, ...]], ...]
     operation: str
     rest: str
     operand_types: tuple[str, ...]
     times: int
-
-    @property
-    def result_bytes(self) -> int:
-        return int(sum(_BYTES.get(kind, 0) * math.prod(shape) for kind, shape in self.types))
 
 
 def instructions(hlo: str) -> list[Instruction]:
@@ -62,18 +67,34 @@ def instructions(hlo: str) -> list[Instruction]:
             operands = re.findall(r"%([\w.-]+)", rest.split("), ")[0])
             operand_types = tuple(kind[1] for operand in operands if (kind := kinds.get(operand)))
             shapes = tuple((k, tuple(int(n) for n in dims.split(",") if n)) for k, dims in _SHAPE.findall(types))
-            done.append(Instruction(result, shapes, operation, rest, operand_types, times[name]))
+            done.append(Instruction(result, name, shapes, operation, rest, operand_types, times[name]))
     return done
 
 
 def _count(name: str, factor: int, computations: dict, times: collections.Counter[str]) -> None:
     times[name] += factor
     for _, _, operation, rest in computations.get(name, ()):
-        trips = int(found[1]) if operation == "while" and (found := _TRIPS.search(rest)) else 1
+        trips = _trips(rest, computations) if operation == "while" else 1
         for several, one in _CALLED.findall(rest):
             for called in re.findall(r"%?([\w.-]+)", several) if several else [one]:
                 if called in computations:
                     _count(called, factor * trips, computations, times)
+
+
+def _trips(loop: str, computations: dict) -> int:
+    """What the loop says itself; else, as TPUs' loops do not, the bound that its condition compares a count with."""
+    if found := _TRIPS.search(loop):
+        return int(found[1])
+    condition = computations.get(found[1], ()) if (found := _CONDITION.search(loop)) else ()
+    compares = any(operation == "compare" and "direction=LT" in rest for _, _, operation, rest in condition)
+    bounds = [
+        found[1] for _, _, operation, rest in condition if operation == "constant" and (found := _CONSTANT.match(rest))
+    ]
+    return int(bounds[0]) if compares and len(bounds) == 1 else 1
+
+
+def _size(types: Iterable[tuple[str, tuple[int, ...]]]) -> int:
+    return int(sum(_BYTES.get(kind, 0) * math.prod(shape) for kind, shape in types))
 
 
 def products(program: list[Instruction]) -> collections.Counter[str]:
@@ -92,39 +113,71 @@ def products(program: list[Instruction]) -> collections.Counter[str]:
 
 @dataclasses.dataclass
 class Traffic:
-    """Collectives of one kind in one run of a program: how many, and the bytes of the arrays they work on."""
+    """Collectives of one kind, among groups of one form, in one run of a program.
 
+    Attributes:
+      kind: such as "all-gather".
+      group: devices that work on one array together.
+      hosts: of how many hosts they are.
+      count: how many.
+      bytes: of the arrays that they work on.
+    """
+
+    kind: str
+    group: int
+    hosts: int
     count: int = 0
     bytes: int = 0
 
 
-def collectives(program: list[Instruction]) -> dict[str, Traffic]:
-    """The collectives of a device, by kind.
+def collectives(program: list[Instruction], num_devices: int, devices_per_host: int) -> list[Traffic]:
+    """The collectives of a device, by kind and form of the groups.
 
     Bytes are those of the whole array that a group of devices gathers, sums or scatters: about what each device
-    receives in a gather or sends in a scatter; a sum of all moves twice as much.
+    receives in a gather or sends in a scatter; a sum of all moves twice as much. TPUs' programs divide a collective
+    over several fusions, which name the same channel, and hide a scatter in one called "all-reduce-scatter".
     """
-    found: dict[str, Traffic] = {}
+    found: dict[tuple[str, int, int], Traffic] = {}
+    seen = set()
     for one in program:
         kind = one.operation.removesuffix("-start")
         if kind not in _COLLECTIVES:
             continue
-        size = one.result_bytes
-        if one.operation.endswith("-start") and len(one.types) > 1:
-            # A started gather's result names operand and result; of a started sum only the result.
-            size = max(int(_BYTES.get(k, 0) * math.prod(s)) for k, s in one.types)
+        if channel := _CHANNEL.search(one.rest):
+            if (kind, channel[1]) in seen:
+                continue
+            seen.add((kind, channel[1]))
+        group = _first_group(one.rest, num_devices)
+        results = [(k, shape) for k, shape in one.types if shape or k != "u32"]  # u32[] are handles
+        if one.operation.endswith("-start") and kind != "all-reduce":
+            results = results[len(results) // 2 :]  # what is started names its operands first; of a sum only results
+        size = _size(results)
         if kind == "reduce-scatter":
-            size *= _group_size(one.rest)
-        traffic = found.setdefault(kind, Traffic())
+            size *= len(group)
+        if kind == "all-reduce" and one.computation.startswith("all-reduce-scatter"):
+            kind = "reduce-scatter"
+        hosts = len({device // devices_per_host for device in group})
+        traffic = found.setdefault((kind, len(group), hosts), Traffic(kind, len(group), hosts))
         traffic.count += one.times
         traffic.bytes += size * one.times
-    return found
+    return [found[key] for key in sorted(found)]
 
 
-def _group_size(rest: str) -> int:
-    if not (found := _GROUPS.search(rest)):
-        return 1
-    return int(found[2]) if found[2] else len(found[3].split(","))
+def _first_group(rest: str, num_devices: int) -> list[int]:
+    """The devices that work on a collective's first array together; without groups all do."""
+    if (listed := _LISTED.search(rest)) and (first := re.findall(r"\d+", listed[1].split("}")[0])):
+        return list(map(int, first))
+    if rows := _ROWS.search(rest):
+        sides = list(map(int, rows[3].split(",")))
+        axes = list(map(int, rows[4].split(","))) if rows[4] else None
+        order = np.arange(math.prod(sides)).reshape(sides).transpose(axes)
+        return order.reshape(int(rows[1]), int(rows[2]))[0].tolist()
+    if mesh := _AXES.search(rest):
+        sides = [(name, int(side)) for name, side in re.findall(r"'([^']*)'=(\d+)", mesh[1])]
+        named = re.findall(r"'([^']*)'", mesh[2])
+        order = np.arange(math.prod(side for _, side in sides)).reshape([side for _, side in sides])
+        return order[tuple(slice(None) if name in named else 0 for name, _ in sides)].reshape(-1).tolist()
+    return list(range(num_devices))
 
 
 def count_flops(jaxpr: Any) -> int:

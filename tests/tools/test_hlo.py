@@ -51,11 +51,91 @@ def test_products_count_as_often_as_they_run() -> None:
 
 
 def test_collectives_count_the_whole_array_as_often_as_they_run() -> None:
-    assert collectives(instructions(HLO)) == {
-        "all-gather": Traffic(21, 21 * 512 * 32 * 2),
-        "reduce-scatter": Traffic(21, 21 * 64 * 512 * 4),
-        "all-reduce": Traffic(1, 16),
-    }
+    assert collectives(instructions(HLO), num_devices=8, devices_per_host=8) == [
+        Traffic("all-gather", 8, 1, count=21, bytes=21 * 512 * 32 * 2),
+        Traffic("all-reduce", 8, 1, count=1, bytes=16),
+        Traffic("reduce-scatter", 8, 1, count=21, bytes=21 * 64 * 512 * 4),
+    ]
+
+
+# A loop that does not say its trips, a gather in two fusions of one channel, a sum of which each device keeps its part.
+TPU_HLO = """HloModule jit_step
+
+%fused.1 (p: bf16[16,704]) -> bf16[128,704] {
+  %p = bf16[16,704]{1,0} parameter(0)
+  ROOT %gather.1 = bf16[128,704]{1,0} all-gather(%p), channel_id=3, \
+replica_groups=mesh['axis_0'=2,'axis_1'=8] {'axis_1'}, dimensions={0}
+}
+
+%fused.2 (p: bf16[16,704]) -> bf16[128,704] {
+  %p = bf16[16,704]{1,0} parameter(0)
+  ROOT %gather.2 = bf16[128,704]{1,0} all-gather(%p), channel_id=3, \
+replica_groups=mesh['axis_0'=2,'axis_1'=8] {'axis_1'}, dimensions={0}
+}
+
+%all-reduce-scatter.4 (p: f32[128,384]) -> f32[16,384] {
+  %p = f32[128,384]{1,0} parameter(0)
+  %sum = f32[128,384]{1,0} all-reduce(%p), channel_id=3, replica_groups=[2,8]<=[16], to_apply=%add
+  ROOT %part = f32[16,384]{1,0} dynamic-slice(%sum, %i, %zero), dynamic_slice_sizes={16,384}
+}
+
+%body (arg: (s32[], bf16[16,704])) -> (s32[], bf16[16,704]) {
+  %arg = (s32[], bf16[16,704]{1,0}) parameter(0)
+  %x = bf16[16,704]{1,0} get-tuple-element(%arg), index=1
+  %a = bf16[128,704]{1,0} fusion(%x), kind=kCustom, calls=%fused.1
+  %b = bf16[128,704]{1,0} fusion(%x), kind=kCustom, calls=%fused.2
+  %c = f32[16,384]{1,0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter.4
+  ROOT %tuple = (s32[], bf16[16,704]{1,0}) tuple(%x, %x)
+}
+
+%condition (arg.1: (s32[], bf16[16,704])) -> pred[] {
+  %bound = s32[]{:T(128)} constant(5)
+  %arg.1 = (s32[], bf16[16,704]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%arg.1), index=0
+  ROOT %less = pred[] compare(%i, %bound), direction=LT
+}
+
+ENTRY %main (a: bf16[16,704]) -> f32[4] {
+  %loop = (s32[], bf16[16,704]{1,0}) while(%init), condition=%condition, body=%body
+  ROOT %sum = (f32[4]{0}, f32[6]{0}) all-reduce(%last, %other), channel_id=9, \
+replica_groups=[8,2]<=[2,8]T(1,0), to_apply=%add
+}
+"""
+
+
+def test_collectives_as_programs_for_tpus_write_them() -> None:
+    assert collectives(instructions(TPU_HLO), num_devices=16, devices_per_host=8) == [
+        Traffic("all-gather", 8, 1, count=5, bytes=5 * 128 * 704 * 2),
+        Traffic("all-reduce", 2, 2, count=1, bytes=40),
+        Traffic("reduce-scatter", 8, 1, count=5, bytes=5 * 128 * 384 * 4),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("operation", "size", "group", "hosts"),
+    [
+        ("%g = (bf16[64]{0}, bf16[512]{0}) all-gather-start(%x), replica_groups={{0,8},{1,9}}", 1024, 2, 2),
+        ("%g = ((bf16[8]{0}, f32[2]{0}), (bf16[64]{0}, f32[16]{0})) all-gather-start(%x, %y)", 192, 16, 2),
+        ("%g = (f32[4]{0}, f32[6]{0}) all-reduce-start(%x, %y), replica_groups=[2,8]<=[16]", 40, 8, 1),
+        ("%g = (f32[64]{0}, f32[8]{0}) reduce-scatter-start(%x), replica_groups=[2,8]<=[16]", 256, 8, 1),
+        ("%g = (f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%x)", 16, 16, 2),
+    ],
+)
+def test_what_a_started_collective_moves(operation: str, size: int, group: int, hosts: int) -> None:
+    hlo = f"ENTRY %main (a: f32[4]) -> f32[4] {{\n  {operation}, to_apply=%add\n}}\n"
+    (one,) = collectives(instructions(hlo), num_devices=16, devices_per_host=8)
+    assert (one.bytes, one.group, one.hosts) == (size, group, hosts)
+
+
+def test_how_long_moving_takes() -> None:
+    hosts = Topology.parse("h100:8x8")
+    within = hosts.moving("all-gather", 450_000_000, group=8, hosts=1)
+    assert within == pytest.approx(1e-3)
+    assert hosts.moving("all-reduce", 450_000_000, group=8, hosts=1) == pytest.approx(2e-3)
+    # One device a host has its own port alone, all eight have eight.
+    assert hosts.moving("all-gather", 450_000_000, group=8, hosts=8) == pytest.approx(9e-3)
+    assert hosts.moving("all-gather", 400_000_000, group=64, hosts=8) == pytest.approx(1e-3)
+    assert Topology.parse("v5e:8x8").moving("all-gather", 200_000_000, group=64, hosts=1) == pytest.approx(1e-3)
 
 
 def test_a_compiled_scan_is_read_with_its_trips() -> None:
