@@ -26,10 +26,11 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONDITION = re.compile(r"condition=%?([\w.-]+)")
 _CONSTANT = re.compile(r"(\d+)\)")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
-# Groups are listed, or are rows of an array of all devices: [groups,size]<=[sides]T(axes) or mesh['x'=2,'y'=4] {'y'}.
+# Groups are listed, or are rows of an array of all devices: [groups,size]<=[sides]T(axes), or mesh['x'=2,'y'=4] {'y'},
+# where device_ids=([sides]T(axes)) may come before the braces.
 _LISTED = re.compile(r"replica_groups=\{(\{[\d,{}]*\})\}")
 _ROWS = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_AXES = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
+_AXES = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}")
 _MATMUL = re.compile(r'custom_call_target="[^"]*(?:gemm|matmul)', re.IGNORECASE)
 
 
@@ -168,16 +169,20 @@ def _first_group(rest: str, num_devices: int) -> list[int]:
     if (listed := _LISTED.search(rest)) and (first := re.findall(r"\d+", listed[1].split("}")[0])):
         return list(map(int, first))
     if rows := _ROWS.search(rest):
-        sides = list(map(int, rows[3].split(",")))
-        axes = list(map(int, rows[4].split(","))) if rows[4] else None
-        order = np.arange(math.prod(sides)).reshape(sides).transpose(axes)
-        return order.reshape(int(rows[1]), int(rows[2]))[0].tolist()
+        return _ordered(rows[3], rows[4]).reshape(int(rows[1]), int(rows[2]))[0].tolist()
     if mesh := _AXES.search(rest):
         sides = [(name, int(side)) for name, side in re.findall(r"'([^']*)'=(\d+)", mesh[1])]
-        named = re.findall(r"'([^']*)'", mesh[2])
-        order = np.arange(math.prod(side for _, side in sides)).reshape([side for _, side in sides])
+        named = re.findall(r"'([^']*)'", mesh[4])
+        order = _ordered(mesh[2] or str(math.prod(side for _, side in sides)), mesh[3])
+        order = order.reshape([side for _, side in sides])
         return order[tuple(slice(None) if name in named else 0 for name, _ in sides)].reshape(-1).tolist()
     return list(range(num_devices))
+
+
+def _ordered(sides: str, axes: str | None) -> np.ndarray:
+    """All devices as [sides]T(axes) lays them out, such as "16,4" and "1,0"."""
+    shape = list(map(int, sides.split(",")))
+    return np.arange(math.prod(shape)).reshape(shape).transpose(list(map(int, axes.split(","))) if axes else None)
 
 
 def count_flops(jaxpr: Any) -> int:

@@ -119,6 +119,11 @@ def test_collectives_as_programs_for_tpus_write_them() -> None:
         ("%g = (f32[4]{0}, f32[6]{0}) all-reduce-start(%x, %y), replica_groups=[2,8]<=[16]", 40, 8, 1),
         ("%g = (f32[64]{0}, f32[8]{0}) reduce-scatter-start(%x), replica_groups=[2,8]<=[16]", 256, 8, 1),
         ("%g = (f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%x)", 16, 16, 2),
+        (
+            "%g = ((f32[4,3]{1,0}), f32[4,3]{1,0}) all-to-all-start(%x), "
+            "replica_groups=mesh['axis_0'=2,'axis_1'=8], device_ids=([8,2]T(1,0)) {'axis_0'}",
+            *(48, 2, 1),
+        ),
     ],
 )
 def test_what_a_started_collective_moves(operation: str, size: int, group: int, hosts: int) -> None:
