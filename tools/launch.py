@@ -19,7 +19,7 @@ import tyro
 
 from classer.tools import launch_kubernetes, launch_local, launch_slurm
 from classer.tools.cli import run, tune_allocator
-from classer.tools.launch_job import Launch
+from classer.tools.launch_job import Launch, where
 from classer.tools.training import parse_job, train
 
 TARGETS = {"local": launch_local, "slurm": launch_slurm, "kubernetes": launch_kubernetes}
@@ -49,11 +49,13 @@ def launch(argv: Sequence[str]) -> None:
     if arguments.dry_run:
         print(target.describe(arguments, command, job.out))
     elif arguments.target == "local" and arguments.processes == 1:
-        os.environ |= launch_local.environment(arguments)
+        os.environ |= launch_local.environment(arguments, rank=0)
         tune_allocator()
+        print("1 process on this machine.")
+        print(where(job, logs="this output, and metrics.jsonl beside the checkpoints", stop=f"kill {os.getpid()}"))
         train(command[2:])
     else:
-        sys.exit(target.start(arguments, command, job.out))
+        sys.exit(target.start(arguments, command, job))
 
 
 if __name__ == "__main__":

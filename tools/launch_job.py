@@ -6,10 +6,13 @@ import dataclasses
 import re
 import shlex
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from classer.data.errors import InputError
 from classer.train.place import NUM_PROCESSES
+
+if TYPE_CHECKING:
+    from classer.train.config import TrainJob
 
 Target = Literal["local", "slurm", "kubernetes"]
 
@@ -83,12 +86,19 @@ class Launch:
         return variables
 
 
-def where(out: Path, *, logs: str, stop: str) -> str:
+def where(job: TrainJob, *, logs: str, stop: str) -> str:
     """Where a job leaves what, and how to stop and resume it."""
+    parts = []  # as `loop.fit` trains them
+    if job.curriculum is not None or job.recipe.curriculum:
+        parts.append(job.out / "stages" / "*")
+    elif job.recipe.epochs:
+        parts.append(job.out)
+    if job.recipe.focus_epochs:
+        parts.append(job.out / "focus")
     tell = {
         "Logs": logs,
-        "Checkpoints": str(out / "checkpoints"),
-        "Dashboard": f"tensorboard --logdir {shlex.quote(str(out))}",
+        "Checkpoints": ", ".join(str(part / "checkpoints") for part in parts),
+        "Dashboard": f"tensorboard --logdir {shlex.quote(str(job.out))}",
         "Stop": f"{stop} (it saves first)",
         "Resume": "the same command again",
     }

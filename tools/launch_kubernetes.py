@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import shlex
 import shutil
+import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from classer.data.errors import InputError
 from classer.tools.launch_job import Launch, where
-from classer.train.place import COORDINATOR
+from classer.train.place import COORDINATOR, STOPPED_CODE
+
+if TYPE_CHECKING:
+    from classer.train.config import TrainJob
 
 PORT = 8476
 SECONDS_TO_SAVE = 120
 USER_ERROR = 2  # the exit code of what would only fail again
+# That of a pod which had to go (a drained node, say) and saved: were it 0, Kubernetes would take its work for done.
+STOPPED = 128 + signal.SIGTERM
 
 
 def manifests(launch: Launch, command: Sequence[str], out: Path) -> list[dict[str, Any]]:
@@ -37,7 +43,11 @@ def manifests(launch: Launch, command: Sequence[str], out: Path) -> list[dict[st
             "ports": [{"name": "coordinator", "port": PORT}],
         },
     }
-    variables = launch.environment() | {COORDINATOR: f"{name}-0.{name}:{PORT}", "PYTHONUNBUFFERED": "1"}
+    variables = launch.environment() | {
+        COORDINATOR: f"{name}-0.{name}:{PORT}",
+        STOPPED_CODE: str(STOPPED),
+        "PYTHONUNBUFFERED": "1",
+    }
     resources = {
         "cpu": str(launch.cpus) if launch.cpus else None,
         "memory": f"{launch.memory}i" if launch.memory else None,
@@ -65,6 +75,8 @@ def manifests(launch: Launch, command: Sequence[str], out: Path) -> list[dict[st
     }
     failures = [
         {"action": "FailJob", "onExitCodes": {"containerName": "train", "operator": "In", "values": [USER_ERROR]}},
+        # Started again, and not counted.
+        {"action": "Ignore", "onExitCodes": {"containerName": "train", "operator": "In", "values": [STOPPED]}},
         {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
     ]
     job = {
@@ -89,13 +101,13 @@ def describe(launch: Launch, command: Sequence[str], out: Path) -> str:
     return yaml.safe_dump_all(manifests(launch, command, out), sort_keys=False)
 
 
-def start(launch: Launch, command: Sequence[str], out: Path) -> int:
+def start(launch: Launch, command: Sequence[str], job: TrainJob) -> int:
     """Applies the manifests with kubectl."""
     if shutil.which("kubectl") is None:
         raise InputError(
             "--target kubernetes needs the command kubectl on this machine; --dry-run prints the manifests."
         )
-    name = launch.called(out)
+    name = launch.called(job.out)
     within = ["--namespace", launch.namespace] if launch.namespace else []
     # A job cannot be changed; one that failed or was stopped makes place for the one that goes on.
     old = subprocess.run(
@@ -110,7 +122,7 @@ def start(launch: Launch, command: Sequence[str], out: Path) -> int:
         subprocess.run(["kubectl", *within, "delete", "job", name], check=False)
     done = subprocess.run(
         ["kubectl", "apply", "--filename", "-"],
-        input=describe(launch, command, out),
+        input=describe(launch, command, job.out),
         capture_output=True,
         text=True,
         check=False,
@@ -121,5 +133,5 @@ def start(launch: Launch, command: Sequence[str], out: Path) -> int:
     print(
         f"Applied as Kubernetes job '{name}': {launch.processes} pods. Watch it: {kubectl} get pods -l job-name={name}"
     )
-    print(where(out, logs=f"{kubectl} logs -f -l job-name={name} --prefix", stop=f"{kubectl} delete job {name}"))
+    print(where(job, logs=f"{kubectl} logs -f -l job-name={name} --prefix", stop=f"{kubectl} delete job {name}"))
     return 0

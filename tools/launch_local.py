@@ -13,9 +13,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from classer.tools.launch_job import Launch, where
 from classer.train.place import COORDINATOR, LAUNCHER, LOGS, PROCESS_ID
+
+if TYPE_CHECKING:
+    from classer.train.config import TrainJob
 
 SECONDS_BETWEEN_LOOKS = 0.1
 LAST_LINES = 20
@@ -23,13 +27,16 @@ GRACE = 600.0  # seconds that workers get to save after a stop
 
 
 def describe(launch: Launch, command: Sequence[str], out: Path) -> str:
-    """What `start` would run."""
-    words = [f"{name}={shlex.quote(value)}" for name, value in _environment(launch, rank=None, port=None).items()]
-    return f"# {launch.processes} times, RANK from 0:\n{' '.join(words)} {shlex.join(_python(command))}"
+    """What `start` would run; of one process what runs in this one."""
+    alone = launch.processes == 1
+    variables = environment(launch, rank=0) if alone else _environment(launch, rank=None, port=None)
+    words = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
+    line = " ".join([*words, shlex.join(_python(command))])
+    return line if alone else f"# {launch.processes} times, RANK from 0:\n{line}"
 
 
-def start(launch: Launch, command: Sequence[str], out: Path) -> int:
-    """Runs the job to its end.
+def start(launch: Launch, command: Sequence[str], job: TrainJob) -> int:
+    """Runs the job of several processes to its end.
 
     The first process's output is shown; all outputs are in `out/logs`. When a process dies the others are ended and its
     last lines are shown. SIGTERM and Ctrl-C stop the job: every process saves.
@@ -37,10 +44,10 @@ def start(launch: Launch, command: Sequence[str], out: Path) -> int:
     Returns:
       The exit code: 0 if the job is finished or was stopped.
     """
-    logs = out / LOGS
+    logs = job.out / LOGS
     logs.mkdir(parents=True, exist_ok=True)
     print(f"{launch.processes} processes on this machine.")
-    print(where(out, logs=f"{logs}/worker-*.log", stop=f"Ctrl-C, or kill {os.getpid()}"), flush=True)
+    print(where(job, logs=f"{logs}/worker-*.log", stop=f"Ctrl-C, or kill {os.getpid()}"), flush=True)
     port = _free_port()
     workers = []
     with contextlib.ExitStack() as stack:
@@ -96,7 +103,7 @@ def _watch(workers: list[_Worker]) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    told, deadline = 0, float("inf")
+    deadline = None
     while True:
         codes = [worker.code for worker in workers]
         print(workers[0].news(), end="", flush=True)
@@ -104,11 +111,10 @@ def _watch(workers: list[_Worker]) -> int:
             return _bury(workers, min(dead, key=lambda worker: _suspicion(worker.code or 0)))
         if all(code == 0 for code in codes):
             return 0
-        if stops > told:
-            told = stops
-            if stops > 1 or time.monotonic() > deadline:
-                print("Stopped without saving.", file=sys.stderr)
-                return 128 + signal.SIGINT
+        if stops > 1 or (deadline is not None and time.monotonic() > deadline):
+            print("Stopped without saving.", file=sys.stderr)
+            return 128 + signal.SIGINT
+        if stops and deadline is None:
             print("Stopping: the processes save first; once more stops at once.", file=sys.stderr, flush=True)
             deadline = time.monotonic() + GRACE
             for worker in workers:
@@ -133,21 +139,21 @@ def _bury(workers: list[_Worker], dead: _Worker) -> int:
     return code if code > 0 else 128 - code
 
 
-def environment(launch: Launch) -> dict[str, str]:
-    """`Launch.environment` beside the XLA_FLAGS that are set already."""
+def environment(launch: Launch, rank: int | None) -> dict[str, str]:
+    """`Launch.environment` beside the XLA_FLAGS that are set already, and the GPUs of this rank (None: of any)."""
     variables = launch.environment()
     if "XLA_FLAGS" in variables and (flags := os.environ.get("XLA_FLAGS")):
         variables["XLA_FLAGS"] = f"{flags} {variables['XLA_FLAGS']}"
+    if launch.gpu:
+        devices = range((rank or 0) * launch.devices_per_process, ((rank or 0) + 1) * launch.devices_per_process)
+        variables["CUDA_VISIBLE_DEVICES"] = "ITS SHARE" if rank is None else ",".join(map(str, devices))
     return variables
 
 
 def _environment(launch: Launch, rank: int | None, port: int | None) -> dict[str, str]:
-    variables = environment(launch)
+    variables = environment(launch, rank)
     variables[COORDINATOR] = f"127.0.0.1:{'PORT' if port is None else port}"
     variables[PROCESS_ID] = "RANK" if rank is None else str(rank)
-    if launch.gpu:
-        devices = range((rank or 0) * launch.devices_per_process, ((rank or 0) + 1) * launch.devices_per_process)
-        variables["CUDA_VISIBLE_DEVICES"] = "ITS SHARE" if rank is None else ",".join(map(str, devices))
     if rank is not None:
         variables[LAUNCHER] = str(os.getpid())
     return variables

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import shlex
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +39,8 @@ def train(argv: Sequence[str]) -> None:
     except processes.Stopped as e:
         if first:
             print(f"{e} The same command goes on{'' if job.restartable else ', with --resume'}.", flush=True)
-        processes.end(e)
+        if code := processes.end(e):
+            sys.exit(code)
         return
     if result is None:
         if first:

@@ -9,6 +9,7 @@ from ..data.errors import InputError
 
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = "CLASSER_COORDINATOR", "CLASSER_NUM_PROCESSES", "CLASSER_PROCESS_ID"
 LAUNCHER = "CLASSER_LAUNCHER"  # the process id of a launcher on this machine
+STOPPED_CODE = "CLASSER_STOPPED_CODE"  # exit code of a run that was stopped unfinished; without it 0
 # Where a scheduler says the rank in a name of its own.
 RANKS = (PROCESS_ID, "SLURM_PROCID", "JOB_COMPLETION_INDEX")
 LOGS = "logs"  # of launched processes, in the run's folder

@@ -27,7 +27,7 @@ from safetensors.numpy import load, save
 
 from ..data.errors import InputError
 from ..model.quantize import Weights
-from .place import LAUNCHER, Place
+from .place import LAUNCHER, STOPPED_CODE, Place
 
 WAIT_MS = 24 * 3600 * 1000  # for the first process: tokenising and probing take their time, and launchers end dead jobs
 Result = TypeVar("Result")
@@ -81,15 +81,16 @@ def leave() -> None:
         jax.distributed.shutdown()
 
 
-def end(stopped: Stopped) -> None:
-    """Ends the job's common part after a stop, so that this process can exit with 0."""
+def end(stopped: Stopped) -> int:
+    """Ends the job's common part after a stop; the exit code for this process (see `place.STOPPED_CODE`)."""
+    code = int(os.environ.get(STOPPED_CODE, "0"))
     if stopped.together or not jax.distributed.is_initialized():
         leave()
-        return
+        return code
     # A tidy end would wait for all processes, and some may be in the middle of a collective operation.
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 def is_first() -> bool:

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,10 +23,11 @@ from safetensors.numpy import load_file
 from classer.data.errors import InputError
 from classer.data.taxonomy import TaskKind
 from classer.tests.helpers import TOY_LENGTH, write_shards, write_toy_data
-from classer.tools import launch_kubernetes, launch_slurm
-from classer.tools.launch_job import Launch
+from classer.tools import launch, launch_kubernetes, launch_local, launch_slurm, training
+from classer.tools.launch_job import Launch, where
+from classer.train.config import CurriculumStage, Recipe, TrainJob
 from classer.train.place import Place
-from classer.train.processes import Pace
+from classer.train.processes import Pace, Stopped
 
 from .conftest import LAUNCHER, Classer
 
@@ -73,6 +75,23 @@ def test_a_process_learns_who_it_is() -> None:
             Place.from_environment(given | wrong)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "folders"),
+    [
+        (Recipe(), "x/checkpoints"),
+        (Recipe(focus_epochs=1), "x/checkpoints, x/focus/checkpoints"),
+        (Recipe(epochs=0, focus_epochs=1), "x/focus/checkpoints"),
+        (Recipe(curriculum=(CurriculumStage("all"),)), "x/stages/*/checkpoints"),
+    ],
+)
+def test_a_job_says_where_its_checkpoints_are(recipe: Recipe, folders: str) -> None:
+    job = TrainJob(data=Path("data"), out=Path("x"), recipe=recipe)
+    assert f"Checkpoints: {folders}\n" in where(job, logs="here", stop="kill 1")
+    if not recipe.curriculum:
+        staged = TrainJob(data=Path("data"), out=Path("x"), recipe=recipe, curriculum=Path("stages.yaml"))
+        assert "Checkpoints: x/stages/*/checkpoints" in where(staged, logs="here", stop="kill 1")
+
+
 def test_a_save_is_due_by_steps_and_by_the_clock() -> None:
     now = 0.0
     pace = Pace(5, 1.0, clock=lambda: now)
@@ -100,6 +119,73 @@ def test_the_batch_script_asks_for_what_was_said(tmp_path: Path) -> None:
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
 
 
+def command_on_path(folder: Path, name: str, script: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/bash\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+class Batch:
+    """Runs the batch script of a job of 2 tasks that may die once, with commands of Slurm that are not Slurm's."""
+
+    def __init__(self, folder: Path) -> None:
+        self.out, self._commands, self._asked = folder / "out", folder / "bin", folder / "asked"
+        (self.out / "logs").mkdir(parents=True)
+        self.log = self.out / "logs" / "slurm-7.log"
+        command_on_path(self._commands, "scontrol", f'echo "$@" >>{self._asked}')
+        command_on_path(self._commands, "sleep", "")
+        self._script = launch_slurm.describe(Launch(target="slurm", processes=2, restarts=1), COMMAND, self.out)
+
+    def run(self, srun: str) -> tuple[int, bool]:
+        """(exit code, whether the job went back to the queue), with this script for srun."""
+        command_on_path(self._commands, "srun", srun)
+        self._asked.unlink(missing_ok=True)
+        path = f"{self._commands}:{os.environ['PATH']}"
+        variables = {"PATH": path, "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "9"}
+        with self.log.open("a") as log:
+            done = subprocess.run(
+                ["bash", "-c", self._script],
+                stdout=log,
+                stderr=log,
+                env=os.environ | variables,
+                timeout=60,
+                check=False,
+            )
+        return done.returncode, "requeue 7" in self._asked.read_text().splitlines()
+
+
+KILLED = "echo 'srun: error: here: task 1: Killed' >&2; exit 137"
+# The time is nearly over: Slurm tells the batch script, which tells srun.
+TIME = "trap 'exit 0' TERM; kill -USR1 $PPID; while :; do /bin/sleep 0.05; done"
+
+
+def test_a_batch_job_goes_back_when_its_time_is_over_and_after_some_deaths(tmp_path: Path) -> None:
+    batch = Batch(tmp_path)
+    (batch.out / "logs" / "worker-1.log").touch()
+    assert batch.run("exit 2") == (2, False)
+    assert batch.run(KILLED) == (137, True)
+    assert [batch.run(TIME) for _ in range(2)] == [(0, True)] * 2  # does not count as a death
+    assert batch.run(KILLED) == (137, False)
+    assert batch.run("exit 0") == (0, False)
+    (batch.out / "bundle").mkdir()
+    assert batch.run(TIME) == (0, False)
+
+
+def test_a_batch_job_shows_the_last_lines_of_the_task_that_died_first(tmp_path: Path) -> None:
+    batch = Batch(tmp_path)
+    for task in (0, 1):
+        lines = [f"line {number} of task {task}\n" for number in range(30)]
+        (batch.out / "logs" / f"worker-{task}.log").write_text("".join(lines))
+    batch.run(KILLED)
+    assert f"Its last lines ({batch.out}/logs/worker-1.log):\n  | line 10 of task 1\n" in batch.log.read_text()
+    before = batch.log.stat().st_size
+    both = "echo 'srun: error: here: tasks 0-1: Exited with exit code 1' >&2; exit 1"
+    assert batch.run(both) == (1, False)
+    said = batch.log.read_text()[before:]
+    assert "Task 0 was the first to end" in said
+    assert "task 1" not in said
+
+
 def test_the_manifests_are_an_indexed_job_and_its_service() -> None:
     launch = Launch(**KUBERNETES, processes=3, devices_per_process=8, gpu=True, memory="30G", namespace="ml")
     service, job = yaml.safe_load_all(launch_kubernetes.describe(launch, COMMAND, Path("runs/x")))
@@ -115,6 +201,66 @@ def test_the_manifests_are_an_indexed_job_and_its_service() -> None:
     assert container["command"] == list(COMMAND)
     assert container["resources"]["limits"] == {"memory": "30Gi", "nvidia.com/gpu": "8"}
     assert job["metadata"]["namespace"] == "ml"
+
+
+def test_a_pod_that_was_stopped_is_not_taken_for_finished(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """It ends with the code that the manifest names, and the manifest starts such a pod again without counting it."""
+    _, job = launch_kubernetes.manifests(Launch(**KUBERNETES), COMMAND, Path("runs/x"))
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    code = next(one["value"] for one in container["env"] if one["name"] == "CLASSER_STOPPED_CODE")
+    rules = {rule["action"]: rule["onExitCodes"]["values"] for rule in job["spec"]["podFailurePolicy"]["rules"][:2]}
+    assert rules == {"FailJob": [2], "Ignore": [int(code)]}
+
+    def stop(job: TrainJob) -> None:
+        raise Stopped("Stopped after step 3.")
+
+    monkeypatch.setattr("classer.train.run.run_job", stop)
+    monkeypatch.setattr("classer.train.processes.listen", lambda: None)
+    words = ["--data", "x.csv", "--out", "nowhere", "--restartable"]
+    training.train(words)  # elsewhere a stop ends with 0
+    monkeypatch.setenv("CLASSER_STOPPED_CODE", code)
+    with pytest.raises(SystemExit, match=code):
+        training.train(words)
+    assert capsys.readouterr().out == "Stopped after step 3. The same command goes on.\n" * 2
+
+
+def kubectl(folder: Path, monkeypatch: pytest.MonkeyPatch, active: str) -> None:
+    """A kubectl that keeps what it is asked and given; `active` counts the pods of the old job, if there is one."""
+    script = f"""
+        echo "$*" >>{folder}/asked
+        case "$*" in
+          *"get job"*) {f"echo -n {active}" if active else "exit 1"} ;;
+          *apply*) cat >{folder}/applied; [ -e {folder}/refused ] && {{ echo forbidden >&2; exit 1; }} ;;
+        esac; exit 0"""
+    command_on_path(folder / "bin", "kubectl", script)
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
+
+
+def test_a_job_is_applied_with_kubectl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    kubectl(tmp_path, monkeypatch, active="")
+    job, asked = TrainJob(data=Path("data"), out=Path("runs/x")), tmp_path / "asked"
+    described = Launch(**KUBERNETES, processes=2, namespace="ml")
+    assert launch_kubernetes.start(described, COMMAND, job) == 0
+    assert "delete" not in asked.read_text()
+    assert (tmp_path / "applied").read_text() == launch_kubernetes.describe(described, COMMAND, job.out)
+    said = capsys.readouterr().out
+    assert "Applied as Kubernetes job 'x': 2 pods" in said
+    assert "Stop:        kubectl --namespace ml delete job x (it saves first)" in said
+
+    kubectl(tmp_path, monkeypatch, active="0")  # one that failed makes place
+    assert launch_kubernetes.start(described, COMMAND, job) == 0
+    assert asked.read_text().splitlines()[-2:] == ["--namespace ml delete job x", "apply --filename -"]
+
+    kubectl(tmp_path, monkeypatch, active="2")
+    with pytest.raises(InputError, match="The Kubernetes job 'x' is running already"):
+        launch_kubernetes.start(described, COMMAND, job)
+    kubectl(tmp_path, monkeypatch, active="")
+    (tmp_path / "refused").touch()
+    with pytest.raises(InputError, match="kubectl refused the job: forbidden"):
+        launch_kubernetes.start(described, COMMAND, job)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(InputError, match="needs the command kubectl"):
+        launch_kubernetes.start(described, COMMAND, job)
 
 
 def published_schema(kind: str) -> jsonschema.Draft202012Validator:
@@ -180,11 +326,67 @@ def begin(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 
 def test_a_dry_run_of_each_target_runs_nothing(options: list[str], classer: Classer, tmp_path: Path) -> None:
-    for words in (["--processes", 2, "--devices-per-process", 4], ["--target", "slurm"]):
+    kubernetes = [word for name, value in KUBERNETES.items() for word in (f"--{name}", value)]
+    for words, says in (
+        (["--processes", 2, "--devices-per-process", 4], "# 2 times, RANK from 0:\nCLASSER_NUM_PROCESSES=2 XLA_FLAGS="),
+        (["--gpu", "--devices-per-process", 2], "CLASSER_NUM_PROCESSES=1 CUDA_VISIBLE_DEVICES=0,1 /"),
+        (["--target", "slurm", "--processes", 2], "#SBATCH --ntasks=2\n"),
+        (kubernetes, "kind: Job\n"),
+    ):
         done = classer(*options, *words, "--dry-run", command=LAUNCHER)
         assert done.returncode == 0, done.stderr
         assert "--restartable" in done.stdout
+        assert says in done.stdout
     assert not (tmp_path / "run").exists()
+
+
+def test_one_process_runs_here_on_its_gpus_and_says_where(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    ran = []
+    monkeypatch.setattr(launch, "train", ran.append)
+    monkeypatch.setattr(launch, "tune_allocator", lambda: None)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    launch.launch(["--data", "x.csv", "--out", "runs/x", "--gpu", "--devices-per-process", "2"])
+    assert ran == [("--data", "x.csv", "--out", "runs/x", "--restartable")]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
+    said = capsys.readouterr().out
+    assert f"Stop:        kill {os.getpid()} (it saves first)" in said
+    assert "Checkpoints: runs/x/checkpoints\n" in said
+    assert "tensorboard --logdir runs/x" in said
+
+
+@pytest.fixture
+def run_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], int]]:
+    """Starts two processes of any Python code here, and returns the exit code of the job."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    monkeypatch.setattr(launch_local, "_python", list)
+    job = TrainJob(data=Path("data"), out=tmp_path / "run")
+    yield lambda code: launch_local.start(Launch(processes=2), (sys.executable, "-c", code), job)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_processes_that_do_not_stop_are_ended_in_the_end(run_local, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
+    monkeypatch.setattr(launch_local, "GRACE", 0.0)
+    hung = (
+        "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "if os.environ['CLASSER_PROCESS_ID'] == '1': os.kill(int(os.environ['CLASSER_LAUNCHER']), signal.SIGTERM)\n"
+        "time.sleep(1000)"
+    )
+    assert run_local(hung) == 128 + signal.SIGINT
+    said = capfd.readouterr().err
+    assert "Stopping: the processes save first" in said
+    assert "Stopped without saving." in said
+
+
+def test_a_dead_process_has_its_last_lines_shown(run_local, tmp_path: Path, capfd) -> None:
+    dying = (
+        "import os, sys, time; os.environ['CLASSER_PROCESS_ID'] == '1' and sys.exit('no such word'); time.sleep(1000)"
+    )
+    assert run_local(dying) == 1
+    assert (
+        f"Process 1 ended with exit code 1, so the job ends. Its last lines ({tmp_path}/run/logs/worker-1.log):\n"
+        "  | no such word\n"
+    ) in capfd.readouterr().err
 
 
 def steps_logged(run: Path) -> int:
