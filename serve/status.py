@@ -27,7 +27,7 @@ from .errors import (
 )
 from .proto import classifier_pb2 as pb
 
-_CODES: dict[type[ClasserError], grpc.StatusCode] = {
+CODES: dict[type[ClasserError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     UnknownTask: grpc.StatusCode.NOT_FOUND,
     Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -39,7 +39,7 @@ _CODES: dict[type[ClasserError], grpc.StatusCode] = {
     Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     Forbidden: grpc.StatusCode.PERMISSION_DENIED,
 }
-_ERRORS = {code: error for error, code in _CODES.items()}
+_ERRORS = {code: error for error, code in CODES.items()}
 _NUMBERS = {code.value[0]: code for code in grpc.StatusCode}
 # Where gRPC carries a google.rpc.Status beside a call's code and sentence.
 _DETAILS_KEY = "grpc-status-details-bin"
@@ -48,7 +48,7 @@ _DOMAIN = "classer"
 
 def code_of(error: ClasserError) -> grpc.StatusCode:
     """The status code of an error."""
-    return _CODES.get(type(error), grpc.StatusCode.INTERNAL)
+    return CODES.get(type(error), grpc.StatusCode.INTERNAL)
 
 
 def error_of(

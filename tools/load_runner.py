@@ -15,30 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
-from classer.serve.errors import (
-    Cancelled,
-    ClasserError,
-    DeadlineExceeded,
-    InternalError,
-    InvalidRequest,
-    Overloaded,
-    Unavailable,
-    UnknownTask,
-)
+from classer.serve.errors import ClasserError, DeadlineExceeded
+from classer.serve.status import CODES, code_of
 
 OK, TIMED_OUT = "OK", "TIMED_OUT"
 # The status that each error is on the wire; how a user of any client knows it. TIMED_OUT is not one: it is a deadline
 # that ran out at the caller's before the server had said anything.
-STATUSES: dict[type[ClasserError], str] = {
-    Overloaded: "RESOURCE_EXHAUSTED",
-    DeadlineExceeded: "DEADLINE_EXCEEDED",
-    Unavailable: "UNAVAILABLE",
-    InvalidRequest: "INVALID_ARGUMENT",
-    UnknownTask: "NOT_FOUND",
-    Cancelled: "CANCELLED",
-    InternalError: "INTERNAL",
-}
-OUTCOMES = (OK, *STATUSES.values(), TIMED_OUT)
+OUTCOMES = (OK, *(code.name for code in CODES.values()), TIMED_OUT)
 _MEMORY_SECONDS = 0.5
 
 # Makes the call of that number; one outcome for each of its texts. Raises a ClasserError if it failed as a whole.
@@ -74,7 +57,7 @@ class Recorder:
             # A batch none of whose texts was answered was refused, though the call itself ended well.
             outcome = OK if OK in outcomes else collections.Counter(outcomes).most_common(1)[0][0]
         except ClasserError as error:
-            outcome = STATUSES.get(type(error), "INTERNAL")
+            outcome = code_of(error).name
             if isinstance(error, DeadlineExceeded) and time() - start - sent >= self.timeout:
                 outcome = TIMED_OUT
             outcomes = [outcome] * texts

@@ -211,8 +211,9 @@ def make_call(
 ) -> Call:
     """What makes the call of a number: with its own texts, over one of the connections."""
     from classer.serve.errors import ClasserError
+    from classer.serve.status import code_of
 
-    from .load_runner import OK, STATUSES
+    from .load_runner import OK
 
     order: list[int] = rng.permutation(len(texts)).tolist()
     width = max(a.batch, 1)
@@ -224,7 +225,7 @@ def make_call(
             await client.classify(own[0], a.task, timeout=a.timeout)
             return (OK,)
         outcomes = await client.classify_batch(own, a.task, timeout=a.timeout)
-        return [STATUSES.get(type(one), "INTERNAL") if isinstance(one, ClasserError) else OK for one in outcomes]
+        return [code_of(one).name if isinstance(one, ClasserError) else OK for one in outcomes]
 
     return call
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from classer.serve.errors import DeadlineExceeded, Overloaded
+from classer.serve.errors import DeadlineExceeded, Forbidden, InternalError, Overloaded, Unauthenticated
 from classer.tools.load_report import Summary, describe, summarise, write_report
 from classer.tools.load_runner import OK, Call, Recorder, resident_mb, run_closed, run_open
 from classer.tools.load_schedule import Segment, arrivals
@@ -157,6 +157,16 @@ def test_every_call_is_counted_by_what_became_of_it() -> None:
     assert summary.refused_ms["max"] == pytest.approx(5)
     assert summary.refused_ms["p50"] == pytest.approx(2.5)
     assert "| TIMED_OUT | 2 | 25.00% |" in describe(summary)
+
+
+def test_a_refused_key_is_not_taken_for_a_server_s_failure() -> None:
+    errors = [Unauthenticated("Who?"), Forbidden("Not you."), InternalError("It broke.")]
+
+    async def call(number: int) -> Sequence[str]:
+        raise errors[number]
+
+    recorder = in_no_time(run_open(call, np.arange(3.0), timeout=2.0, texts=1, max_in_flight=100))
+    assert summarise(recorder, 3.0).outcomes == {"UNAUTHENTICATED": 1, "PERMISSION_DENIED": 1, "INTERNAL": 1}
 
 
 def test_a_batch_of_which_nothing_was_answered_was_refused() -> None:
