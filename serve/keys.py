@@ -13,6 +13,7 @@ import hmac
 import json
 import math
 import os
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterable
@@ -117,8 +118,8 @@ def _entry(row: Any, where: str) -> ApiKey:
     for field, value in row.items():
         if not isinstance(value, kinds[field]):
             raise InputError(f"{where}: the field '{field}' is of the wrong kind.")
-    if len(row["sha256"]) != 64:
-        raise InputError(f"{where}: the field 'sha256' must have 64 hexadecimal digits.")
+    if not re.fullmatch("[0-9a-f]{64}", row["sha256"]):
+        raise InputError(f"{where}: the field 'sha256' must have 64 hexadecimal digits, in lower case.")
     return ApiKey(**row)
 
 

@@ -150,6 +150,8 @@ def test_a_changed_file_counts_at_once_and_a_broken_one_not_at_all(tmp_path: Pat
         ("[]", 'no list "keys"'),
         ('{"keys": [{"name": "a"}]}', "key 1: an object with name, id and sha256"),
         ('{"keys": [{"name": "a", "id": "b", "sha256": "c"}]}', "64 hexadecimal"),
+        (json.dumps({"keys": [{"name": "a", "id": "b", "sha256": "é" * 64}]}), "64 hexadecimal"),
+        (json.dumps({"keys": [{"name": "a", "id": "b", "sha256": "A" * 64}]}), "in lower case"),
         ('{"keys": [{"name": "a", "id": 1, "sha256": "c"}]}', "key 1: the field 'id'"),
         (None, "cannot be read"),
     ],
