@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -27,6 +28,7 @@ from grpc_health.v1.health import SERVICE_NAME as HEALTH_NAME
 from grpc_health.v1.health import aio as health_aio  # pyright: ignore[reportAttributeAccessIssue]
 from grpc_reflection.v1alpha import reflection
 
+from ..data.errors import InputError
 from ..data.readers import MAX_TEXT_CHARS
 from .errors import ClasserError, InvalidRequest, Overloaded
 from .limits import MAX_TEXTS
@@ -34,6 +36,7 @@ from .listening import listen, make_server, run_loop
 from .log import configure_logging
 from .operations import Operations, OperationsConfig
 from .proto import classifier_pb2 as pb
+from .security import Tls, aio_channel
 from .status import code_of, from_status, trailing_metadata
 
 Health = health_pb2.HealthCheckResponse
@@ -61,6 +64,11 @@ class FrontEndConfig:
       drain_seconds: how long requests in flight may still take after SIGTERM or SIGINT.
       shared: whether other front ends listen on the same port.
       share: the part of each key's rate and quota that this one grants.
+      engine_tls_ca: connect to the engine with TLS, trusting these authorities, PEM.
+      engine_tls_cert: a certificate to show to the engine, PEM; for mutual TLS.
+      engine_tls_key: the private key of --engine-tls-cert, PEM.
+      engine_key_env: the environment variable with this front end's own API key, for an engine that asks for one.
+        Callers' keys are not passed on: it checks them itself, against --keys.
       operations: how it is guarded and watched.
     """
 
@@ -70,12 +78,27 @@ class FrontEndConfig:
     drain_seconds: float = 30.0
     shared: bool = False
     share: float = 1.0
+    engine_tls_ca: Path | None = None
+    engine_tls_cert: Path | None = None
+    engine_tls_key: Path | None = None
+    engine_key_env: str | None = None
     operations: OperationsConfig = dataclasses.field(default_factory=OperationsConfig)
+
+    @property
+    def engine_key(self) -> str | None:
+        """Raises InputError if the variable is not set."""
+        if self.engine_key_env is None:
+            return None
+        if not (key := os.environ.get(self.engine_key_env)):
+            raise InputError(f"--engine-key-env is {self.engine_key_env}, an environment variable that is not set.")
+        return key
 
     @classmethod
     def from_json(cls, text: str) -> FrontEndConfig:
         """The reverse of `json.dumps(dataclasses.asdict(config), default=str)`."""
         fields = json.loads(text)
+        for name in ("engine_tls_ca", "engine_tls_cert", "engine_tls_key"):
+            fields[name] = Path(fields[name]) if fields.get(name) else None
         return cls(**{**fields, "operations": OperationsConfig.from_fields(fields.get("operations", {}))})
 
 
@@ -163,7 +186,8 @@ class FrontEnd:
     """One front end. Made, and its methods called, on one running event loop.
 
     Raises:
-      InputError: the address cannot be listened on.
+      InputError: the address cannot be listened on, or a file or variable not be used.
+      InvalidRequest: the engine's API key would travel in the clear.
 
     Attributes:
       address: "host:port" as it really is.
@@ -174,7 +198,9 @@ class FrontEnd:
         self._operations = Operations(config.operations, share=config.share)
         self._server = make_server(reuse_port=config.shared, interceptors=[self._operations.guard])
         self.address = listen(self._server, config.host, config.port, "--port", self._operations.add_port)
-        self._channel = grpc.aio.insecure_channel(config.engine, options=[("grpc.max_receive_message_length", -1)])
+        tls = Tls.of_files(config.engine_tls_cert, config.engine_tls_key, config.engine_tls_ca)
+        options = [("grpc.max_receive_message_length", -1)]
+        self._channel = aio_channel(config.engine, options, tls, config.engine_key)
         batch = self._channel.unary_unary(
             f"/{CLASSIFIER.full_name}/ClassifyBatch",
             request_serializer=pb.ClassifyBatchRequest.SerializeToString,

@@ -52,9 +52,7 @@ class GatewayConfig:
     @property
     def server_tls(self) -> Tls | None:
         """How to connect to the server; None in the clear."""
-        if self.server_tls_ca is None and self.server_tls_cert is None and self.server_tls_key is None:
-            return None
-        return Tls(self.server_tls_cert, self.server_tls_key, self.server_tls_ca)
+        return Tls.of_files(self.server_tls_cert, self.server_tls_key, self.server_tls_ca)
 
 
 def run_gateway(config: GatewayConfig) -> None:

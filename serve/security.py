@@ -41,6 +41,11 @@ class Tls:
             given, missing = ("certificate", "private key") if self.key is None else ("private key", "certificate")
             raise InputError(f"TLS was given a {given} without its {missing}; it takes both, as PEM files.")
 
+    @classmethod
+    def of_files(cls, cert: Path | None, key: Path | None, ca: Path | None) -> Tls | None:
+        """None, which is in the clear, if there is no file. Raises InputError if they do not go together."""
+        return None if cert is None and key is None and ca is None else cls(cert, key, ca)
+
     def server_credentials(self) -> grpc.ServerCredentials:
         """Raises InputError if a file cannot be read or there is no certificate."""
         if self.cert is None or self.key is None:

@@ -106,7 +106,11 @@ class Guarded:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
-        self.call(self._start(config))
+        try:
+            self.call(self._start(config))
+        except BaseException:
+            self._end()
+            raise
 
     def call(self, coroutine: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(TIMEOUT)
@@ -130,6 +134,9 @@ class Guarded:
     def stop(self) -> None:
         self.call(self._server.stop(0))
         self.operations.close()
+        self._end()
+
+    def _end(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(TIMEOUT)
         self._loop.close()

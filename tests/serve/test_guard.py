@@ -428,6 +428,31 @@ def test_a_call_s_span_is_its_caller_s_child(monkeypatch) -> None:
 # Front ends
 
 
+def test_a_front_end_reaches_an_engine_over_tls_with_a_key_of_its_own(key_file, certificates, monkeypatch) -> None:
+    path, keys = key_file
+    monkeypatch.setenv("ENGINE_KEY", keys["any"])
+    server = {"tls_cert": certificates / "server.pem", "tls_key": certificates / "server.key", "keys": path}
+
+    async def ask(config: FrontEndConfig) -> list[Any]:
+        front_end = FrontEnd(config)
+        await front_end.start()
+        async with AsyncClient(front_end.address) as client:
+            await client.wait_until_healthy(TIMEOUT)
+            found = [await client.classify("a"), *await client.classify_batch(["a"])]
+            found += [outcome async for outcome in client.classify_stream(["a"])]
+        await front_end.stop()
+        return found
+
+    with guarded(**server) as engine:
+        config = FrontEndConfig(
+            engine.address, port=0, engine_tls_ca=certificates / "ca.pem", engine_key_env="ENGINE_KEY"
+        )
+        assert FrontEndConfig.from_json(json.dumps(dataclasses.asdict(config), default=str)) == config
+        assert [one.best.name for one in asyncio.run(ask(config))] == ["sport"] * 3
+    with pytest.raises(InputError, match="that is not set"):
+        asyncio.run(ask(dataclasses.replace(config, engine_key_env="NO_SUCH_KEY")))
+
+
 def test_a_front_end_refuses_what_is_no_message_with_a_sentence(key_file, caplog) -> None:
     """In a call and in a stream, whose other refusals come through too; none of them is a failure of the server's."""
     path, keys = key_file
