@@ -49,9 +49,13 @@ def serve(argv: Sequence[str]) -> None:
 def frontend(argv: Sequence[str]) -> None:
     """Run a front end, on this machine or another, before an engine that `classer serve` runs."""
     from classer.serve.frontend import FrontEndConfig, run_front_end
+    from classer.serve.operations import OperationsConfig
+    from classer.tools.environment import from_environment
 
+    for kind in (FrontEndConfig, OperationsConfig):
+        _, argv = from_environment(kind, argv, os.environ)
     options = (tyro.conf.OmitArgPrefixes,)
-    description = frontend.__doc__
+    description = f"{frontend.__doc__} Every option is also an environment variable, --engine for one CLASSER_ENGINE."
     run_front_end(tyro.cli(FrontEndConfig, prog="classer frontend", args=argv, description=description, config=options))
 
 
