@@ -11,6 +11,12 @@ import grpc.aio
 from ..data.errors import InputError
 from .limits import MAX_MESSAGE_BYTES
 
+# A peer that connects must speak HTTP/2 within so many seconds; one that is silent for so long is sent a ping, and
+# dropped if it does not answer it. By default gRPC asks after two hours, and only those that have a call.
+HANDSHAKE_SECONDS = 20.0
+KEEPALIVE_SECONDS = 60.0
+PING_SECONDS = 20.0
+
 
 def run_loop(main: Coroutine[None, None, None]) -> None:
     """`asyncio.run`, on uvloop where there is one."""
@@ -32,7 +38,14 @@ def make_server(
         requests at random, so it is off by default: the second one is refused.
       interceptors: what every call passes through.
     """
-    options = [("grpc.so_reuseport", int(reuse_port)), ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
+    options = [
+        ("grpc.so_reuseport", int(reuse_port)),
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.server_handshake_timeout_ms", round(HANDSHAKE_SECONDS * 1e3)),
+        ("grpc.keepalive_time_ms", round(KEEPALIVE_SECONDS * 1e3)),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.ping_timeout_ms", round(PING_SECONDS * 1e3)),
+    ]
     return grpc.aio.server(options=options, interceptors=interceptors)
 
 
