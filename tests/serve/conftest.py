@@ -16,6 +16,7 @@ from classer.serve.server import ServeConfig, Server
 
 T = TypeVar("T")
 TIMEOUT = 60.0
+START_TIMEOUT = 180.0  # compiling takes its time where other jobs run beside it
 
 
 @pytest.fixture(scope="session")
@@ -39,15 +40,15 @@ class Running:
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
         try:
-            self.server = self.call(self._start(config, warm))
+            self.server = self.call(self._start(config, warm), START_TIMEOUT)
         except BaseException:
             self._end()
             raise
         self.address = self.server.address
 
-    def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+    def call(self, coroutine: Coroutine[Any, Any, T], timeout: float = TIMEOUT) -> T:
         """Runs a coroutine on the server's event loop."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(TIMEOUT)
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout)
 
     def stop(self) -> None:
         self.call(self.server.stop())
