@@ -119,7 +119,10 @@ class Coalescer:
         self._timer: asyncio.TimerHandle | asyncio.Handle | None = None
 
     async def classify(self, request: pb.ClassifyRequest) -> pb.ClassifyBatchItem:
-        """The outcome of one request. Cancelled before its batch has left, it never leaves.
+        """The outcome of one request.
+
+        Cancelled before its batch has left, it never leaves; later its batch goes on for the others, and is cancelled
+        with the last of them.
 
         Raises:
           Overloaded: too much waits already.
@@ -170,6 +173,16 @@ class Coalescer:
     ) -> None:
         if not requests:
             return
+        batch, wanted = asyncio.current_task(), len(futures)
+
+        def done(future: asyncio.Future[pb.ClassifyBatchItem]) -> None:
+            nonlocal wanted
+            wanted -= future.cancelled()
+            if not wanted and batch is not None:
+                batch.cancel()
+
+        for future in futures:
+            future.add_done_callback(done)
         try:
             items = (await self._send(pb.ClassifyBatchRequest(requests=requests))).items
         except Exception as error:

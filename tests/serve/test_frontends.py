@@ -188,6 +188,41 @@ def test_the_first_goes_at_once_and_those_after_it_together() -> None:
     run(scenario())
 
 
+def test_a_batch_is_cancelled_with_the_last_of_its_calls() -> None:
+    async def scenario() -> None:
+        sent: list[str] = []
+        cancelled: list[str] = []
+        go_on = asyncio.Event()
+
+        async def send(batch: pb.ClassifyBatchRequest) -> pb.ClassifyBatchResponse:
+            texts = "".join(one.text for one in batch.requests)
+            sent.append(texts)
+            try:
+                await go_on.wait()
+            except asyncio.CancelledError:
+                cancelled.append(texts)
+                raise
+            return pb.ClassifyBatchResponse(items=[pb.ClassifyBatchItem()] * len(batch.requests))
+
+        coalescer = Coalescer(send)
+        tasks = {name: asyncio.create_task(coalescer.classify(pb.ClassifyRequest(text=name))) for name in "ab"}
+        while sent != ["ab"]:
+            await asyncio.sleep(0)
+        tasks["c"] = asyncio.create_task(coalescer.classify(pb.ClassifyRequest(text="c")))
+        while sent != ["ab", "c"]:
+            await asyncio.sleep(0.001)
+        tasks["a"].cancel()
+        tasks["c"].cancel()
+        while not cancelled:
+            await asyncio.sleep(0)
+        assert cancelled == ["c"]  # somebody waits for the other batch
+        go_on.set()
+        assert isinstance(await tasks["b"], pb.ClassifyBatchItem)
+        assert cancelled == ["c"]
+
+    run(scenario())
+
+
 def test_a_failed_batch_is_each_one_s_failure_and_the_next_one_goes() -> None:
     async def scenario() -> None:
         async def send(batch: pb.ClassifyBatchRequest) -> pb.ClassifyBatchResponse:
