@@ -149,7 +149,11 @@ class DeviceMetrics:
         waiting.set_function(waiting_tokens)
         limit = Gauge("classer_queue_tokens_limit", "Tokens that may wait before calls are refused.", registry=registry)
         limit.set(max_waiting_tokens)
-        living = Gauge("classer_device_alive", "1 while the device loop lives, 0 once it is lost.", registry=registry)
+        living = Gauge(
+            "classer_device_alive",
+            "1 while the device goes on; 0 once it is lost, or while it is stuck.",
+            registry=registry,
+        )
         living.set_function(lambda: float(alive()))
 
     def ran(self, batch: Batch) -> None:

@@ -184,7 +184,7 @@ class Server:
         self.operations.watch_device(
             waiting_tokens=lambda: self.scheduler.waiting_tokens,
             max_waiting_tokens=config.max_waiting_tokens,
-            alive=lambda: self.scheduler.alive,
+            alive=lambda: self.scheduler.alive and self.scheduler.running_seconds <= config.stall_seconds,
         )
         self._service = ClassifierService(self.models, self.scheduler)
         self._admin = ModelAdminService(self.models)

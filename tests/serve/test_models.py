@@ -568,7 +568,13 @@ def test_health_goes_red_while_the_device_is_stuck(start_server, folder: Path, m
             time.sleep(0.05)
         return client.healthy() == healthy
 
-    with start_server(folder / "one", stall_seconds=0.2) as running, Client(running.address) as client:
+    def alive() -> float | None:
+        return running.server.operations.registry.get_sample_value("classer_device_alive")
+
+    with (
+        start_server(folder / "one", stall_seconds=0.2, metrics_port=0) as running,
+        Client(running.address) as client,
+    ):
         monkeypatch.setattr(Engine, "launch", launch)
 
         async def ask() -> None:
@@ -577,9 +583,11 @@ def test_health_goes_red_while_the_device_is_stuck(start_server, folder: Path, m
             async with AsyncClient(running.address) as one:
                 task = asyncio.create_task(one.classify("card", "topic", timeout=TIMEOUT))
                 assert await asyncio.to_thread(eventually, False)
+                assert alive() == 0
                 go_on.set()
                 assert (await task).chosen
                 assert await asyncio.to_thread(eventually, True)
+                assert alive() == 1
 
         assert client.healthy()
         asyncio.run(ask())
