@@ -19,7 +19,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from ..data.errors import InputError
-from .processes import first_says, is_first
+from .processes import all_say, first_says, is_first
 from .step import TrainState
 
 
@@ -143,23 +143,32 @@ class Checkpoints:
           step: one of those saved.
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore()),
-        )
+        # Each process by itself: one that cannot read would leave the others waiting.
+        rank = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(rank, {rank}, f"process-{rank}")
+        self.wait()
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone) as checkpointer:
+            restored = checkpointer.restore(
+                self._folder / str(step),
+                args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore()),
+            )
         return TrainState(**restored["state"]), Progress(**restored["progress"])
 
     def restore_latest(self, like: TrainState) -> tuple[TrainState, Progress] | None:
         """The newest checkpoint that can be read, straight to the devices as `like` says; None where there is none."""
         while (step := self._manager.latest_step()) is not None:
+            restored, reason = None, ""
             try:
-                state, progress = self.restore(like, step)
+                restored = self.restore(like, step)
+            except Exception as e:  # Orbax and TensorStore raise many kinds for a file that is not whole
+                reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+            reason = next(filter(None, all_say(reason)), "")  # of several processes all use it, or none
+            if restored is not None and not reason:
+                state, progress = restored
                 if progress.epoch and progress.best_step not in self._manager.all_steps():
                     self._say("Warning: the checkpoint of the best epoch is lost; the best of those to come counts.")
                     progress = dataclasses.replace(progress, best_score=-1.0, best_step=step)
                 return state, progress
-            except Exception as e:  # Orbax and TensorStore raise many kinds for a file that is not whole
-                reason = (str(e).strip() or type(e).__name__).splitlines()[0]
             self._manager.close()
             first_says(lambda step=step, reason=reason: self._put_aside(step, reason) or b"")
             self._manager = self._open()
@@ -219,6 +228,8 @@ class Checkpoints:
                 file.unlink()
 
     def _put_damaged_aside(self) -> None:
+        for path in sorted(self._folder.glob("*.orbax-checkpoint-tmp*")):  # Orbax removes them
+            self._say(f"Warning: a checkpoint was half written when the run ended ({path.name}); it is passed over.")
         for step in self._steps():
             try:
                 expected = json.loads(self._checksums_of(step).read_text(encoding="utf-8"))

@@ -129,6 +129,17 @@ def first_says(make: Callable[[], bytes]) -> bytes:
     return np.asarray(multihost_utils.broadcast_one_to_all(array)).astype(np.uint8).tobytes()
 
 
+def all_say(sentence: str) -> list[str]:
+    """What each process has to say, by rank: the same list in all processes."""
+    if not jax.distributed.is_initialized():
+        return [sentence]
+    client, number = distributed.global_state.client, next(_messages)
+    assert client is not None
+    client.key_value_set(f"classer/{number}/{jax.process_index()}", sentence)
+    keys = [f"classer/{number}/{rank}" for rank in range(jax.process_count())]
+    return [client.blocking_key_value_get(key, WAIT_MS) for key in keys]
+
+
 def first_decides(make: Callable[[], bool]) -> bool:
     """`first_says` of a yes or no."""
     return first_says(lambda: b"\1" if make() else b"\0") == b"\1"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -106,8 +107,14 @@ def test_damage_that_no_checksum_tells_of_is_found_in_reading(tmp_path: Path) ->
 def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
     save_steps(tmp_path, 1, 2)
     (tmp_path / "2").rename(tmp_path / "3.orbax-checkpoint-tmp-7")
-    assert restored(tmp_path) == (1, 1)
+    said: list[str] = []
+    assert restored(tmp_path, said) == (1, 1)
+    assert said == [
+        "Warning: a checkpoint was half written when the run ended (3.orbax-checkpoint-tmp-7); it is passed over."
+    ]
     assert not list(tmp_path.glob("*tmp*"))
+    assert restored(tmp_path, said) == (1, 1)
+    assert len(said) == 1
 
 
 def test_when_all_are_damaged_the_run_begins_anew(tmp_path: Path) -> None:
@@ -129,13 +136,46 @@ def test_where_the_best_checkpoint_is_lost_the_best_to_come_counts(tmp_path: Pat
     assert "the best epoch is lost" in said[1]
 
 
-def run_helper(*arguments: object, devices: int = 1) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_PLATFORMS": "cpu",
-    }
+def start_helper(*arguments: object, devices: int = 1, **environment: str) -> subprocess.Popen[str]:
+    environment = os.environ | environment
+    environment |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, str(HELPER), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=environment, check=False)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def result_of(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        stdout, stderr = process.communicate(timeout=TIMEOUT)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def run_helper(*arguments: object, devices: int = 1) -> subprocess.CompletedProcess[str]:
+    return result_of(start_helper(*arguments, devices=devices))
+
+
+def run_two(*arguments: object) -> list[subprocess.CompletedProcess[str]]:
+    """Two processes of one device each."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        where = {"CLASSER_COORDINATOR": f"127.0.0.1:{probe.getsockname()[1]}", "CLASSER_NUM_PROCESSES": "2"}
+    started = [start_helper(*arguments, **where, CLASSER_PROCESS_ID=str(rank)) for rank in range(2)]
+    done = [result_of(process) for process in started]
+    assert [one.returncode for one in done] == [0, 0], [one.stderr[-3000:] for one in done]
+    return done
+
+
+def test_damage_that_one_of_two_processes_meets_is_heard_by_both(tmp_path: Path) -> None:
+    """Each reads its own half; nothing but the reading tells, because there are no checksums yet."""
+    folder = tmp_path / "checkpoints"
+    run_two("save", folder, 2, 1)
+    (folder / "checksums-5.json").unlink()
+    for file in (folder / "5" / "state" / "ocdbt.process_1" / "d").iterdir():
+        file.write_bytes(b"")
+    first, _ = run_two("check", folder, 2, 1, 4)
+    assert "the checkpoint of step 5 is damaged" in first.stdout
+    assert (tmp_path / "checkpoints-damaged" / "5").is_dir()
 
 
 def test_a_full_disk_is_a_clear_error_and_the_checkpoint_before_stays_whole(tmp_path: Path) -> None:
@@ -169,8 +209,13 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_8_devices_is_read_on_4_and_2(tmp_path: Path) -> None:
-    """And on one; every parameter and moment is the same, and lies as the layout of those devices says."""
-    for action, devices, fsdp, tensor in (("save", 8, 2, 2), ("check", 4, 4, 1), ("check", 2, 1, 2)):
+def test_a_checkpoint_of_8_devices_is_read_on_4_2_and_1(tmp_path: Path) -> None:
+    """Every parameter and moment is the same, and lies as the layout of those devices says."""
+    for action, devices, fsdp, tensor in (
+        ("save", 8, 2, 2),
+        ("check", 4, 4, 1),
+        ("check", 2, 1, 2),
+        ("check", 1, 1, 1),
+    ):
         done = run_helper(action, tmp_path, fsdp, tensor, devices=devices)
         assert done.returncode == 0, done.stdout + done.stderr
