@@ -228,12 +228,13 @@ def _check_same_job(job: TrainJob) -> None:
         before = json.loads((job.out / JOB_FILE).read_text(encoding="utf-8"))
     except ValueError as e:
         raise InputError(f"{job.out / JOB_FILE} is damaged ({e}); begin a new run.") from None
-    now = json.loads(json.dumps(_job_json(job)))  # as it reads once written: lists for tuples
+    # As they read once written, lists for tuples; the usual is what a version without an option did.
+    now, usual = (json.loads(json.dumps(_job_json(told))) for told in (job, TrainJob(job.data, job.out)))
     changed = [
-        (name, before.get(section, {}).get(name), value)
+        (name, was, value)
         for section in ("recipe", "job")
         for name, value in now[section].items()
-        if before.get(section, {}).get(name) != value
+        if (was := before.get(section, {}).get(name, usual[section][name])) != value
     ]
     if changed:
         raise InputError(

@@ -167,6 +167,19 @@ def test_resuming_with_other_data_names_the_field(finished, tmp_path: Path) -> N
         train(dataclasses.replace(job, data=other, resume=True))
 
 
+def test_a_run_that_knew_no_such_option_began_with_its_default(tiny_encoder: Path, tmp_path: Path) -> None:
+    job = make_job(tiny_encoder, tmp_path)
+    run_module._write_job(job)
+    told = json.loads((job.out / "job.json").read_text())
+    del told["recipe"]["relation_share"], told["recipe"]["curriculum"], told["job"]["soft_labels"]
+    (job.out / "job.json").write_text(json.dumps(told))
+    run_module._check_same_job(job)
+    del told["recipe"]["dropout"]
+    (job.out / "job.json").write_text(json.dumps(told))
+    with pytest.raises(InputError, match=r"began with dropout = 0\.0, not 0\.05"):
+        run_module._check_same_job(job)
+
+
 def test_there_must_be_a_run_to_resume(tiny_encoder: Path, tmp_path: Path) -> None:
     job = dataclasses.replace(make_job(tiny_encoder, tmp_path), resume=True)
     with pytest.raises(InputError, match=r"no run to resume in .*run: it holds no job\.json"):
