@@ -29,6 +29,7 @@ from .start import Start, choose_start
 
 CARD_LABELS = 200  # labels that the model card lists of a task
 JOB_FILE = "job.json"
+UNFINISHED = f"{JOB_FILE}.part"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,8 +215,8 @@ def _check_out(job: TrainJob) -> bool:
         if (job.out / "bundle").exists():
             raise InputError(f"The run in {job.out} is finished; its bundle is {job.out / 'bundle'}.")
         return True
-    launched = {LOGS} if job.restartable else set()
-    if job.out.exists() and (not job.out.is_dir() or any(file.name not in launched for file in job.out.iterdir())):
+    ours = {UNFINISHED, LOGS} if job.restartable else {UNFINISHED}
+    if job.out.exists() and (not job.out.is_dir() or any(file.name not in ours for file in job.out.iterdir())):
         raise InputError(
             f"{job.out} exists and is not empty; nothing in it was touched. Name a new folder with --out, "
             f"or go on with the run in it with --resume."
@@ -256,12 +257,12 @@ def _job_json(job: TrainJob) -> dict[str, Any]:
 
 def _write_job(job: TrainJob) -> None:
     job.out.mkdir(parents=True, exist_ok=True)
-    whole = job.out / f"{JOB_FILE}.part"
+    unfinished = job.out / UNFINISHED
     told = _job_json(job)
     if job.soft_labels is not None:
         told["teachers"] = list(map(dataclasses.asdict, read_teachers(job.soft_labels)))
-    whole.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    whole.rename(job.out / JOB_FILE)
+    unfinished.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    unfinished.rename(job.out / JOB_FILE)
 
 
 def _model_card(job: TrainJob, inputs: Inputs, fitted: Fitted, bundle: Bundle, metrics: dict[str, Metrics]) -> str:

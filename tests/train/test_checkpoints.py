@@ -136,9 +136,12 @@ def test_where_the_best_checkpoint_is_lost_the_best_to_come_counts(tmp_path: Pat
     assert "the best epoch is lost" in said[1]
 
 
-def start_helper(*arguments: object, devices: int = 1, **environment: str) -> subprocess.Popen[str]:
-    environment = os.environ | environment
-    environment |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+def start_helper(*arguments: object, devices: int = 1, place: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    environment = (
+        os.environ
+        | (place or {})
+        | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+    )
     command = [sys.executable, str(HELPER), *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
@@ -159,8 +162,8 @@ def run_two(*arguments: object) -> list[subprocess.CompletedProcess[str]]:
     """Two processes of one device each."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        where = {"CLASSER_COORDINATOR": f"127.0.0.1:{probe.getsockname()[1]}", "CLASSER_NUM_PROCESSES": "2"}
-    started = [start_helper(*arguments, **where, CLASSER_PROCESS_ID=str(rank)) for rank in range(2)]
+        place = {"CLASSER_COORDINATOR": f"127.0.0.1:{probe.getsockname()[1]}", "CLASSER_NUM_PROCESSES": "2"}
+    started = [start_helper(*arguments, place=place | {"CLASSER_PROCESS_ID": str(rank)}) for rank in range(2)]
     done = [result_of(process) for process in started]
     assert [one.returncode for one in done] == [0, 0], [one.stderr[-3000:] for one in done]
     return done

@@ -235,6 +235,25 @@ def test_a_run_stopped_between_its_bundles_can_be_resumed(
     assert_same_weights(job.out, finished[0].out)
 
 
+@pytest.mark.parametrize("restartable", [False, True])
+def test_a_run_stopped_before_its_job_file_was_whole_begins_anew(
+    tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restartable: bool
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    job = dataclasses.replace(make_job(tiny_encoder, tmp_path, epochs=1), restartable=restartable)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(job)
+    assert list(snapshot(job.out)) == ["job.json.part"]
+    monkeypatch.setattr(run_module, "fit", stop)  # it comes so far
+    with pytest.raises(KeyboardInterrupt):
+        train(job)
+    assert list(snapshot(job.out)) == ["job.json"]
+
+
 @pytest.mark.slow
 def test_a_killed_process_is_resumed_to_the_same_weights(tiny_encoder: Path, tmp_path: Path) -> None:
     """SIGKILL in the middle of training, then `--resume`, by the command line; against a run in this process."""
