@@ -56,6 +56,24 @@ ACCELERATORS = {
     "v5p": Accelerator("TPU v5p", 95 * GIB, 459e12, 918e12, 600e9, 600e9, _TPU),
     "v6e": Accelerator("TPU v6e", 32 * GIB, 918e12, 1836e12, 448e9, 448e9, _TPU),
 }
+# Dense bfloat16 operations a second by a GPU's model, the longer names first; NVIDIA's datasheets, half of sparse.
+_BF16 = {
+    "B200": 2250e12,
+    "GH200": ACCELERATORS["h100"].bf16,
+    "H200": ACCELERATORS["h100"].bf16,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": ACCELERATORS["h100"].bf16,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A10": 125e12,
+    "L4": 121e12,
+}
+
+
+def bf16_peak(device_kind: str) -> float | None:
+    """Dense bfloat16 operations a second of a GPU, by what JAX calls it, "NVIDIA A100-SXM4-80GB"; None if unknown."""
+    return next((peak for name, peak in _BF16.items() if re.search(rf"\b{name}\b", device_kind)), None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What only a GPU can show, on a machine that has one: `make gpu-check PYTHON=…`, or, in a bare CUDA image,
+"""What only a GPU can show, on a machine that has one: `make gpu-check GPU_PYTHON=…`, or, in a bare CUDA image,
 
     pip install 'jax[cuda12]' flax optax && mkdir -p .pyright && ln -sfn .. .pyright/classer
     PYTHONPATH=.pyright python tools/gpu_check.py --out gpu-report
@@ -35,7 +35,7 @@ from classer.data.taxonomy import Label, Task, TaskKind, Taxonomy
 from classer.model.classifier import TextClassifier
 from classer.model.config import EncoderConfig, native
 from classer.model.quantize import INT8_MAX, Quantization, variables
-from classer.tools.accelerators import ACCELERATORS
+from classer.tools.accelerators import bf16_peak
 from classer.tools.hlo import count_flops, instructions, products
 from classer.train.step import init_state, make_optimizer, make_train_step
 
@@ -78,11 +78,9 @@ def main() -> int:
     ):
         print(f"{name} …", file=sys.stderr, flush=True)
         report[name] = measure(size)
-        # After each part, so that a run that is cut short leaves what it has measured.
-        a.out.mkdir(parents=True, exist_ok=True)
-        (a.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-        (a.out / "report.md").write_text(describe(report))
-    draw(report, a.out)
+        write(report, a.out)  # after each part, so that a run that is cut short leaves what it has measured
+    report["picture"] = draw(report, a.out)
+    write(report, a.out)
     print(describe(report))
     print(f"Report: {a.out}")
     wrong = [row for row in report["numerics"] if not row["ok"]]
@@ -170,25 +168,28 @@ def compare_products(size: Size) -> list[dict[str, Any]]:
 
 
 def time_programs(size: Size) -> list[dict[str, Any]]:
-    """Whole programs as a server runs them, full batches: texts a second."""
+    """Whole programs as a server runs them, full batches: texts a second; the error where one does not fit."""
     rows = []
     for preset in size.presets:
         config = native(preset, vocab_size=VOCAB)
         for batch, length in size.programs:
             row: dict[str, Any] = {"preset": preset, "texts": batch, "tokens": length}
-            for precision in ("bfloat16", "int8"):
-                program, *arguments = compiled(config, size.labels, precision, batch, length, jax.devices()[0])
-                row[f"{precision}_texts_per_s"] = batch / median_seconds(program, arguments, size.rounds)
-                if precision == "int8":
-                    row["int8_products"] = products(instructions(program.as_text() or "")).get("s8×s8→s32", 0)
-            row["speedup"] = row["int8_texts_per_s"] / row["bfloat16_texts_per_s"]
+            try:
+                for precision in ("bfloat16", "int8"):
+                    program, *arguments = compiled(config, size.labels, precision, batch, length, jax.devices()[0])
+                    row[f"{precision}_texts_per_s"] = batch / median_seconds(program, arguments, size.rounds)
+                    if precision == "int8":
+                        row["int8_products"] = products(instructions(program.as_text() or "")).get("s8×s8→s32", 0)
+                row["speedup"] = row["int8_texts_per_s"] / row["bfloat16_texts_per_s"]
+            except jax.errors.JaxRuntimeError as e:
+                row["error"] = _first_line(e)
             rows.append(row)
     return rows
 
 
 def time_training(size: Size) -> list[dict[str, Any]]:
-    """A training step of each preset on this one device; None where it does not fit."""
-    peak = _peak_bf16()
+    """A training step of each preset on this one device; the error where it does not fit."""
+    peak = bf16_peak(jax.devices()[0].device_kind)
     rows = []
     for preset in size.presets:
         config = native(preset, vocab_size=VOCAB)
@@ -197,7 +198,7 @@ def time_training(size: Size) -> list[dict[str, Any]]:
             try:
                 seconds, flops = train_step(config, size.labels, batch, length, size.rounds)
             except jax.errors.JaxRuntimeError as e:
-                row["error"] = str(e).splitlines()[0][:120]
+                row["error"] = _first_line(e)
             else:
                 row |= {"seconds": seconds, "tokens_per_s": batch * length / seconds, "tflops": flops / seconds / 1e12}
                 row["utilisation"] = flops / seconds / peak if peak else None
@@ -255,9 +256,15 @@ def median_seconds(function: Callable, arguments: Sequence[Any], rounds: int) ->
     return statistics.median(times)
 
 
-def _peak_bf16() -> float | None:
-    """Of the device, if its peak is known."""
-    return ACCELERATORS["h100"].bf16 if "H100" in jax.devices()[0].device_kind else None
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0][:120]
+
+
+def write(report: dict[str, Any], out: Path) -> None:
+    """Writes report.json and report.md."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    (out / "report.md").write_text(describe(report))
 
 
 def describe(report: dict[str, Any]) -> str:
@@ -278,6 +285,12 @@ def describe(report: dict[str, Any]) -> str:
         columns = list(dict.fromkeys(key for row in report[name] for key in row))
         lines += ["", f"## {title}", "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
         lines += [f"| {' | '.join(_cell(row.get(column)) for column in columns)} |" for row in report[name]]
+    if "picture" in report:
+        picture = report["picture"]
+        lines += [
+            "",
+            f"![programs and products]({picture})" if picture else "No pictures: matplotlib is not installed.",
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -287,20 +300,21 @@ def _cell(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def draw(report: dict[str, Any], out: Path) -> None:
-    """Pictures of programs and products, where matplotlib is installed."""
+def draw(report: dict[str, Any], out: Path) -> str | None:
+    """Draws programs and products; the picture's name, or None where matplotlib is not installed."""
     try:
         import matplotlib
 
         matplotlib.use("agg")
         import matplotlib.pyplot as plt
     except ImportError:
-        return
+        return None
     figure, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
-    for row, place in zip(report["programs"], range(len(report["programs"])), strict=True):
+    programs = [row for row in report["programs"] if "error" not in row]
+    for place, row in enumerate(programs):
         axes[0].barh(place - 0.2, row["bfloat16_texts_per_s"], 0.4, color="tab:blue")
         axes[0].barh(place + 0.2, row["int8_texts_per_s"], 0.4, color="tab:orange")
-    names = [f"{row['preset']}, {row['texts']} × {row['tokens']}" for row in report["programs"]]
+    names = [f"{row['preset']}, {row['texts']} × {row['tokens']}" for row in programs]
     axes[0].set(yticks=range(len(names)), yticklabels=names, xlabel="texts a second (blue bfloat16, orange int8)")
     axes[0].set_xscale("log")
     for preset in dict.fromkeys(row["preset"] for row in report["products"]):
@@ -313,6 +327,7 @@ def draw(report: dict[str, Any], out: Path) -> None:
     figure.suptitle(report["device"])
     figure.savefig(out / "report.png", dpi=120)
     plt.close(figure)
+    return "report.png"
 
 
 if __name__ == "__main__":
