@@ -64,7 +64,7 @@ def _raise(error: InputError) -> None:
 
 def _lines(path: Path, on_bad: OnBad) -> Iterator[tuple[int, str]]:
     """Numbered from 1, decoded lines with their ends ("\\n" or "\\r\\n"); a byte order mark is dropped."""
-    offset = 0
+    offset = number = 0
     try:
         with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb") as file:
             for number, line in enumerate(file, start=1):
@@ -77,7 +77,7 @@ def _lines(path: Path, on_bad: OnBad) -> Iterator[tuple[int, str]]:
                     yield number, text.removeprefix("\ufeff") if number == 1 else text
                 offset += len(line)
     except (gzip.BadGzipFile, EOFError, zlib.error) as e:
-        raise InputError(f"{path} is no complete gzip file: {e}.") from None
+        raise InputError(f"{path} is no complete gzip file; after line {number:,}: {e}.") from None
     except OSError as e:
         raise InputError(f"{path} cannot be read: {e.strerror}.") from None
 
@@ -173,7 +173,7 @@ def _columnar_rows(path: Path, suffix: str) -> Iterator[Row]:
                         fields[column] = _named(fields[column], class_names[column])
                     yield Row(fields, f"{path}, row {number}")
     except (pyarrow.ArrowException, OSError) as e:
-        raise InputError(f"{path} is no readable {kind} file: {str(e).splitlines()[0]}") from None
+        raise InputError(f"{path} is no readable {kind} file; after row {number:,}: {str(e).splitlines()[0]}") from None
 
 
 def _class_names(metadata: dict[bytes, bytes] | None) -> dict[str, list[str]]:

@@ -159,7 +159,7 @@ class _Passes:
                     self._read += 1
                     if isinstance(row, Reject):
                         self._rejected += 1
-                        rejects.write(json.dumps(row.reason).encode() + b"\n")
+                        rejects.write(json.dumps(dataclasses.astuple(row)).encode() + b"\n")
                         continue
                     rows.write(row.to_json())
                     ranks.write(row.rank.to_bytes(8, "little"))
@@ -168,7 +168,7 @@ class _Passes:
                     self._num_rows += 1
         self._spill.flush()
         if not self._num_rows:
-            first = next(iter(self.rejects()), "the files are empty")
+            first = next((reject.reason for reject in self.rejects()), "the files are empty")
             raise InputError(f"None of the {self._read:,} rows can be used: {first}")
         (self._plan.work / "fates").touch()
         self._fates = np.memmap(self._plan.work / "fates", _FATE, "w+", shape=(self._num_rows,))
@@ -290,9 +290,9 @@ class _Passes:
             "near_duplicates": int(found[3]),
         }
 
-    def rejects(self) -> Iterator[str]:
+    def rejects(self) -> Iterator[Reject]:
         with (self._plan.work / "rejects").open("rb") as file:
-            yield from map(json.loads, file)
+            yield from (Reject(*json.loads(line)) for line in file)
 
     def dropped(self) -> Iterator[Dropped]:
         for number in np.flatnonzero(self._fates["reason"]):

@@ -7,6 +7,7 @@ end, so that all of them must reach that folder, and the inputs, under the same 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -140,8 +141,8 @@ class _Read(beam.DoFn):
     def process(self, file: int) -> Iterator[Any]:
         source = self._plan.sources[file]
         task = self._plan.task_names.index(source.task)
-        for number, row in enumerate(read_source(file, source, task, self._plan.columns)):
-            yield TaggedOutput("rejects", (number, row)) if isinstance(row, Reject) else row
+        for row in read_source(file, source, task, self._plan.columns):
+            yield TaggedOutput("rejects", row) if isinstance(row, Reject) else row
 
 
 def _first_of_equals(keyed: tuple[bytes, Iterable[SourceRow]]) -> Iterator[Any]:
@@ -256,17 +257,14 @@ def _write_summary(summary: _Summary, plan: Plan) -> None:
     _write_part(plan, "labels", [{**vars(c), "counts": dict(sorted(c.counts.items()))} for c in counts])
 
 
-def _by_file(out: tuple[int, Reject] | Dropped) -> tuple[int, Any]:
-    if isinstance(out, Dropped):
-        return place_of(out.rank)[0], (out.rank, list(out))
-    number, reject = out
-    return reject.file, (number, reject.reason)
+def _by_file(out: Reject | Dropped) -> tuple[int, Any]:
+    return (place_of(out.rank)[0] if isinstance(out, Dropped) else out.file), out
 
 
-def _write_left_out(keyed: tuple[int, Iterable[tuple[int, Any]]], plan: Plan) -> None:
-    rows = sorted(keyed[1], key=lambda row: row[0])
-    rejects = [what for _, what in rows if isinstance(what, str)]
-    dropped = [what for _, what in rows if not isinstance(what, str)]
+def _write_left_out(keyed: tuple[int, Iterable[Reject | Dropped]], plan: Plan) -> None:
+    outs = list(keyed[1])
+    rejects = sorted(dataclasses.astuple(out) for out in outs if isinstance(out, Reject))
+    dropped = sorted(tuple(out) for out in outs if isinstance(out, Dropped))
     _write_part(plan, f"out-{keyed[0]:06d}", {"rejects": rejects, "dropped": dropped})
 
 
@@ -282,14 +280,14 @@ def _gather(plan: Plan, inputs: dict[str, Any]) -> dict[str, Any]:
     parts = plan.work / "parts"
     shards = [Shard(**_read_json(path)) for path in parts.glob("shard-*.json")]
     out = [_read_json(path) for path in sorted(parts.glob("out-*.json"))]
-    rejects = [reason for part in out for reason in part["rejects"]]
+    rejects = [Reject(*fields) for part in out for fields in part["rejects"]]
     dropped = [Dropped(*fields) for part in out for fields in part["dropped"]]
     label_counts = [LabelCounts() for _ in plan.task_names]
     for counts, found in zip(label_counts, _read_json(parts / "labels.json"), strict=False):
         counts.rows, counts.least, counts.most = found["rows"], found["least"], found["most"]
         counts.counts.update(found["counts"])
     if not shards:
-        raise InputError(f"No row can be used: {rejects[0] if rejects else 'the files are empty'}")
+        raise InputError(f"No row can be used: {rejects[0].reason if rejects else 'the files are empty'}")
     known = {source.task: source.known for source in plan.sources}
     tasks = [task_from_counts(n, known[n], c) for n, c in zip(plan.task_names, label_counts, strict=True)]
     reasons = [drop.reason for drop in dropped]

@@ -22,6 +22,7 @@ from ..records import write_array_records
 from ..taxonomy import Task
 from ..tokenizer import WordPieceTokenizer
 from .plan import Plan, read_manifest
+from .sources import Reject
 from .steps import Dropped, LabelCounts, TokenizedRow, length_stats, place_of
 
 SPLITS = ("train", "dev")
@@ -88,7 +89,7 @@ def finish(
     label_counts: Sequence[LabelCounts],
     counts: dict[str, int],
     shards: Iterable[Shard],
-    rejects: Iterable[str],
+    rejects: Iterable[Reject],
     dropped: Iterable[Dropped],
 ) -> dict[str, Any]:
     """Writes all but the shards, checks that the counts add up, and returns the manifest."""
@@ -98,7 +99,7 @@ def finish(
     lost = counts["rejected"] + counts["duplicates"] + counts["contaminated"] + counts["near_duplicates"]
     if counts["read"] != kept + lost:
         raise RuntimeError(f"{counts['read']} rows were read, but {kept} kept and {lost} left out.")
-    _write_lines(out / "rejects.jsonl", (json.dumps({"reason": reason}, ensure_ascii=False) for reason in rejects))
+    _write_lines(out / "rejects.jsonl", _rejects_json(plan, rejects))
     _write_lines(out / "dropped.jsonl", _drops_json(plan, dropped))
     tokenizer = WordPieceTokenizer.from_folder(plan.tokenizer)
     tokenizer.save(out / "tokenizer")
@@ -135,6 +136,12 @@ def _split_json(out: Path, shards: Sequence[Shard]) -> dict[str, Any]:
     }
 
 
+def _rejects_json(plan: Plan, rejects: Iterable[Reject]) -> Iterator[str]:
+    for reject in rejects:
+        fields = {"file": str(plan.sources[reject.file].path), "row": reject.row, "reason": reject.reason}
+        yield json.dumps(fields, ensure_ascii=False)
+
+
 def _drops_json(plan: Plan, dropped: Iterable[Dropped]) -> Iterator[str]:
     for drop in dropped:
         file, row = place_of(drop.rank)
@@ -158,8 +165,10 @@ def clear(plan: Plan) -> None:
         for path in plan.out.iterdir():
             if re.fullmatch(r"(train|dev)-\d{5}-of-\d{5}\.(array_record|lengths\.npy|tasks\.npy)", path.name):
                 path.unlink()
-        shutil.rmtree(plan.work)
-    plan.work.mkdir(parents=True)
+        # The folder itself stays: without it the files of a run that is killed here would count as somebody else's.
+        for path in plan.work.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    plan.work.mkdir(parents=True, exist_ok=True)
 
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -35,10 +35,12 @@ class Reject:
 
     Attributes:
       file: position of its file among the inputs.
+      row: of the file, from 1; all rows count, as in `rank_of`.
       reason: a sentence that names the place and what is wrong there.
     """
 
     file: int
+    row: int
     reason: str
 
 
@@ -123,7 +125,7 @@ def read_source(file: int, source: SourceFile, task: int, columns: Columns) -> I
     bad: list[InputError] = []
     number = 0
     for row in read_rows(source.path, on_bad=bad.append):
-        yield from (Reject(file, str(error)) for error in bad)
+        yield from (Reject(file, number + i, str(error)) for i, error in enumerate(bad, start=1))
         number += len(bad) + 1
         bad.clear()
         try:
@@ -133,8 +135,8 @@ def read_source(file: int, source: SourceFile, task: int, columns: Columns) -> I
             )
             yield clean_row(example, rank_of(file, number), task, source.known)
         except InputError as error:
-            yield Reject(file, str(error))
-    yield from (Reject(file, str(error)) for error in bad)
+            yield Reject(file, number, str(error))
+    yield from (Reject(file, number + i, str(error)) for i, error in enumerate(bad, start=1))
 
 
 def _files(folder: Path, *, deep: bool) -> list[Path]:
