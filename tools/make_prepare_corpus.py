@@ -48,7 +48,7 @@ def sentences(texts: Iterator[str]) -> list[str]:
 
 
 def edited(text: str, rng: random.Random) -> str:
-    """One word in each full 24, at least one, dropped or (in texts of up to 8 words always) doubled: a near-duplicate."""
+    """One word in each full 24, at least one, is dropped or doubled (up to 8 words: doubled): a near-duplicate."""
     words = text.split()
     for _ in range(max(1, len(words) // 24)):
         at = rng.randrange(len(words))
