@@ -97,6 +97,7 @@ def test_a_pod_has_the_time_to_drain_and_runs_without_rights() -> None:
         before = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
         drain = next(float(one["value"]) for one in container["env"] if one["name"] == "CLASSER_DRAIN_SECONDS")
         assert pod["terminationGracePeriodSeconds"] >= before + drain + 5
+        assert {"readinessProbe", "livenessProbe"} <= container.keys()
         assert container["securityContext"]["allowPrivilegeEscalation"] is False
         assert container["securityContext"]["readOnlyRootFilesystem"] is True
     assert pod["securityContext"]["runAsNonRoot"] is True
@@ -108,9 +109,8 @@ def test_the_image_is_made_of_what_is_there_and_does_not_run_as_root() -> None:
     users = [line.split()[1] for line in lines if line.startswith("USER")]
     assert users
     assert all(user.split(":")[0] not in ("root", "0") for user in users)
-    assert any(line.startswith("HEALTHCHECK") for line in lines)
-    code = next(line for line in lines if line.strip().startswith('CMD ["python"')).strip()
-    compile(json.loads(code.removeprefix("CMD "))[2], "healthcheck", "exec")
+    # One check would call the gateway, or a server with TLS, sick for ever.
+    assert not any(line.startswith("HEALTHCHECK") for line in lines)
     options = {variable(field.name) for field in dataclasses.fields(ServeConfig)}
     assert set(re.findall(r"\bCLASSER_[A-Z_]+", "\n".join(lines))) <= options
     kept = [line[1:] for line in (DEPLOY.parent / ".dockerignore").read_text().splitlines() if line.startswith("!")]
