@@ -1,7 +1,8 @@
 """The HTTP gateway: JSON in, a call of the gRPC service, JSON out. A light process: no JAX, no TensorFlow, no model.
 
-It decides nothing itself: API keys, limits and deadlines travel to the service, and the service's refusals come back
-with the HTTP status of their meaning. Nothing that a caller sent is said again in an error.
+It decides nothing itself but how much it takes on at once: API keys and deadlines travel to the service, and the
+service's refusals come back with the HTTP status of their meaning. Nothing that a caller sent is said again in an
+error.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..data.errors import InputError
+from .guard import MAX_IN_FLIGHT_BYTES, MAX_IN_FLIGHT_CALLS
 from .log import LogFormat, configure_logging
 from .security import Tls
 from .tracing import Tracing
+
+_MB = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,8 @@ class GatewayConfig:
       server_tls_key: the private key of --server-tls-cert, PEM.
       tls_cert: the gateway's own certificate and chain, PEM; with it, and --tls-key, it speaks HTTPS only.
       tls_key: the certificate's private key, PEM.
+      max_in_flight: calls that are worked on at once; what comes beyond them is refused with status 429.
+      max_in_flight_mb: likewise, megabytes of bodies.
       drain_seconds: how long requests in flight may still take after SIGTERM or SIGINT.
       trace_endpoint: an OpenTelemetry collector (OTLP over gRPC), such as http://localhost:4317.
       log_format: of the log, on stderr: text, or json with one object a line.
@@ -45,6 +51,8 @@ class GatewayConfig:
     server_tls_key: Path | None = None
     tls_cert: Path | None = None
     tls_key: Path | None = None
+    max_in_flight: int = MAX_IN_FLIGHT_CALLS
+    max_in_flight_mb: float = MAX_IN_FLIGHT_BYTES / _MB
     drain_seconds: float = 30.0
     trace_endpoint: str | None = None
     log_format: LogFormat = "text"
@@ -69,6 +77,8 @@ def run_gateway(config: GatewayConfig) -> None:
         if error.name not in ("fastapi", "pydantic", "starlette", "uvicorn"):
             raise
         raise InputError("The gateway needs FastAPI and uvicorn: pip install 'classer[serve,http]'") from None
+    if config.max_in_flight < 1 or config.max_in_flight_mb <= 0:
+        raise InputError("--max-in-flight and --max-in-flight-mb must be above 0.")
     if config.tls_cert is not None or config.tls_key is not None:
         Tls(config.tls_cert, config.tls_key).server_credentials()  # says what is wrong with them, if anything is
     listener = _listen(config.host, config.port)
@@ -85,7 +95,13 @@ def run_gateway(config: GatewayConfig) -> None:
 
     server = Server(
         uvicorn.Config(
-            make_app(config.server, config.server_tls, tracing),
+            make_app(
+                config.server,
+                config.server_tls,
+                tracing,
+                max_calls=config.max_in_flight,
+                max_bytes=round(config.max_in_flight_mb * _MB),
+            ),
             log_config=None,
             access_log=False,
             server_header=False,

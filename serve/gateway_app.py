@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
@@ -20,7 +19,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
 from .. import __version__
-from .errors import Cancelled, ClasserError, InternalError, InvalidRequest, Unauthenticated, Unavailable
+from .errors import Cancelled, ClasserError, InternalError, InvalidRequest, Overloaded, Unauthenticated, Unavailable
 from .gateway_messages import (
     HTTP_STATUS,
     BatchOut,
@@ -34,6 +33,7 @@ from .gateway_messages import (
     item,
     task_out,
 )
+from .guard import MAX_IN_FLIGHT_BYTES, MAX_IN_FLIGHT_CALLS, RETRY_SECONDS
 from .limits import MAX_MESSAGE_BYTES
 from .log import log_failure
 from .metrics import CallMetrics, new_registry
@@ -57,13 +57,21 @@ Scope = MutableMapping[str, Any]
 T = TypeVar("T")
 
 
-def make_app(server: str, tls: Tls | None = None, tracing: Tracing | None = None) -> FastAPI:
+def make_app(
+    server: str,
+    tls: Tls | None = None,
+    tracing: Tracing | None = None,
+    *,
+    max_calls: int = MAX_IN_FLIGHT_CALLS,
+    max_bytes: int = MAX_IN_FLIGHT_BYTES,
+) -> FastAPI:
     """The application: /v1/classify, /v1/classify-batch, /v1/tasks; /healthz, /readyz, /metrics; /docs, /openapi.json.
 
     Args:
       server: "host:port" of the gRPC service.
       tls: how to connect to it.
       tracing: where spans go; None nowhere. A caller's `traceparent` then goes on to the service as it is.
+      max_calls, max_bytes: what may be in flight at once; beyond either, calls are refused as 429.
     """
     upstream = _Upstream(server, tls, tracing)
 
@@ -76,7 +84,7 @@ def make_app(server: str, tls: Tls | None = None, tracing: Tracing | None = None
     app = FastAPI(
         title="Classer", version=__version__, summary="Text classification.", lifespan=lifespan, responses=_FAILURES
     )
-    app.add_middleware(_LimitBody)
+    app.add_middleware(_Limit, metrics=upstream.metrics, max_calls=max_calls, max_bytes=max_bytes)
     app.add_exception_handler(ClasserError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(HTTPException, _answer_http)
@@ -131,9 +139,7 @@ class _Upstream:
     def __init__(self, server: str, tls: Tls | None, tracing: Tracing | None) -> None:
         self._server, self._tls, self._tracing = server, tls, tracing
         self.registry = new_registry()
-        self._metrics = CallMetrics(self.registry)
-        self._in_flight = 0
-        self._metrics.in_flight_calls.set_function(lambda: self._in_flight)
+        self.metrics = CallMetrics(self.registry)
 
     def connect(self) -> None:
         """Call it on the event loop that is to make the calls."""
@@ -163,7 +169,6 @@ class _Upstream:
         code, reason = "OK", ""
         counts: Mapping[str, int] = {}
         refused: Mapping[str, int] = {}
-        self._in_flight += 1
         try:
             metadata = [*self._key_of(request), *(_parent_in(request) if span is None else parent_of(span))]
             rpc = getattr(self._classifier, method)(message, timeout=seconds, metadata=metadata)
@@ -177,9 +182,8 @@ class _Upstream:
             counts = {code: texts}
             raise
         finally:
-            self._in_flight -= 1
             elapsed = time.perf_counter() - started
-            self._metrics.ended(f"HTTP {method}", code, elapsed, reason, "", counts, refused)
+            self.metrics.ended(f"HTTP {method}", code, elapsed, reason, "", counts, refused)
             if span is not None:
                 end(span, code, {"classer.texts": texts})
 
@@ -247,6 +251,10 @@ def _sendable() -> Any:
 
 async def _answer_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, ClasserError)
+    return _error_response(error)
+
+
+def _error_response(error: ClasserError) -> Response:
     code = code_of(error).name
     body = ErrorOut(code=code, reason=error.reason, message=str(error), retry_seconds=error.retry_seconds)
     headers = {}
@@ -288,22 +296,38 @@ async def _answer_bug(request: Request, error: Exception) -> Response:
     return await _answer_error(request, InternalError("The gateway failed on this request; its log says why."))
 
 
-class _LimitBody:
-    """Stops reading a body that is larger than the service takes, whatever its header says."""
+class _Limit:
+    """Refuses what would be more than may be in flight at once, and a body that is larger than the service takes.
 
-    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
-        self._app = app
+    Bodies are counted as they are read, whatever their headers say; health and metrics are answered in any case.
+    """
+
+    def __init__(
+        self, app: Callable[..., Awaitable[None]], metrics: CallMetrics, max_calls: int, max_bytes: int
+    ) -> None:
+        self._app, self._metrics = app, metrics
+        self._max_calls, self._max_bytes = max_calls, max_bytes
+        self._calls = self._bytes = 0
+        metrics.in_flight_calls.set_function(lambda: self._calls)
+        metrics.in_flight_bytes.set_function(lambda: self._bytes)
 
     async def __call__(self, scope: Scope, receive: Callable[[], Awaitable[Scope]], send: Any) -> None:
+        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
+            await self._app(scope, receive, send)
+            return
         read = 0
         started = False
 
         async def counted() -> Scope:
             nonlocal read
             message = await receive()
-            read += len(message.get("body", b""))
+            size = len(message.get("body", b""))
+            read += size
+            self._bytes += size
             if read > MAX_MESSAGE_BYTES:
-                raise _TooLarge
+                raise _Refused(_too_large())
+            if self._bytes > self._max_bytes:
+                raise self._too_much(f"bodies of {self._max_bytes} bytes", "TOO_MANY_BYTES")
             return message
 
         async def sent(message: Scope) -> None:
@@ -311,27 +335,40 @@ class _LimitBody:
             started = True
             await send(message)
 
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
+        self._calls += 1
         try:
+            if self._calls > self._max_calls:
+                raise self._too_much(f"{self._max_calls} calls", "TOO_MANY_CALLS")
             declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
             if declared.isdigit() and int(declared) > MAX_MESSAGE_BYTES:
-                raise _TooLarge
+                raise _Refused(_too_large())
             await self._app(scope, counted, sent)
-        except _TooLarge:
+        except _Refused as refused:
             if started:
                 raise
-            await self._refuse(send)
+            await refused.response(scope, receive, send)
+        finally:
+            self._calls -= 1
+            self._bytes -= read
 
-    async def _refuse(self, send: Any) -> None:
-        sentence = f"The body is larger than {MAX_MESSAGE_BYTES} bytes, which is what a request may have."
-        error = ErrorOut(code="INVALID_ARGUMENT", reason="TOO_LARGE", message=sentence)
-        body = json.dumps(Failure(error=error).model_dump()).encode()
-        headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
-        await send({"type": "http.response.start", "status": 413, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+    def _too_much(self, what: str, reason: str) -> _Refused:
+        error = Overloaded(
+            f"The gateway works on {what} at a time; try again in a moment.",
+            retry_seconds=RETRY_SECONDS,
+            reason=reason,
+        )
+        self._metrics.ended("HTTP", code_of(error).name, 0.0, reason, "", {}, {})
+        return _Refused(_error_response(error))
 
 
-class _TooLarge(BaseException):
+def _too_large() -> Response:
+    sentence = f"The body is larger than {MAX_MESSAGE_BYTES} bytes, which is what a request may have."
+    error = ErrorOut(code="INVALID_ARGUMENT", reason="TOO_LARGE", message=sentence)
+    return JSONResponse(Failure(error=error).model_dump(), 413, {"connection": "close"})
+
+
+class _Refused(BaseException):
     """Not an Exception, so that no handler on its way answers it with another status."""
+
+    def __init__(self, response: Response) -> None:
+        self.response = response

@@ -37,7 +37,7 @@ ADMIN_SERVICE = "ModelAdmin"
 MAX_IN_FLIGHT_CALLS = 4096
 MAX_IN_FLIGHT_BYTES = 256 * 1024 * 1024
 # What is refused because of what is in flight may be tried again after about so long.
-_RETRY_SECONDS = 0.1
+RETRY_SECONDS = 0.1
 # A stream whose key must wait longer than this is refused instead.
 _PATIENCE_SECONDS = 60.0
 # Calls of several texts.
@@ -117,7 +117,7 @@ class Guard(grpc.aio.ServerInterceptor):
             if self._calls >= self._max_calls:
                 raise Overloaded(
                     f"The server works on {self._max_calls} calls at a time; try again in a moment.",
-                    retry_seconds=_RETRY_SECONDS,
+                    retry_seconds=RETRY_SECONDS,
                     reason="TOO_MANY_CALLS",
                 )
         except ClasserError as error:
@@ -230,7 +230,7 @@ class Guard(grpc.aio.ServerInterceptor):
             raise Overloaded(
                 f"The requests in flight have {self._bytes} bytes, and the server takes on {self._max_bytes}; try "
                 "again in a moment.",
-                retry_seconds=_RETRY_SECONDS,
+                retry_seconds=RETRY_SECONDS,
                 reason="TOO_MANY_BYTES",
             )
         call.bytes += size
@@ -307,7 +307,7 @@ async def _take_patiently(allowance: Allowance, texts: int) -> None:
         except Overloaded as error:
             if (error.retry_seconds or 0.0) > _PATIENCE_SECONDS:
                 raise
-            await asyncio.sleep(error.retry_seconds or _RETRY_SECONDS)
+            await asyncio.sleep(error.retry_seconds or RETRY_SECONDS)
 
 
 def _presented(metadata: dict[str, Any]) -> str | None:
