@@ -47,15 +47,16 @@ class Shards:
       lengths_N: each record's tokens.
       label_counts_L, rows_T: how many rows of the whole folder have each label, and are of each task.
       fingerprint: a hash of the records.
+      workers: processes that make batches of them; 0 makes them in threads.
     """
 
-    def __init__(self, folder: Path, split: str = "train") -> None:
+    def __init__(self, folder: Path, split: str = "train", *, workers: int = 0) -> None:
         """Reads the manifest and the records' lengths.
 
         Raises:
           InputError: the folder is not prepared or is too old, has no such split, or lacks one of its files.
         """
-        self.folder = Path(folder)
+        self.folder, self.workers = Path(folder), workers
         manifest = read_manifest(self.folder)
         if not manifest["splits"].get(split, {}).get("shards"):
             raise InputError(f"{folder} has no texts in the split '{split}'.")
@@ -199,7 +200,7 @@ class ShardBatches:
         self._make_caches()
 
     def __iter__(self) -> ShardIterator:
-        return self.iterate()
+        return self.iterate(num_workers=self._shards.workers)
 
     def iterate(self, *, num_workers: int = 0, ahead: int = 8) -> ShardIterator:
         """An iterator over this process's batches.
@@ -282,7 +283,7 @@ class ShardCurriculum:
         )
 
     def __iter__(self) -> ShardIterator:
-        return self.iterate()
+        return self.iterate(num_workers=self._shards.workers)
 
     def iterate(self, *, num_workers: int = 0, ahead: int = 8) -> ShardIterator:
         """As `ShardBatches.iterate`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,12 +52,14 @@ class CurriculumStage:
         for kind in self.kinds:
             if kind not in tuple(TaskKind):
                 raise InputError(f"{where}: there is no kind '{kind}', only {', '.join(TaskKind)}.")
-        if not all(weight > 0 for weight in self.weights.values()):
-            raise InputError(f"{where}: weights must be above 0; leave a task out of the stage instead.")
-        if not (self.temperature > 0 and 0 <= self.replay < 1 and self.epochs > 0 and self.steps >= 0):
-            raise InputError(f"{where}: temperature and epochs must be above 0, steps not below, replay from 0 to 1.")
-        if self.learning_rate is not None and not self.learning_rate >= 0:
-            raise InputError(f"{where}: learning_rate must be at least 0; it is {self.learning_rate}.")
+        if not all(0 < weight < math.inf for weight in self.weights.values()):
+            raise InputError(f"{where}: weights must be finite and above 0; leave a task out of the stage instead.")
+        if not (self.temperature > 0 and 0 <= self.replay < 1 and 0 < self.epochs < math.inf and self.steps >= 0):
+            raise InputError(
+                f"{where}: temperature and epochs must be above 0, epochs finite, steps not below, replay from 0 to 1."
+            )
+        if self.learning_rate is not None and not 0 <= self.learning_rate < math.inf:
+            raise InputError(f"{where}: learning_rate must be finite and at least 0; it is {self.learning_rate}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +170,8 @@ class TrainJob:
       baseline: also train TF-IDF + linear SVM on the same examples, and print both scores.
       fsdp: devices that parameters and optimiser are divided over; fsdp × tensor must divide the number of devices.
       tensor: devices that attention heads and hidden units are divided over.
+      input_workers: processes that make batches of what `classer prepare` made, for each process that trains; 0 makes
+        them in a thread of that one, which does for all but the fastest devices.
       save_minutes: save within an epoch when so many have passed; 0 saves at the ends of epochs only.
       save_steps: save within an epoch every so many steps; 0 leaves it to save_minutes.
       restartable: begin the run, go on with it, or leave it finished, whichever `out` calls for; tools/launch.py says
@@ -188,12 +193,13 @@ class TrainJob:
     baseline: bool = False
     fsdp: int = 1
     tensor: int = 1
+    input_workers: int = 0
     save_minutes: float = 10.0
     save_steps: int = 0
     restartable: bool = False
 
     def __post_init__(self) -> None:
-        for name, low in (("fsdp", 1), ("tensor", 1), ("save_minutes", 0), ("save_steps", 0)):
+        for name, low in (("fsdp", 1), ("tensor", 1), ("input_workers", 0), ("save_minutes", 0), ("save_steps", 0)):
             if not getattr(self, name) >= low:
                 raise InputError(f"{name} must be at least {low}; it is {getattr(self, name)}.")
         for name in ("texts", "held_out_texts"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+from ..data.errors import InputError
 from ..data.shards import Shards
 from ..data.taxonomy import Taxonomy
 from ..data.tokenizer import WordPieceTokenizer
@@ -43,7 +44,11 @@ class Inputs:
 
 def open_data(job: TrainJob, say: Callable[[str], object]) -> Dataset | Shards:
     """The examples that a job names, read, or where to read them. Raises as `load_dataset` and `open_prepared`."""
-    return open_prepared(job) if is_prepared(job) else load_dataset(job, say)
+    if is_prepared(job):
+        return open_prepared(job)
+    if job.input_workers:
+        raise InputError(f"{job.data} is no prepared data, of which alone workers make batches; see `classer prepare`.")
+    return load_dataset(job, say)
 
 
 def load_inputs(

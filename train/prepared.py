@@ -48,7 +48,7 @@ def open_prepared(job: TrainJob) -> Shards:
     ):
         if given:
             raise InputError(f"{job.data} holds prepared data, for which there is no {option}: {why}.")
-    shards = Shards(job.data)
+    shards = Shards(job.data, workers=job.input_workers)
     length = read_manifest(job.data)["inputs"]["config"]["max_length"]
     if length != job.recipe.max_length:
         raise InputError(f"{job.data} was prepared for texts of {length} tokens; train with --max-length {length}.")

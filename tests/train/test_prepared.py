@@ -61,6 +61,19 @@ def test_a_classifier_is_trained_on_shards(shards: Path, tiny_encoder: Path, tmp
     assert "toy" in (tmp_path / "run" / "results" / "toy" / "report.md").read_text()
 
 
+def test_workers_make_the_same_batches(shards: Path, tiny_encoder: Path, tmp_path: Path) -> None:
+    jobs = [
+        dataclasses.replace(job_of(shards, tmp_path / str(workers), tiny_encoder, epochs=1), input_workers=workers)
+        for workers in (0, 2)
+    ]
+    alone, workers = (train(job).float_bundle.weights for job in jobs)
+    assert all(np.array_equal(alone[name], workers[name]) for name in alone)
+    text = tmp_path / "text.csv"
+    text.write_text("text,label\n", encoding="utf-8")
+    with pytest.raises(InputError, match="no prepared data"):
+        train(dataclasses.replace(jobs[1], data=text, out=tmp_path / "none"))
+
+
 def test_a_curriculum_is_trained_on_shards(shards: Path, tiny_encoder: Path, tmp_path: Path) -> None:
     job = job_of(shards, tmp_path / "run", tiny_encoder, curriculum=CURRICULUM)
     result = train(job)
