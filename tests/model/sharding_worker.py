@@ -20,7 +20,7 @@ from classer.model.focus import UNITS, FocusDraw
 from classer.model.sharding import Layout, make_layout, to_host
 from classer.train.losses import classification_loss
 
-ROWS, LENGTH = 16, 8
+ROWS, LENGTH = 16, 16  # long enough for a focus to drop tokens
 # 77 labels, which no number of devices here divides; the tree has three levels.
 TREE = ("a", "b", *(f"{'ab'[i % 2]}{i}" for i in range(4)), *(f"leaf {i}" for i in range(45)))
 PARENTS = (None, None, "a", "b", "a", "b", *(f"{'ab'[i % 2]}{i % 4}" for i in range(45)))
@@ -62,7 +62,7 @@ def batch(kind: str) -> tuple[np.ndarray, ...]:
         many = TAXONOMY.tasks[number].kind is TaskKind.MULTILABEL
         targets_BL[row, rng.choice(np.arange(own.start, own.stop), 3 if many else 1, replace=False)] = 1
     weights_B = (np.arange(ROWS) < ROWS - 2).astype(np.float32)
-    units_BI = np.tile(np.array([UNITS, UNITS * 3 // 4], np.int32), (ROWS, 1))
+    units_BI = np.tile(np.array([UNITS * 3 // 4, UNITS // 2], np.int32), (ROWS, 1))
     units = [units_BI] if kind == "focus" else []
     return tokens_BS, lengths_B * (weights_B > 0), targets_BL, tasks_B, weights_B, *units
 
