@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -111,6 +112,8 @@ def test_a_job_is_requeued_after_a_kill_goes_on_and_finishes(
     log = (run / "logs" / f"slurm-{job}.log").read_text()
     assert "The tasks ended with exit code" in log
     assert "back to the queue" in log
+    assert re.search(r"^Task [01] was the first to end\. Its last lines", log, re.MULTILINE), log
+    assert (run / "logs" / f"deaths-{job}").read_text().count("\n") == 1
     said = (run / "logs" / "worker-0.log").read_text()
     assert "Going on after epoch" in said
     assert steps_logged(run) == 60 * 4
