@@ -60,7 +60,7 @@ class StagePlan:
         """Plans batches.
 
         Args:
-          rows_T: the rows of each task.
+          rows_T: the rows of each task, ascending.
           lengths_N: tokens of every row.
           shares_T: from `sampling_shares`; above 0 only for tasks with rows.
           batch_size: rows of every batch.
@@ -93,13 +93,22 @@ class StagePlan:
         window, position = divmod(step, WINDOW)
         return self._window(window)[position]
 
-    def drawn(self, steps: int) -> np.ndarray:
+    def due(self, steps: int) -> np.ndarray:
         """int64 (T,): how many rows of each task whole windows up to `steps` hold, and the share of the last one."""
         # Largest remainders of cumulative shares, so that the counts sum to the rows.
-        exact_T = np.cumsum(self.shares_T) * (steps * self._batch_size)
-        ends_T = np.floor(exact_T + 1e-9).astype(np.int64)
-        ends_T[-1] = steps * self._batch_size
-        return np.diff(ends_T, prepend=0)
+        rows = steps * self._batch_size
+        ends_T = np.floor(np.cumsum(self.shares_T) * rows * (1 + 1e-12)).astype(np.int64)
+        ends_T[np.flatnonzero(self.shares_T)[-1] :] = rows  # the sum of the shares is 1 but for rounding
+        return np.diff(np.minimum(ends_T, rows), prepend=0)
+
+    def drawn(self, steps: int) -> np.ndarray:
+        """int64 (T,): how many rows of each task the first `steps` batches hold, counted batch by batch."""
+        counts_T = np.zeros(len(self._rows_T), np.int64)
+        for first in range(0, steps, WINDOW):
+            planned = [self.planned(step) for step in range(first, min(first + WINDOW, steps))]
+            rows = np.concatenate([batch.rows for batch in planned])
+            counts_T += [_count_among(rows, of_task) for of_task in self._rows_T]
+        return counts_T
 
     @property
     def facts(self) -> str:
@@ -107,7 +116,7 @@ class StagePlan:
         return repr((self._key, self._batch_size, self._buckets.tolist(), self.shares_T.tolist()))
 
     def _plan_window(self, window: int) -> list[PlannedBatch]:
-        begin_T, end_T = self.drawn(window * WINDOW), self.drawn((window + 1) * WINDOW)
+        begin_T, end_T = self.due(window * WINDOW), self.due((window + 1) * WINDOW)
         rows = np.concatenate(
             [self._rows(task, begin, end) for task, (begin, end) in enumerate(zip(begin_T, end_T, strict=True))]
         )
@@ -128,6 +137,14 @@ class StagePlan:
         """A task's rows in the order of its pass of that number: four bytes each, for there may be 500 million."""
         rng = np.random.default_rng((*self._key, task, number, 1))
         return rng.permutation(np.arange(len(self._rows_T[task]), dtype=np.uint32))
+
+
+def _count_among(rows: np.ndarray, of_task: np.ndarray) -> int:
+    """How many of the rows are among a task's, which ascend."""
+    rows = rows.astype(of_task.dtype)
+    places = np.searchsorted(of_task, rows)
+    there = places < len(of_task)
+    return int((of_task[places[there]] == rows[there]).sum())
 
 
 class CurriculumBatches:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
+from .errors import InputError, listed
 from .examples import Example
 from .tables import SUFFIXES, Row, read_rows, suffix_of
 from .taxonomy import Label, Task, TaskKind
@@ -230,12 +230,13 @@ def check_labels(task: Task, examples: Sequence[Example]) -> None:
                 hint = f" Did you mean '{near[0]}'?" if near else ""
                 raise InputError(
                     f"{example.source}: the task '{task.name}' has no label '{label}', only "
-                    f"{_listed(task.label_names)}.{hint}"
+                    f"{listed(task.label_names)}.{hint}"
                 )
         if task.kind.exclusive and len(example.labels) != 1:
+            named = f" ({listed(example.labels)})" if example.labels else ""
             raise InputError(
-                f"{example.source}: {len(example.labels)} labels, but '{task.name}' is a {task.kind} task, where every "
-                f"text has exactly one."
+                f"{example.source}: {len(example.labels)} labels{named}, but '{task.name}' is a {task.kind} task, "
+                f"where every text has exactly one."
             )
 
 
@@ -244,7 +245,7 @@ def find_label_column(place: Path | str, row: Row) -> str:
     there = [column for column in ("label", "labels") if column in row.fields]
     if len(there) == 1:
         return there[0]
-    columns = _listed(list(row.fields))
+    columns = listed(list(row.fields))
     if there:
         raise InputError(f"{place} has both columns 'label' and 'labels'; choose one with --label-column.")
     raise InputError(f"{place} has no column 'label' or 'labels', only {columns}; name another with --label-column.")
@@ -252,7 +253,7 @@ def find_label_column(place: Path | str, row: Row) -> str:
 
 def _check_column(row: Row, column: str, option: str) -> None:
     if column not in row.fields:
-        raise InputError(f"{row.source}: no column '{column}', only {_listed(list(row.fields))}; see {option}.")
+        raise InputError(f"{row.source}: no column '{column}', only {listed(list(row.fields))}; see {option}.")
 
 
 def _text(row: Row, column: str) -> str:
@@ -323,8 +324,3 @@ def _described(value: Any) -> str:
         return "NaN, a missing value"
     kinds = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
     return f"{kinds.get(type(value), 'a ' + type(value).__name__)} ({str(value)[:40]})"
-
-
-def _listed(names: Sequence[str], most: int = 10) -> str:
-    listed = ", ".join(f"'{name}'" for name in names[:most])
-    return f"{listed} and {len(names) - most} more" if len(names) > most else listed

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import InputError
+from .errors import InputError, listed
 
 
 class TaskKind(enum.StrEnum):
@@ -75,10 +75,11 @@ class Task:
             if twin is not label:
                 raise InputError(f"Task '{self.name}' names the label '{label.name}' twice; label names must differ.")
         count = len(self.labels)
+        named = f" ({listed([label.name for label in self.labels], 5)})" if count else ""
         if self.kind is TaskKind.BINARY and count != 2:
-            raise InputError(f"Task '{self.name}' is binary and so needs 2 labels, not {count}.")
+            raise InputError(f"Task '{self.name}' is binary and so needs 2 labels, not {count}{named}.")
         if self.kind is TaskKind.MULTICLASS and count < 2:
-            raise InputError(f"Task '{self.name}' is multiclass and so needs at least 2 labels, not {count}.")
+            raise InputError(f"Task '{self.name}' is multiclass and so needs at least 2 labels, not {count}{named}.")
         if self.kind is TaskKind.MULTILABEL and count < 1:
             raise InputError(f"Task '{self.name}' is multilabel and needs at least 1 label.")
         self._check_tree(seen)
@@ -95,7 +96,7 @@ class Task:
         if not with_parent:
             raise InputError(
                 f"Task '{self.name}' is hierarchical, but none of its labels has a parent; give some, or call it "
-                f"multiclass."
+                f"multiclass. It has {listed(list(labels), 5) or 'no labels'}."
             )
         for label in with_parent:
             if label.parent not in labels:
@@ -115,7 +116,11 @@ class Task:
                 above = labels[above].parent
             sound.update(path)
         if self.leaves_L.sum() < 2:
-            raise InputError(f"Task '{self.name}' has one leaf only; a classifier needs at least two to tell apart.")
+            (leaf,) = np.flatnonzero(self.leaves_L)
+            raise InputError(
+                f"Task '{self.name}' has one leaf only, '{self.labels[leaf].name}'; a classifier needs at least two to "
+                f"tell apart."
+            )
 
     @functools.cached_property
     def label_names(self) -> tuple[str, ...]:

@@ -52,8 +52,8 @@ BREAKS = (
     Break(
         "a curriculum goes through each task's examples in turn",
         "data/curriculum.py",
-        "begin_T, end_T = self.drawn(window * WINDOW), self.drawn((window + 1) * WINDOW)",
-        "begin_T, end_T = self.drawn(0), self.drawn(WINDOW)",
+        "begin_T, end_T = self.due(window * WINDOW), self.due((window + 1) * WINDOW)",
+        "begin_T, end_T = self.due(0), self.due(WINDOW)",
         "tests/data/test_curriculum.py",
     ),
     Break(

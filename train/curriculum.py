@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ..data.curriculum import sampling_shares
-from ..data.errors import InputError
+from ..data.errors import InputError, listed
 from ..data.taxonomy import Taxonomy
 from .config import CurriculumStage
 from .pictures import draw_curriculum
@@ -40,6 +40,28 @@ class PlannedStage:
     shares_T: np.ndarray
     num_steps: int
     looks: int
+
+
+def stages_for(
+    stages: Sequence[CurriculumStage], taxonomy: Taxonomy, say: Callable[[str], object]
+) -> tuple[CurriculumStage, ...]:
+    """A preset's stages without those of kinds that no task has, and without replay where no task came before.
+
+    What a user wrote himself is taken as it is, and refused by `plan_curriculum` where it does not fit.
+    """
+    kept: list[CurriculumStage] = []
+    seen: set[str] = set()
+    for stage in stages:
+        if stage.kinds and not stage.tasks and not any(task.kind in stage.kinds for task in taxonomy.tasks):
+            say(f"Stage '{stage.name}' is left out: there is no {' or '.join(stage.kinds)} task.")
+            continue
+        tasks = set(_tasks_of(stage, taxonomy))
+        if stage.replay and not seen - tasks:
+            say(f"Stage '{stage.name}' replays nothing, for no task came before it.")
+            stage = dataclasses.replace(stage, replay=0.0)
+        seen |= tasks
+        kept.append(stage)
+    return tuple(kept)
 
 
 def plan_curriculum(
@@ -79,7 +101,7 @@ def plan_curriculum(
         planned.append(PlannedStage(stage, tasks, new, in_order, shares_T, num_steps, looks))
     left = [task.name for task in taxonomy.tasks if task.name not in seen]
     if left:
-        raise InputError(f"No stage of the curriculum trains {_listed(left)}; name it in one, or leave its data out.")
+        raise InputError(f"No stage of the curriculum trains {listed(left)}; name it in one, or leave its data out.")
     return planned
 
 
@@ -102,11 +124,11 @@ def _tasks_of(stage: CurriculumStage, taxonomy: Taxonomy) -> tuple[str, ...]:
     names = [task.name for task in taxonomy.tasks]
     for name in (*stage.tasks, *stage.weights):
         if name not in names:
-            raise InputError(f"Stage '{stage.name}' names the task '{name}'; there are {_listed(names)}.")
+            raise InputError(f"Stage '{stage.name}' names the task '{name}'; there are {listed(names)}.")
     everything = not stage.kinds and not stage.tasks
     tasks = [t.name for t in taxonomy.tasks if everything or t.kind in stage.kinds or t.name in stage.tasks]
     if not tasks:
-        raise InputError(f"Stage '{stage.name}' is for {_listed(list(stage.kinds))} tasks, but there is none.")
+        raise InputError(f"Stage '{stage.name}' is for {listed(list(stage.kinds))} tasks, but there is none.")
     return tuple(tasks)
 
 
@@ -114,7 +136,3 @@ def _shares(taxonomy: Taxonomy, sizes_T: Sequence[int], stage: CurriculumStage, 
     names = [task.name for task in taxonomy.tasks]
     sizes = [size if name in tasks else 0 for name, size in zip(names, sizes_T, strict=True)]
     return sampling_shares(sizes, [stage.weights.get(name, 1.0) for name in names], stage.temperature)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(f"'{name}'" for name in names)

@@ -26,12 +26,14 @@ class Dataset:
       taxonomy: the tasks.
       train, dev: examples of every task.
       test: of those tasks that have any.
+      undrawn: those of the data that are in none of these, for the job draws only some.
     """
 
     taxonomy: Taxonomy
     train: dict[str, list[Example]]
     dev: dict[str, list[Example]]
     test: dict[str, list[Example]]
+    undrawn: dict[str, list[Example]] = dataclasses.field(default_factory=dict)
 
 
 def load_dataset(job: TrainJob, say: Callable[[str], object]) -> Dataset:
@@ -63,7 +65,7 @@ def load_dataset(job: TrainJob, say: Callable[[str], object]) -> Dataset:
     taxonomy = Taxonomy(tuple(task for task, _ in loaded))
     splits = {
         split: {task.name: examples[split] for task, examples in loaded if examples[split]}
-        for split in ("train", "dev", "test")
+        for split in ("train", "dev", "test", "undrawn")
     }
     dataset = Dataset(taxonomy, **splits)
     if job.soft_labels is not None:
@@ -76,7 +78,7 @@ def load_dataset(job: TrainJob, say: Callable[[str], object]) -> Dataset:
 
 
 def _load_task(job: TrainJob, say: Callable[[str], object]) -> tuple[Task, dict[str, list[Example]]]:
-    """One task and its splits train, dev and test; the last may be empty."""
+    """One task and its splits train, dev, test and undrawn; the last two may be empty."""
     given: dict[str, list[Example]] = {}
     if job.data.is_dir():
         folder = read_task_folder(job.data, ("train", "dev", "test"))
@@ -112,7 +114,9 @@ def _load_task(job: TrainJob, say: Callable[[str], object]) -> tuple[Task, dict[
     for name, split in (("dev", dev), ("test", test)):
         if sentence := describe_duplicates(find_duplicates(train, split), "train", name):
             say(f"Warning: {sentence}")
-    return task, {"train": train, "dev": dev, "test": test}
+    drawn = {id(example) for split in (train, dev, test) for example in split}
+    undrawn = [example for split in given.values() for example in split if id(example) not in drawn]
+    return task, {"train": train, "dev": dev, "test": test, "undrawn": undrawn}
 
 
 def _draw(examples: list[Example], most: int, seed: int, name: str, say: Callable[[str], object]) -> list[Example]:
@@ -126,27 +130,33 @@ def _draw(examples: list[Example], most: int, seed: int, name: str, say: Callabl
 def add_soft_labels(dataset: Dataset, path: Path, say: Callable[[str], object]) -> Dataset:
     """Gives training examples a teacher's answers, by task and text; texts of their own become examples without labels.
 
-    Texts that stand in dev or test too are left out: the model would be measured on what it has seen.
+    Texts that stand in dev or test too are left out: the model would be measured on what it has seen. So are those of
+    examples that were not drawn.
 
     Raises:
       InputError: as `read_soft_labels`.
     """
     answers = read_soft_labels(path, dataset.taxonomy)
     train = {task: list(examples) for task, examples in dataset.train.items()}
-    matched = held_out = 0
+    matched = held_out = undrawn = added = 0
     for task in dataset.taxonomy.tasks:
         of_task = {text: soft for (name, text), soft in answers.items() if name == task.name}
         for i, example in enumerate(train[task.name]):
-            if (soft := of_task.pop(example.text, None)) is not None:
+            if (soft := of_task.get(example.text)) is not None:
                 train[task.name][i] = dataclasses.replace(example, soft=soft)
                 matched += 1
+        for example in train[task.name]:
+            of_task.pop(example.text, None)
         extra = [Example(text, (), task.name, source=str(path), soft=soft) for text, soft in of_task.items()]
         measured = [*dataset.dev[task.name], *dataset.test.get(task.name, [])]
         seen = {id(example) for _, example in find_duplicates(measured, extra)}
-        held_out += len(seen)
-        train[task.name] += [example for example in extra if id(example) not in seen]
-    added = len(answers) - matched - held_out
+        left = {id(example) for _, example in find_duplicates(dataset.undrawn.get(task.name, []), extra)} - seen
+        held_out, undrawn = held_out + len(seen), undrawn + len(left)
+        new = [example for example in extra if id(example) not in seen | left]
+        train[task.name] += new
+        added += len(new)
     left_out = f"; {held_out:,} left out, which are to be measured on" if held_out else ""
+    left_out += f"; {undrawn:,} left out, whose examples were not drawn" if undrawn else ""
     say(
         f"{path}: soft labels for {matched:,} of {sum(map(len, dataset.train.values())):,} training examples, and "
         f"{added:,} texts without other labels{left_out}."

@@ -15,7 +15,7 @@ from scipy.sparse import csr_array
 
 from ..data.examples import Example
 from ..data.pipeline import TrainExamples
-from ..data.taxonomy import Task, Taxonomy
+from ..data.taxonomy import Task, Taxonomy, with_ancestors
 from ..data.tokenizer import WordPieceTokenizer
 from ..model.decode import Calibration, choose_all, probabilities
 from .metrics import Metrics, evaluate
@@ -41,6 +41,13 @@ class TokenizedSplit:
     soft: csr_array | None = None
     has_soft_N: np.ndarray | None = None
     vectors_NV: np.ndarray | None = None
+
+    @property
+    def labelled_N(self) -> np.ndarray:
+        """bool, which examples have labels of their own, and not only a teacher's answer."""
+        if self.has_soft_N is None:
+            return np.ones(len(self.ids), bool)
+        return (self.targets.sum(axis=1) > 0) | ~self.has_soft_N
 
     @property
     def targets_NL(self) -> np.ndarray:
@@ -104,10 +111,8 @@ def join(
                 shares.append(np.zeros(len(split.ids), np.float32))
                 continue
             parts.append(spread(task, soften(task, split.soft, temperature)))
-            labelled_N = split.targets.sum(axis=1) > 0
-            if not task.kind.exclusive:  # no label is an answer too; who has none at all was not asked
-                labelled_N |= ~split.has_soft_N
-            shares.append(np.where(split.has_soft_N, np.where(labelled_N, soft_share, 1.0), 0.0).astype(np.float32))
+            share_N = np.where(split.labelled_N, soft_share, 1.0)
+            shares.append(np.where(split.has_soft_N, share_N, 0.0).astype(np.float32))
         soft, share_N = csr_array(sparse.vstack(parts)), np.concatenate(shares)
     return TrainExamples(
         ids=[ids for _, _, split in present for ids in split.ids],
@@ -132,19 +137,41 @@ def _join_vectors(splits: Sequence[TokenizedSplit]) -> np.ndarray | None:
 def soften(task: Task, probs: csr_array, temperature: float) -> csr_array:
     """A teacher's probabilities as its logits divided by `temperature` would give them.
 
-    Exclusive tasks: p^(1/T), to sum to what they summed to before. Multilabel: the same for p and 1 − p.
+    Exclusive tasks: p^(1/T) among siblings, p being what each has of its parent's probability, to sum to what they
+    summed to before, as `losses.classification_loss` divides the logits of each set of siblings. Multilabel: p^(1/T)
+    and (1 − p)^(1/T), to sum to 1.
     """
     if temperature == 1:
         return probs
     softened = csr_array(probs, dtype=np.float64)
     if task.kind.exclusive:
-        softened.data **= 1 / temperature
-        scale_N = probs.sum(axis=1) / np.maximum(softened.sum(axis=1), 1e-12)
-        softened.data *= np.repeat(scale_N, np.diff(softened.indptr))
+        softened.eliminate_zeros()
+        softened.data *= _softening(task, softened, temperature)
     else:
         held, other = softened.data ** (1 / temperature), np.maximum(1 - softened.data, 0.0) ** (1 / temperature)
         softened.data = held / (held + other)
     return csr_array(softened, dtype=np.float32)
+
+
+def _softening(task: Task, probs: csr_array, temperature: float) -> np.ndarray:
+    """For each probability that is not 0, in the order of `probs.data`, by how much softening multiplies it."""
+    L = len(task.labels)
+    held = csr_array(with_ancestors(task.parent_L, probs)).tocoo()
+    place_K = held.coords[0].astype(np.int64) * L + held.coords[1]
+    order = np.argsort(place_K)
+    place_K, held_K = place_K[order], held.data[order]
+    # Sets of siblings, row by row.
+    _, set_K = np.unique(place_K // L * L + task.group_L[place_K % L], return_inverse=True)
+    softened_K = held_K ** (1 / temperature)
+    sums_K, softened_sums_K = (np.bincount(set_K, x_K)[set_K] for x_K in (held_K, softened_K))
+    factor_K = softened_K / softened_sums_K * sums_K / held_K
+
+    row_N = np.repeat(np.arange(len(probs.indptr) - 1, dtype=np.int64), np.diff(probs.indptr))
+    total, label = np.ones(len(probs.data)), probs.indices
+    while len(below := np.flatnonzero(label >= 0)):  # one step up the tree at a time
+        total[below] *= factor_K[np.searchsorted(place_K, row_N[below] * L + label[below])]
+        label = np.where(label >= 0, task.parent_L[label], -1)
+    return total
 
 
 def measure(

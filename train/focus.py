@@ -94,7 +94,10 @@ def distilled(
         if (split := train.get(task.name)) is None:
             continue
         answers = _answers(predictor, taxonomy, task, split, out / f"teacher-{taxonomy.tasks.index(task)}.npz")
-        targets = csr_array(TEACHER_SHARE * answers + (1 - TEACHER_SHARE) * split.targets)
+        known = split.targets
+        if split.soft is not None:  # where there is no label, a teacher's answer stands for it
+            known = known + split.soft.multiply(~split.labelled_N[:, None])
+        targets = csr_array(TEACHER_SHARE * answers + (1 - TEACHER_SHARE) * known)
         mixed[task.name] = dataclasses.replace(split, targets=targets, soft=None, has_soft_N=None, vectors_NV=None)
     return mixed
 

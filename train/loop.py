@@ -253,8 +253,11 @@ def _fit_stages(trainee: Trainee, weights: Weights) -> Fitted:
         )
         fitted = _fit_part(part, trainee, weights)
         weights = fitted.weights
-        drawn[stage.name] = batches.drawn(plan.num_steps)
         if is_first():
+            drawn[stage.name] = batches.drawn(plan.num_steps)
+            counts = zip(taxonomy.tasks, drawn[stage.name], strict=True)
+            counted = ", ".join(f"{task.name} {count:,}" for task, count in counts if count)
+            print(f"Stage '{stage.name}' has trained on so many examples: {counted}.", flush=True)
             write_curriculum(trainee.out / "stages", taxonomy, drawn)
     assert fitted is not None
     return fitted
@@ -285,12 +288,12 @@ def _join(trainee: Trainee) -> TrainExamples:
 
 
 def _counts(trainee: Trainee) -> tuple[np.ndarray, np.ndarray]:
-    """How many examples have each label, and how many there are of each task."""
+    """How many examples have each label, and how many of each task have labels of their own."""
     if trainee.shards is not None:
         return trainee.shards.label_counts_L, trainee.shards.rows_T
     splits = [trainee.train[task.name] for task in trainee.taxonomy.tasks]
     positives = [np.asarray(split.targets.sum(axis=0)).ravel() for split in splits]
-    return np.concatenate(positives), np.array([len(split.ids) for split in splits])
+    return np.concatenate(positives), np.array([split.labelled_N.sum() for split in splits])
 
 
 def _fit_part(part: Part, trainee: Trainee, weights: Weights) -> Fitted:
@@ -352,6 +355,9 @@ def _fit_part(part: Part, trainee: Trainee, weights: Weights) -> Fitted:
                 checkpoints.save(state, progress)
                 best = " (best so far)" if progress.epochs_since_best == 0 else ""
                 log.say(f"epoch {progress.epoch}/{part.looks} · dev {look.sentence}{best}")
+                if progress.epoch == part.looks and isinstance(batches, CurriculumBatches | ShardCurriculum):
+                    counts = zip(taxonomy.tasks, batches.drawn(int(state.step)), strict=True)
+                    log.scalars(int(state.step), {f"drawn/{task.name}": count for task, count in counts})
             if progress.epoch < part.looks:
                 log.say(f"Stopped early: no better dev score for {part.patience} epochs.")
         checkpoints.wait()

@@ -58,7 +58,8 @@ def probe_head(
       recipe: for the seed and the compute dtype.
       taxonomy: all tasks.
       encoder, weights: the pretrained encoder, perhaps with a head, whose other tasks' rows stay what they are.
-      train: examples to fit on, by task; of many or long ones a random part, see `MAX_EXAMPLES` and `MAX_TOKENS`.
+      train: examples to fit on, by task, of which those with labels of their own are taken; of many or long ones a
+        random part, see `MAX_EXAMPLES` and `MAX_TOKENS`.
       dev: examples to fit the temperatures on, by which the rows are divided.
       tasks: whose rows to find.
 
@@ -76,7 +77,8 @@ def probe_head(
             continue
         split = train[task.name]
         most = max(MAX_EXAMPLES, EXAMPLES_PER_LABEL * len(task.labels))
-        rows = np.random.default_rng(recipe.seed).permutation(len(split.ids))[:most]
+        labelled = np.flatnonzero(split.labelled_N)
+        rows = labelled[np.random.default_rng(recipe.seed).permutation(len(labelled))[:most]]
         tokens_N = np.cumsum([len(split.ids[row]) for row in rows])
         rows = rows[: max(1, np.searchsorted(tokens_N, MAX_TOKENS, side="right"))]
         features_ND = predictor.logits([split.ids[row] for row in rows])

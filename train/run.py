@@ -19,6 +19,7 @@ from ..model.sharding import make_layout
 from .baseline import BaselineScore, tfidf_svm
 from .calibration import fit_calibration, without_thresholds
 from .config import TrainJob, read_curriculum
+from .curriculum import stages_for
 from .evaluation import measure
 from .inputs import Inputs, load_inputs, open_data
 from .loop import Fitted, Running, Trainee, fit
@@ -113,8 +114,11 @@ def run_job(job: TrainJob) -> TrainResult | None:
     weights = _begin_with(job, start, inputs, say)
     first_decides(lambda: _write_job(job) is None)
     running = Running(layout, job.save_steps, job.save_minutes, _job_json(job))
+    recipe = job.recipe
+    if job.curriculum is None:
+        recipe = dataclasses.replace(recipe, curriculum=stages_for(recipe.curriculum, inputs.taxonomy, say))
     trainee = Trainee(
-        job.recipe,
+        recipe,
         inputs.taxonomy,
         encoder,
         inputs.splits["train"],

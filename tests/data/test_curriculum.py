@@ -67,6 +67,25 @@ def test_tasks_come_in_their_shares_and_their_examples_in_turn(sizes: list[int],
         assert batches.drawn((window + 1) * curriculum.WINDOW).sum() == rows
 
 
+def test_a_task_of_no_share_is_not_drawn_however_many_rows_there_are() -> None:
+    for shares in ([0.1] * 10 + [0.0], [0.0] + [0.1] * 10, [1 / 3] * 3 + [0.0, 0.0]):
+        plan = make([1] * len(shares), shares)._plan
+        for steps in (1, 3, 256, 10**7 + 1, 10**9, 10**12 + 7):
+            due_T = plan.due(steps)
+            assert due_T.sum() == 4 * steps
+            assert not due_T[np.array(shares) == 0].any()
+            np.testing.assert_allclose(due_T, np.array(shares) * 4 * steps, atol=1 + 1e-11 * steps)
+
+
+def test_what_was_drawn_is_counted_from_the_batches() -> None:
+    batches = make([30, 0, 20, 5], [0.5, 0, 0.3, 0.2])
+    for steps in (0, 1, 100, 300):
+        tasks = [task for step in range(steps) for task in batches.batch(step).tasks_B.tolist()]
+        assert batches.drawn(steps).tolist() == np.bincount(tasks, minlength=4).tolist()
+    window = make([30, 0, 20, 5], [0.5, 0, 0.3, 0.2])._plan
+    assert batches.drawn(100).tolist() != window.due(100).tolist()  # within a window luck decides
+
+
 def test_tasks_and_targets_belong_to_the_examples() -> None:
     batch = make([30, 20], [0.5, 0.5]).batch(7)
     for row, number in enumerate(numbers(batch)):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import hypothesis.strategies as st
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,6 +12,7 @@ from scipy.sparse import csr_array
 
 from classer.data.errors import InputError
 from classer.data.taxonomy import Label, Task, TaskKind, Taxonomy, with_ancestors
+from classer.tests.strategies import trees
 
 # a ─ b ─ c, d;  a ─ e;  f: of uneven depth, children before their parents too
 TREE = Task(
@@ -20,17 +23,6 @@ TREE = Task(
         for name, parent in (("c", "b"), ("a", None), ("b", "a"), ("d", "b"), ("e", "a"), ("f", None))
     ),
 )
-
-
-@st.composite
-def trees(draw: st.DrawFn) -> Task:
-    """A tree of 3 to 12 labels, in any order."""
-    count = draw(st.integers(3, 12))
-    parents = [draw(st.integers(-1, i - 1)) for i in range(count)]
-    parents[1], parents[2] = draw(st.sampled_from([(0, 0), (-1, 1)]))  # two leaves at least, and one parent
-    order = draw(st.permutations(range(count)))
-    labels = [Label(f"l{i}", parent=None if parents[i] < 0 else f"l{parents[i]}") for i in order]
-    return Task("t", TaskKind.HIERARCHICAL, tuple(labels))
 
 
 def test_the_shape_of_a_tree() -> None:
@@ -83,9 +75,17 @@ def labels(*pairs: tuple[str, str | None]) -> list[dict]:
         ("hierarchical", [{"name": "x", "parent": ["a", "b"]}], r"'x' has a list of parents; a label has one at most"),
         ("hierarchical", labels(("a", None), ("x", "a"), ("x", "a")), r"names the label 'x' twice"),
         ("hierarchical", labels(("x", "nowhere"), ("y", None)), r"'x' has the parent 'nowhere', which is no label"),
-        ("hierarchical", labels(("x", None), ("y", None)), r"none of its labels has a parent; .* call it multiclass"),
-        ("hierarchical", labels(("x", None), ("y", "x")), r"has one leaf only"),
+        (
+            "hierarchical",
+            labels(("x", None), ("y", None)),
+            r"none of its labels has a parent; .* call it multiclass\. It has 'x', 'y'\.",
+        ),
+        ("hierarchical", labels(("x", None), ("y", "x")), r"has one leaf only, 'y'"),
         ("multiclass", labels(("x", None), ("y", "x")), r"is multiclass, but its label 'y' has a parent"),
+        ("binary", labels(*((f"l{i}", None) for i in range(7))), r"needs 2 labels, not 7 \('l0', .*'l4' and 2 more\)"),
+        ("binary", labels(("x", None)), r"'t' is binary and so needs 2 labels, not 1 \('x'\)"),
+        ("multiclass", labels(("x", None)), r"'t' is multiclass and so needs at least 2 labels, not 1 \('x'\)"),
+        ("multiclass", [], r"needs at least 2 labels, not 0\."),
         ("hierarchical", [{"name": "x", "parent": 3}], r"the parent of the label 'x' must be a string, not 3"),
     ],
 )
@@ -104,7 +104,7 @@ def test_the_label_table_numbers_all_tasks_labels() -> None:
     assert set(table.group_L[:2]) & set(table.group_L[2:]) == set()
 
 
-def test_a_tree_of_twenty_thousand_labels() -> None:
+def test_a_tree_of_twenty_thousand_labels(tmp_path: Path) -> None:
     entries = labels(*((f"top {i}", None) for i in range(200)))
     entries += labels(*((f"label {i}", f"top {i % 200}") for i in range(20_000)))
     taxonomy = Taxonomy.from_json(
@@ -112,3 +112,8 @@ def test_a_tree_of_twenty_thousand_labels() -> None:
     )
     assert taxonomy.table.num_groups == 201
     assert taxonomy.tasks[0].path(20_199) == ("top 199", "label 19999")
+    file = tmp_path / "taxonomy.json"
+    file.write_text(json.dumps(taxonomy.to_json()))
+    loaded = Taxonomy.from_json(json.loads(file.read_text()), source=str(file))
+    assert loaded == taxonomy
+    np.testing.assert_array_equal(loaded.table.group_L, taxonomy.table.group_L)

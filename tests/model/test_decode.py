@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from classer.data.errors import InputError
 from classer.data.taxonomy import Label, Task, TaskKind
 from classer.model.decode import Calibration, choose, choose_all, probabilities
+from classer.tests.strategies import trees
 
 
 def task(kind: TaskKind, count: int) -> Task:
@@ -154,16 +155,17 @@ def test_a_trees_probabilities_are_products_along_paths():
     np.testing.assert_allclose(probs, [[0.1, 0.75, 0.5, 0.4, 0.25, 0.25]], rtol=1e-6)
 
 
-@given(tree_logits, temperatures)
-def test_a_trees_leaves_sum_to_one_and_a_parent_is_as_probable_as_its_children(logits_NL, temperature):
-    probs = probabilities(TREE, logits_NL, Calibration(temperature))
+@given(trees(), st.data(), temperatures)
+def test_a_trees_leaves_sum_to_one_and_a_parent_is_as_probable_as_its_children(tree, data, temperature):
+    logits_NL = data.draw(hnp.arrays(np.float64, (4, len(tree.labels)), elements=st.floats(-1e30, 1e30)))
+    probs = probabilities(tree, logits_NL, Calibration(temperature))
     assert np.isfinite(probs).all()
-    np.testing.assert_allclose(probs[:, TREE.leaves_L].sum(axis=1), 1, rtol=1e-5)
-    for label, parent in enumerate(TREE.parent_L):
+    np.testing.assert_allclose(probs[:, tree.leaves_L].sum(axis=1), 1, rtol=1e-5)
+    for label, parent in enumerate(tree.parent_L):
         if parent >= 0:
             assert (probs[:, parent] >= probs[:, label]).all()
-    np.testing.assert_allclose(probs[:, 2], probs[:, 0] + probs[:, 3], atol=1e-6)
-    np.testing.assert_allclose(probs[:, 1], probs[:, 2] + probs[:, 4], atol=1e-6)
+    for parent in np.flatnonzero(~tree.leaves_L):
+        np.testing.assert_allclose(probs[:, parent], probs[:, tree.parent_L == parent].sum(axis=1), atol=1e-6)
 
 
 def test_a_nan_in_a_tree_stays_in_its_row():

@@ -160,7 +160,7 @@ def test_serving_nothing(refused: Callable[..., str]) -> None:
         (
             {"name": "tree", "kind": "hierarchical", "labels": [{"name": "a"}]},
             "tree/task.json: Task 'tree' is hierarchical, but none of its labels has a parent; give some, or call it "
-            "multiclass.",
+            "multiclass. It has 'a'.",
         ),
         ({"name": "tree", "kind": "binary"}, "tree/task.json: the task has no field 'labels'."),
         (

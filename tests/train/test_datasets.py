@@ -162,3 +162,36 @@ def test_a_folder_without_a_split_to_train_on_is_refused(tmp_path: Path) -> None
 def test_too_few_examples_to_set_any_aside_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"train\.jsonl: 2 examples of 2 labels are too few"):
         load(write_rows(tmp_path / "train.jsonl", ("x", "a"), ("y", "b")))
+
+
+def write_soft(file: Path, *texts: str) -> Path:
+    file.write_text("".join(json.dumps({"text": t, "probabilities": {"a": 0.6, "b": 0.4}}) + "\n" for t in texts))
+    return file
+
+
+def test_every_example_of_a_text_has_its_soft_label(tmp_path: Path) -> None:
+    train = write_rows(tmp_path / "train.jsonl", ("x", "a"), ("y", "b"), ("x", "a"), ("x", "b"))
+    dev = write_rows(tmp_path / "dev.jsonl", ("z", "a"))
+    dataset, said = load(train, dev=dev, soft_labels=write_soft(tmp_path / "soft.jsonl", "x", "new"))
+    examples = [(example.text, example.labels, example.soft is not None) for example in only(dataset.train)]
+    assert examples[:4] == [("x", ("a",), True), ("y", ("b",), False), ("x", ("a",), True), ("x", ("b",), True)]
+    assert examples[4:] == [("new", (), True)]
+    assert said[-1].endswith("soft labels for 3 of 4 training examples, and 1 texts without other labels.")
+
+
+def test_texts_that_were_not_drawn_do_not_come_back_as_soft_examples(tmp_path: Path) -> None:
+    rows = [(f"text {i}", "ab"[i % 2]) for i in range(40)]
+    train = write_rows(tmp_path / "train.jsonl", *rows)
+    test = write_rows(tmp_path / "test.jsonl", *((f"test {i}", "ab"[i % 2]) for i in range(10)))
+    texts = [*(text for text, _ in rows), *(f"TEST {i}" for i in range(10)), "new"]
+    soft = write_soft(tmp_path / "soft.jsonl", *texts)
+    dataset, said = load(train, test=test, texts=20, held_out_texts=3, soft_labels=soft)
+    drawn, extra = only(dataset.train)[:-1], only(dataset.train)[-1]
+    assert (extra.text, extra.labels) == ("new", ())
+    assert all(example.labels and example.soft for example in drawn)
+    measured = len(only(dataset.dev)) + 3
+    assert said[-1].endswith(
+        f"soft labels for {len(drawn)} of {len(drawn)} training examples, and 1 texts without other labels; "
+        f"{measured} left out, which are to be measured on; {50 - len(drawn) - measured} left out, whose examples were "
+        "not drawn."
+    )

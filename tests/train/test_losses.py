@@ -6,10 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 from classer.data.taxonomy import Label, LabelTable, Task, TaskKind, Taxonomy
 from classer.model.decode import Calibration, probabilities
+from classer.tests.strategies import trees
 from classer.train.losses import (
     SoftTargets,
     answers,
@@ -213,6 +216,22 @@ def test_answers_are_those_that_decoding_gives_of_the_examples_own_task() -> Non
     assert got_BL[0, 0] == 0  # the inner label a
     huge_BL = jnp.full((5, 9), -1e4).at[:, 2].set(1e4)
     assert np.isfinite(answers(MIXED.table, huge_BL, jnp.asarray(TASKS_B))).all()
+
+
+@settings(deadline=None, max_examples=15)
+@given(trees(), st.integers(0, 99))
+def test_the_losses_probabilities_of_any_tree_are_decodings(task: Task, seed: int) -> None:
+    table = Taxonomy((task,)).table
+    logits_BL = np.random.default_rng(seed).normal(0, 3, (2, len(task.labels))).astype(np.float32)
+    tasks_B = jnp.zeros(2, jnp.int32)
+    probs_BL = probabilities(task, logits_BL, Calibration())
+    got_BL = np.asarray(answers(table, jnp.asarray(logits_BL), tasks_B))
+    np.testing.assert_allclose(got_BL.sum(axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(got_BL, np.where(task.leaves_L, probs_BL, 0), rtol=1e-4, atol=1e-9)
+    for label in range(len(task.labels)):  # inner ones too: none is likelier than the one above
+        targets_BL = jnp.zeros(logits_BL.shape).at[:, label].set(1)
+        got = classification_loss(table, jnp.asarray(logits_BL), targets_BL, tasks_B, jnp.ones(2))
+        assert float(got) == pytest.approx(-np.log(probs_BL[:, label].astype(np.float64)).mean(), rel=1e-4, abs=1e-5)
 
 
 def test_a_teachers_answers_are_mixed_in_where_there_are_any() -> None:

@@ -7,8 +7,13 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.sparse import csr_array
 
 from classer.data.errors import InputError
 from classer.data.examples import Example
@@ -16,13 +21,16 @@ from classer.data.soft_labels import read_soft_labels, read_vectors, vectors_fil
 from classer.data.taxonomy import Label, Task, TaskKind, Taxonomy
 from classer.model.bundle import load_bundle
 from classer.model.classifier import TextClassifier
+from classer.model.decode import Calibration, probabilities
 from classer.model.quantize import variables
 from classer.tests.helpers import TOPICS, toy_text, write_toy_data
+from classer.tests.strategies import trees
 from classer.tools.cli import main
 from classer.train.config import CurriculumStage, Recipe, TrainJob, read_curriculum
 from classer.train.curriculum import plan_curriculum
 from classer.train.datasets import load_dataset
 from classer.train.evaluation import TokenizedSplit, join, soften, tokenize
+from classer.train.losses import SoftTargets, classification_loss
 from classer.train.run import TrainResult, train
 
 TREE = Task(
@@ -297,6 +305,57 @@ def test_softening_is_dividing_the_teachers_logits(tiny_bundle) -> None:
         np.testing.assert_allclose(soften(task, split.soft, 2.5).toarray(), answers(2.5), rtol=1e-4)
 
 
+def test_of_very_many_labels_about_as_likely_as_each_other_some_are_written(tmp_path: Path) -> None:
+    task = Task("t", TaskKind.MULTICLASS, tuple(Label(f"l{i}") for i in range(20_000)))
+    probs_NL = np.full((1, 20_000), 1 / 20_000)
+    probs_NL[0, 7], probs_NL[0, 8] = 9e-5, 1e-6
+    file = tmp_path / "soft.jsonl"
+    write_soft_labels(file, task, ["x"], probs_NL)
+    (answer,) = read_soft_labels(file, Taxonomy((task,))).values()
+    assert max(answer, key=lambda label: answer[label]) == "l7"
+    assert len(answer) == 19_999
+    assert answer["l0"] == pytest.approx(5e-5, rel=0.1)
+
+
+flat = st.sampled_from(
+    [Task("t", kind, tuple(map(Label, "abc"))) for kind in (TaskKind.MULTICLASS, TaskKind.MULTILABEL)]
+)
+
+
+@settings(deadline=None, max_examples=15)
+@given(flat | trees(), st.integers(0, 99))
+def test_a_student_with_its_teachers_logits_has_nothing_to_learn(task: Task, seed: int) -> None:
+    logits_NL = np.random.default_rng(seed).normal(0, 2, (3, len(task.labels))).astype(np.float32)
+    probs_NL = np.where(task.leaves_L, probabilities(task, logits_NL, Calibration()), 0)
+    taxonomy, ones = Taxonomy((task,)), jnp.ones(3)
+    split = TokenizedSplit([np.zeros(2, np.int32)] * 3, csr_array((3, len(task.labels)), dtype=np.float32))
+    split = dataclasses.replace(split, soft=csr_array(probs_NL), has_soft_N=np.ones(3, bool))
+
+    @jax.grad
+    def gradient(logits_BL, soft_BL, temperature):
+        soft = SoftTargets(soft_BL, ones)
+        tasks_B, targets_BL = jnp.zeros(3, jnp.int32), jnp.zeros_like(logits_BL)
+        return classification_loss(
+            taxonomy.table, logits_BL, targets_BL, tasks_B, ones, soft=soft, temperature=temperature
+        )
+
+    for temperature in (1.0, 2.0):
+        soft = join(taxonomy, {"t": split}, soft_share=1.0, temperature=temperature).soft
+        assert soft is not None
+        gradient_BL = gradient(jnp.asarray(logits_NL), jnp.asarray(soft.toarray()), temperature)
+        np.testing.assert_allclose(gradient_BL, 0, atol=1e-5)
+
+
+def test_what_lies_below_a_label_has_as_much_of_it_once_softened() -> None:
+    """Also of answers that stop at inner labels."""
+    probs_NL = np.array([[0.2, 0.5, 0.0, 0.1, 0.2], [0.0, 0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.9, 0.1]])
+    soft_NL = soften(TREE, csr_array(probs_NL), 2.0).toarray()
+    # inside 0.7 of which food 5/7, outside 0.3 of which all goes on to sport and weather, 1 to 2
+    inside, sport = 0.7**0.5 / (0.7**0.5 + 0.3**0.5), 1 / (1 + 2**0.5)
+    first = [inside * 2 / 7, inside * 5 / 7, 0, (1 - inside) * sport, (1 - inside) * (1 - sport)]
+    np.testing.assert_allclose(soft_NL, [first, [0] * 5, [0, 0, 0, 0.75, 0.25]], rtol=1e-5)
+
+
 def test_joined_examples_have_their_tasks_columns(tiny_bundle) -> None:
     taxonomy = tiny_bundle.taxonomy
     topic, tags = taxonomy.tasks
@@ -382,6 +441,12 @@ def test_a_curriculum_is_read_from_yaml_and_json(tmp_path: Path) -> None:
         ('[{"name": "a", "kinds": ["tree"]}]', "there is no kind 'tree', only binary, multiclass"),
         ('[{"name": "a/b"}]', "A stage's name names a folder"),
         ('[{"name": "a", "replay": 1.0}]', "replay from 0 to 1"),
+        ('[{"name": "a", "epochs": Infinity}]', "stage 1: Stage 'a': .* epochs finite"),
+        ('[{"name": "a", "epochs": NaN}]', "epochs must be above 0"),
+        ('[{"name": "a", "weights": {"b": Infinity}}]', "stage 1: Stage 'a': weights must be finite and above 0"),
+        ('[{"name": "a", "weights": {"b": NaN}}]', "weights must be finite"),
+        ('[{"name": "a", "temperature": NaN}]', "temperature and epochs must be above 0"),
+        ('[{"name": "a", "learning_rate": Infinity}]', "learning_rate must be finite and at least 0; it is inf"),
         ("[", "is not valid JSON"),
     ],
 )
