@@ -47,7 +47,7 @@ class AotArguments:
       labels: of the whole taxonomy.
       vocab_size: of the tokenizer.
       fsdp: devices that parameters are divided over; 0 is all.
-      tensor: devices that heads and hidden units are divided over.
+      tensor: devices that heads, hidden units and labels are divided over.
       compute_dtype: of activations and products in training.
       serve_batch: texts a batch of the inference program, on one device.
       texts: how many texts the job trains on, for the time that it takes.
