@@ -255,6 +255,8 @@ def test_a_server_that_is_not_there_is_unavailable() -> None:
 def test_an_address_in_use_is_refused_with_a_sentence() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(InputError, match="already in use"):
         run_gateway(GatewayConfig(port=taken.getsockname()[1]))
+    with pytest.raises(InputError, match="must be above 0"):
+        run_gateway(GatewayConfig(max_in_flight=0))
 
 
 def test_it_loads_neither_jax_nor_tensorflow() -> None:
