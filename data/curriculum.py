@@ -38,9 +38,10 @@ def sampling_shares(sizes_T: Sequence[int], weights_T: Sequence[float], temperat
 class StagePlan:
     """Which rows the batches of one stage consist of, drawn from its tasks in fixed shares.
 
-    Of the first k rows of a stage, task t has share · k to within one: no draw of luck decides it. A task's rows go
-    through its examples in a shuffled order, and again in another when they are used up. The rows of `WINDOW` batches
-    are shuffled, and cut into batches of like length as `TrainBatches` cuts an epoch; all batches are full.
+    Of the k rows of a stage's first windows, task t has share · k to within one: no draw of luck decides it. A task's
+    rows go through its examples in a shuffled order, and again in another when they are used up. The rows of a window,
+    `WINDOW` batches, are shuffled, and cut into batches of like length as `TrainBatches` cuts an epoch; all batches are
+    full.
 
     Attributes:
       shares_T: float64, how often each task is drawn.

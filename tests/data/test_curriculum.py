@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from itertools import islice
 
@@ -22,7 +23,8 @@ def make(sizes: list[int], shares: list[float], *, num_steps: int = 600, batch_s
     count = sum(sizes)
     ids = [np.full(5 + 13 * (n % 7), n + 1, np.int32) for n in range(count)]
     tasks_N = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
-    examples = TrainExamples(ids, csr_array(np.eye(count, dtype=np.float32)), tasks_N)
+    targets, shares_N = csr_array(np.eye(count, dtype=np.float32)), np.linspace(0, 1, count, dtype=np.float32)
+    examples = TrainExamples(ids, targets, tasks_N, csr_array(0.5 * targets), shares_N)
     return CurriculumBatches(
         examples, np.array(shares), num_steps, batch_size=batch_size, seed=seed, stage=stage, pad_id=0
     )
@@ -34,8 +36,7 @@ def numbers(batch: Batch) -> list[int]:
 
 def same(left: Batch, right: Batch) -> bool:
     return all(
-        np.array_equal(getattr(left, field), getattr(right, field))
-        for field in ("tokens_BS", "lengths_B", "targets_BL", "tasks_B", "weights_B")
+        np.array_equal(getattr(left, field.name), getattr(right, field.name)) for field in dataclasses.fields(Batch)
     )
 
 
@@ -91,6 +92,8 @@ def test_tasks_and_targets_belong_to_the_examples() -> None:
     for row, number in enumerate(numbers(batch)):
         assert batch.tasks_B[row] == (number >= 30)
         assert batch.targets_BL[row].argmax() == number
+        assert batch.soft_BL is not None
+        assert batch.soft_BL[row].argmax() == number
 
 
 def test_the_next_hundred_batches_after_a_stop_in_the_middle_are_those_that_would_have_come() -> None:

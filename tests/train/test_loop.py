@@ -19,12 +19,13 @@ from classer.model.config import EncoderConfig
 from classer.model.focus import is_gate
 from classer.model.pretrained import load_encoder
 from classer.model.quantize import Weights
-from classer.train import devlook, loop
+from classer.train import devlook, focus, loop
 from classer.train.config import Recipe
 from classer.train.devlook import DevLook
 from classer.train.evaluation import TokenizedSplit
-from classer.train.focus import SOFT_SHARE, draw_focus
+from classer.train.focus import SOFT_SHARE, distilled, draw_focus
 from classer.train.loop import Fitted, Trainee, fit
+from classer.train.probe import probe_head
 from classer.train.runlog import RunLog, open_log
 
 MULTICLASS = Task("toy", TaskKind.MULTICLASS, tuple(Label(name) for name in "abc"))
@@ -166,6 +167,42 @@ def test_relations_to_teachers_vectors_are_learnt_and_go_on_after_a_stop(encoder
     assert_same(fitted(tmp_path / "stopped"), whole)
     assert relation_losses(tmp_path / "stopped") == relation_losses(tmp_path / "whole")
     assert np.mean(relation_losses(tmp_path / "whole")[-3:]) < np.mean(relation_losses(tmp_path / "whole")[:3])
+
+
+def with_soft_only(split: TokenizedSplit, count: int) -> TokenizedSplit:
+    """And as many examples that only a teacher has answered, with [0.6, 0.4, 0]."""
+    N = len(split.ids)
+    targets_NL = np.concatenate([split.targets_NL, np.zeros((count, 3), np.float32)])
+    soft_NL = np.concatenate([np.zeros((N, 3)), np.tile([0.6, 0.4, 0.0], (count, 1))]).astype(np.float32)
+    ids = [*split.ids, *toy_split(MULTICLASS, count, seed=7).ids]
+    return TokenizedSplit(ids, csr_array(targets_NL), 0, csr_array(soft_NL), np.arange(N + count) >= N)
+
+
+def test_examples_that_only_a_teacher_answered_are_no_negatives(encoder, tmp_path: Path) -> None:
+    config, weights = encoder
+    split, dev = toy_split(MULTILABEL, 40, seed=0), toy_split(MULTILABEL, 20, seed=1)
+    counts, heads = [], []
+    for train in (split, with_soft_only(split, 30)):
+        trainee = Trainee(RECIPE, Taxonomy((MULTILABEL,)), config, {"toy": train}, {"toy": dev}, 0, tmp_path)
+        counts.append(loop._counts(trainee))
+        heads.append(probe_head(RECIPE, trainee.taxonomy, config, weights, {"toy": train}, {"toy": dev}, ["toy"]))
+    np.testing.assert_array_equal(counts[0][0], counts[1][0])
+    assert counts[0][1].tolist() == counts[1][1].tolist() == [40]
+    for name, value in heads[0].items():
+        np.testing.assert_allclose(value, heads[1][name], rtol=1e-3, atol=1e-4)
+
+
+def test_learning_to_focus_takes_a_teachers_answer_where_there_is_no_label(
+    encoder, tmp_path: Path, monkeypatch
+) -> None:
+    answers_NL = np.random.default_rng(0).dirichlet(np.ones(3), 9).astype(np.float32)
+    monkeypatch.setattr(focus, "_answers", lambda *_: csr_array(answers_NL))
+    split = with_soft_only(toy_split(MULTICLASS, 6, seed=0), 3)
+    weights = {**encoder[1], "head.kernel": np.zeros((32, 3), np.float32), "head.bias": np.zeros(3, np.float32)}
+    mixed = distilled(RECIPE, Taxonomy((MULTICLASS,)), encoder[0], weights, {"toy": split}, tmp_path)["toy"]
+    known_NL = np.concatenate([split.targets_NL[:6], np.tile([0.6, 0.4, 0.0], (3, 1))])
+    np.testing.assert_allclose(mixed.targets_NL, 0.7 * answers_NL + 0.3 * known_NL, rtol=1e-5)
+    np.testing.assert_allclose(mixed.targets_NL.sum(axis=1), 1, rtol=1e-5)
 
 
 FOCUSED = dataclasses.replace(RECIPE, epochs=2, focus_epochs=3)
