@@ -276,5 +276,6 @@ def keep_bias(scores_BS: jax.Array, kept_B: jax.Array, temperature: jax.Array | 
     soft_BS = jax.nn.log_sigmoid((scores_BS - threshold_B1) / temperature)
     soft_BS = jnp.where(jnp.abs(scores_BS) >= SURE, 0.0, soft_BS)  # specials stay, padding is masked elsewhere
     # In a row that drops nothing (but padding) nobody is dimmed.
-    soft_BS = jnp.where(highest_cut_B1 <= -SURE, 0.0, soft_BS)
+    drops_none_B1 = (highest_cut_B1 <= -SURE) | (kept_B >= S)[:, None]
+    soft_BS = jnp.where(drops_none_B1, 0.0, soft_BS)
     return jnp.where(hard_B[:, None], jnp.where(kept_BS, 0.0, -SURE), soft_BS)
