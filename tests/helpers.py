@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -121,6 +122,30 @@ def write_toy_data(file: Path, kind: TaskKind, count: int, *, seed: int = 0) -> 
             row |= {"label": labels[0]} if kind.exclusive else {"labels": labels}
             out.write(json.dumps(row) + "\n")
     return file
+
+
+@contextlib.contextmanager
+def rows_trained_on() -> Iterator[dict[str, collections.Counter[int]]]:
+    """Counts the rows of each task, by its number, that reach the training step, for each part of a run by folder."""
+    import pytest
+
+    from classer.train import loop  # here, for tests of serving do without
+
+    counts: dict[str, collections.Counter[int]] = {}
+    make_step = loop._make_step
+
+    def counting(part: Any, *arguments: Any) -> Any:
+        step, count = make_step(part, *arguments), counts.setdefault(part.folder.name, collections.Counter())
+
+        def counted(state: Any, batch: Any) -> Any:
+            count.update(batch.tasks_B[batch.weights_B > 0].tolist())
+            return step(state, batch)
+
+        return counted
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loop, "_make_step", counting)
+        yield counts
 
 
 TOY_LENGTH = 16

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -19,11 +20,11 @@ from classer.data.errors import InputError
 from classer.data.examples import Example
 from classer.data.soft_labels import read_soft_labels, read_vectors, vectors_file, write_soft_labels
 from classer.data.taxonomy import Label, Task, TaskKind, Taxonomy
-from classer.model.bundle import load_bundle
+from classer.model.bundle import load_bundle, save_bundle
 from classer.model.classifier import TextClassifier
 from classer.model.decode import Calibration, probabilities
 from classer.model.quantize import variables
-from classer.tests.helpers import TOPICS, toy_text, write_toy_data
+from classer.tests.helpers import TOPICS, rows_trained_on, toy_text, write_toy_data
 from classer.tests.strategies import trees
 from classer.tools.cli import main
 from classer.train.config import CurriculumStage, Recipe, TrainJob, read_curriculum
@@ -31,6 +32,7 @@ from classer.train.curriculum import plan_curriculum
 from classer.train.datasets import load_dataset
 from classer.train.evaluation import TokenizedSplit, join, soften, tokenize
 from classer.train.losses import SoftTargets, classification_loss
+from classer.train.presets import multitask
 from classer.train.run import TrainResult, train
 
 TREE = Task(
@@ -87,11 +89,20 @@ def job(tiny_encoder: Path, tasks: Path) -> TrainJob:
 
 
 @pytest.fixture(scope="module")
-def finished(job: TrainJob) -> TrainResult:
-    return train(job)
+def watched(job: TrainJob) -> tuple[TrainResult, dict[str, Counter[int]]]:
+    """The finished run, and how many rows of each task its stages were trained on."""
+    with rows_trained_on() as rows:
+        return train(job), rows
 
 
-def test_one_model_learns_all_tasks_by_the_curriculum(job: TrainJob, finished: TrainResult) -> None:
+@pytest.fixture(scope="module")
+def finished(watched: tuple[TrainResult, dict[str, Counter[int]]]) -> TrainResult:
+    return watched[0]
+
+
+def test_one_model_learns_all_tasks_by_the_curriculum(
+    job: TrainJob, finished: TrainResult, watched: tuple[TrainResult, dict[str, Counter[int]]]
+) -> None:
     assert [scores.task for scores in finished.tasks] == ["topic", "topics", "where"]
     for scores in finished.tasks:
         assert (scores.split, scores.float_metrics.n) == ("test", 40)
@@ -104,6 +115,12 @@ def test_one_model_learns_all_tasks_by_the_curriculum(job: TrainJob, finished: T
     for name in ("topic", "topics", "where"):
         assert (job.out / "results" / name / "report.md").is_file()
     counts = json.loads((job.out / "stages" / "curriculum.json").read_text())
+    names = ("topic", "topics", "where")
+    assert counts == {stage: {name: rows[i] for i, name in enumerate(names)} for stage, rows in watched[1].items()}
+    for stage, of_stage in counts.items():
+        logged = map(json.loads, (job.out / "stages" / stage / "metrics.jsonl").read_text().splitlines())
+        drawn = [record for record in logged if "drawn/topic" in record]
+        assert [{name: record[f"drawn/{name}"] for name in names} for record in drawn] == [of_stage]
     assert counts["first"]["topics"] == counts["first"]["where"] == 0
     share = counts["second"]["topic"] / sum(counts["second"].values())
     assert share == pytest.approx(0.2, abs=0.01)
@@ -148,6 +165,8 @@ def test_a_run_stopped_between_stages_goes_on_to_the_same_weights(
     resumed = train(dataclasses.replace(again, resume=True))
     for name, value in resumed.float_bundle.weights.items():
         np.testing.assert_array_equal(value, finished.float_bundle.weights[name], err_msg=name)
+    drawn = "stages/curriculum.json"
+    assert (again.out / drawn).read_text() == (job.out / drawn).read_text()
 
 
 def test_a_bundle_teaches_and_its_answers_are_learnt_from(
@@ -155,9 +174,18 @@ def test_a_bundle_teaches_and_its_answers_are_learnt_from(
 ) -> None:
     soft = tmp_path / "soft.jsonl"
     bundle = str(job.out / "bundle-float32")
-    command = ["teach", "--teacher", bundle, bundle, "--weights", "3", "1", "--data", str(tasks / "where")]
+    sure = finished.float_bundle
+    unsure = {name: 0.1 * value if name.startswith("head.") else value for name, value in sure.weights.items()}
+    second = save_bundle(dataclasses.replace(sure, weights=unsure), tmp_path / "second")
+    command = ["teach", "--teacher", bundle, str(second.path), "--weights", "3", "1", "--data", str(tasks / "where")]
     assert main([*command, "--out", str(soft)]) == 0
     rows = [json.loads(line) for line in soft.read_text().splitlines()]
+    ids = sure.tokenizer.encode([row["text"] for row in rows], sure.max_length).ids
+    one_NL, other_NL = (teacher.probabilities("where", teacher.predictor().logits(ids)) for teacher in (sure, second))
+    assert np.abs(one_NL - other_NL).max() > 0.1
+    for row, probs_L in zip(rows, 0.75 * one_NL + 0.25 * other_NL, strict=True):
+        expected = {name: probs_L[TREE.index[name]] for name in row["probabilities"]}
+        assert row["probabilities"] == pytest.approx(expected, abs=3e-4)
     assert len({row["text"] for row in rows}) == len(rows)
     assert all(set(row["probabilities"]) <= {"food", "sport", "weather"} for row in rows)
     assert main([*command, "--out", str(soft)]) == 2
@@ -412,6 +440,23 @@ def test_a_stage_in_steps_without_names_is_for_all_tasks() -> None:
 def test_a_curriculum_that_does_not_fit_the_tasks_is_refused(stages: list[CurriculumStage], message: str) -> None:
     with pytest.raises(InputError, match=message):
         planned(*stages)
+
+
+def test_the_preset_trains_where_some_kinds_have_no_task(
+    tiny_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data").mkdir()
+    for name in ("one", "two"):
+        write_task(tmp_path / "data", Task(name, TaskKind.MULTICLASS, tuple(map(Label, TOPICS))), train=60, dev=20)
+    recipe = dataclasses.replace(multitask.RECIPE, encoder=str(tiny_encoder), max_length=16)
+    train(TrainJob(data=tmp_path / "data", out=tmp_path / "run", recipe=recipe))
+    said = capsys.readouterr().out
+    assert "Stage 'binary' is left out: there is no binary task." in said
+    assert "Stage 'flat' replays nothing, for no task came before it." in said
+    assert "Stage 'hierarchical' is left out: there is no hierarchical task." in said
+    assert list(json.loads((tmp_path / "run/stages/curriculum.json").read_text())) == ["flat"]
+    with pytest.raises(InputError, match="'binary' tasks, but there is none"):
+        plan_curriculum(multitask.RECIPE.curriculum, Taxonomy((TREE,)), [10], 10)
 
 
 YAML = """

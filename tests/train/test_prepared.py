@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from classer.data.tokenizer import WordPieceTokenizer
 from classer.model.bundle import load_bundle
 from classer.model.decode import Calibration
 from classer.model.focus import Focus
-from classer.tests.helpers import TOY_LENGTH, VOCAB, no_progress, write_shards, write_toy_data
+from classer.tests.helpers import TOY_LENGTH, VOCAB, no_progress, rows_trained_on, write_shards, write_toy_data
 from classer.train.config import CurriculumStage, Recipe, TrainJob
 from classer.train.evaluation import measure
 from classer.train.prepared import is_prepared, load_splits, text_of
@@ -76,19 +78,28 @@ def test_workers_make_the_same_batches(shards: Path, tiny_encoder: Path, tmp_pat
 
 def test_a_curriculum_is_trained_on_shards(shards: Path, tiny_encoder: Path, tmp_path: Path) -> None:
     job = job_of(shards, tmp_path / "run", tiny_encoder, curriculum=CURRICULUM)
-    result = train(job)
+    with rows_trained_on() as rows:
+        result = train(job)
     assert result.tasks[0].float_metrics.accuracy > 0.9
     assert result.tasks[1].float_metrics.micro_f1 > 0.7
     drawn = json.loads((job.out / "stages" / "curriculum.json").read_text())
     sizes = [len(numbers) for numbers in Shards(shards).numbers_T]
     assert drawn["flat"] == {"toy": pytest.approx(4 * sizes[0], abs=32), "tags": 0}
     assert drawn["many"]["tags"] == pytest.approx(12 * sizes[1], abs=200)
-    assert drawn["many"]["toy"] == pytest.approx(0.4 * sum(drawn["many"].values()), abs=1)
+    assert drawn["many"]["toy"] == pytest.approx(0.4 * sum(drawn["many"].values()), rel=0.05)
+    assert drawn == {stage: {"toy": of[0], "tags": of[1]} for stage, of in rows.items()}
 
 
 def test_a_classifier_on_shards_learns_to_focus(shards: Path, tiny_encoder: Path, tmp_path: Path) -> None:
     result = train(job_of(shards, tmp_path / "run", tiny_encoder, focus_epochs=6))
     assert (tmp_path / "run" / "focus" / "metrics.jsonl").is_file()
+    checkpoints = [path for path in (tmp_path / "run" / "focus" / "checkpoints").iterdir() if path.is_dir()]
+    for checkpoint in checkpoints:  # the dense classifier, which teaches, is in none
+        tree = json.loads((checkpoint / "state" / "_METADATA").read_text())["tree_metadata"]
+        tops = Counter(ast.literal_eval(path)[0] for path in tree)
+        assert set(tops) == {"params", "opt_state", "step"}
+        assert tops["params"] == len(result.float_bundle.weights)
+        assert tops["opt_state"] - 2 * tops["params"] <= 4  # two moments each, and counts
     dev = load_splits(job_of(shards, tmp_path, tiny_encoder), Shards(shards), lambda _: None)["dev"]["toy"]
     focus = Focus.pyramid(0.5, result.float_bundle.encoder.num_layers)
     taxonomy = result.float_bundle.taxonomy
@@ -143,6 +154,9 @@ def test_a_run_that_was_stopped_goes_on_with_the_next_batch(
     resumed = train(dataclasses.replace(job, resume=True))
     for name, value in whole.float_bundle.weights.items():
         np.testing.assert_array_equal(resumed.float_bundle.weights[name], value, err_msg=name)
+    if "curriculum" in recipe:
+        drawn = "stages/curriculum.json"
+        assert (job.out / drawn).read_text() == (tmp_path / "whole" / drawn).read_text()
 
 
 @pytest.mark.parametrize(
