@@ -169,7 +169,7 @@ class TrainJob:
       resume: go on with the run in `out` from its last checkpoint.
       baseline: also train TF-IDF + linear SVM on the same examples, and print both scores.
       fsdp: devices that parameters and optimiser are divided over; fsdp × tensor must divide the number of devices.
-      tensor: devices that attention heads and hidden units are divided over.
+      tensor: devices that attention heads, hidden units and labels are divided over.
       input_workers: processes that make batches of what `classer prepare` made, for each process that trains; 0 makes
         them in a thread of that one, which does for all but the fastest devices.
       save_minutes: save within an epoch when so many have passed; 0 saves at the ends of epochs only.
