@@ -231,6 +231,8 @@ def test_labels_are_held_against_the_task():
         check_labels(task, examples_of(("refund",), ("refnd",)))
     with pytest.raises(InputError, match=r"f\.csv, row 1: 0 labels, but 't' is a multiclass task"):
         check_labels(task, examples_of(()))
+    with pytest.raises(InputError, match=r"row 1: 2 labels \('refund', 'other'\), but 't' is a multiclass task"):
+        check_labels(task, examples_of(("refund", "other")))
 
 
 def test_many_labels_are_not_all_listed():
