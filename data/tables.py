@@ -173,7 +173,8 @@ def _columnar_rows(path: Path, suffix: str) -> Iterator[Row]:
                         fields[column] = _named(fields[column], class_names[column])
                     yield Row(fields, f"{path}, row {number}")
     except (pyarrow.ArrowException, OSError) as e:
-        raise InputError(f"{path} is no readable {kind} file; after row {number:,}: {str(e).splitlines()[0]}") from None
+        place = f"; after row {number:,}" if number else ""
+        raise InputError(f"{path} is no readable {kind} file{place}: {str(e).splitlines()[0]}") from None
 
 
 def _class_names(metadata: dict[bytes, bytes] | None) -> dict[str, list[str]]:

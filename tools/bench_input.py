@@ -14,9 +14,26 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+
 from classer.data.shards import ShardBatches, Shards
-from classer.tools.accelerators import ACCELERATORS
-from classer.tools.plan_scale import UTILISATION, flops_per_token
+from classer.model.classifier import TextClassifier
+from classer.model.config import native
+from classer.model.sharding import make_layout
+from classer.tools.accelerators import ACCELERATORS, UTILISATION
+from classer.tools.aot import train_program
+from classer.tools.hlo import count_flops
+
+
+def flops_per_token(preset: str, length: int, labels: int = 15_000) -> float:
+    """Model FLOPs of a training step (forward and backward, nothing computed twice) a token, from its jaxpr."""
+    layout = make_layout(jax.devices()[:1])
+    config = native(preset, vocab_size=30_522, max_positions=512)
+    model = TextClassifier(config, labels, jnp.dtype("bfloat16"), scan=True)
+    step, state, batch = train_program(model, 8, length, layout)
+    with layout.active():
+        return count_flops(jax.jit(step).trace(state, batch).jaxpr.jaxpr) / (8 * length)
 
 
 def main() -> int:

@@ -202,7 +202,7 @@ def test_a_soft_row_that_keeps_all_is_the_dense_one(gated) -> None:
     config, weights = gated
     tokens_BS = np.random.default_rng(3).integers(4, config.vocab_size, (2, 64), dtype=np.int32)
     lengths_B = np.array([64, 50], np.int32)
-    draw = FocusDraw(jnp.full((2, config.num_layers), UNITS, jnp.int32), 1.0, jnp.zeros(2, bool))
+    draw = FocusDraw(jnp.full((2, config.num_layers), UNITS, jnp.int32), jnp.float32(1), jnp.zeros(2, bool))
     model, variables = TextClassifier(config, LABELS), {"params": nested(weights)}
     dense_BL, soft_BL = (model.apply(variables, tokens_BS, lengths_B, one) for one in (None, draw))
     np.testing.assert_allclose(np.asarray(soft_BL), np.asarray(dense_BL), atol=1e-5)

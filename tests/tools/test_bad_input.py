@@ -418,7 +418,8 @@ def test_the_real_commands_end_with_2(launcher: bool, classer: Classer, tmp_path
     data = write(tmp_path, "a.csv", "text,label\nq,x\nr,x\n")
     arguments = ("--data", data, "--out", tmp_path / "run")
     done = classer(*arguments, command=LAUNCHER) if launcher else classer("train", *arguments)
-    assert (done.returncode, done.stdout) == (2, "")
+    assert done.returncode == 2
+    assert launcher or not done.stdout  # the launcher says first where things will be
     assert done.stderr == (
         f"classer: error: {data}: All 2 rows have the label 'x'; a classifier needs at least two to tell apart.\n"
     )
