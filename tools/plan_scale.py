@@ -159,13 +159,14 @@ run them. FLOPs are of the matrix products over all devices, from the jaxpr. A G
 memory would compile all the same; `classer aot` compares and fails, as it does where XLA copies whole arrays against
 their sharding. *Moving* is the least time that the collectives take: through a device's own links within a host and
 between TPUs; between hosts the GPUs of one bring an array in together, each by its own port, as NCCL's rings do.
-*Computing* is the time of the products at {UTILISATION:.0%} of the peak.
+TPUs' programs have sums of all in the place of some gathers and scatters, which count as they stand there. *Computing*
+is the time of the products at {UTILISATION:.0%} of the peak.
 
 ## {PAIRS / 1e6:,.0f} million pairs
 
-{EPOCHS} pass over {PAIRS / 1e6:,.0f} million texts of {train[0].length} tokens with padding, in the steps above. A step
-takes the longer of moving and computing, which go on at once; computing is at {UTILISATION:.0%} of the peak in model
-FLOPs, which do not count rematerialisation.
+{EPOCHS} pass over {PAIRS / 1e6:,.0f} million texts of {train[0].length} tokens with padding, in the steps above. A step takes the longer of moving and
+computing, which go on at once; computing is at {UTILISATION:.0%} of the peak in model FLOPs, which do not count
+rematerialisation.
 
 {plan_table(train)}
 
