@@ -164,9 +164,9 @@ is the time of the products at {UTILISATION:.0%} of the peak.
 
 ## {PAIRS / 1e6:,.0f} million pairs
 
-{EPOCHS} pass over {PAIRS / 1e6:,.0f} million texts of {train[0].length} tokens with padding, in the steps above. A step takes the longer of moving and
-computing, which go on at once; computing is at {UTILISATION:.0%} of the peak in model FLOPs, which do not count
-rematerialisation.
+{EPOCHS} pass over {PAIRS / 1e6:,.0f} million texts of {train[0].length} tokens with padding, in the steps above.
+A step takes the longer of moving and computing, which go on at once; computing is at {UTILISATION:.0%} of the peak in
+model FLOPs, which do not count rematerialisation.
 
 {plan_table(train)}
 
