@@ -252,7 +252,9 @@ def keep_bias(scores_BS: jax.Array, kept_B: jax.Array, temperature: jax.Array | 
 
     Args:
       scores_BS: from `token_scores`.
-      kept_B: how many each row keeps; a row that keeps all of its tokens is left as it is.
+      kept_B: how many each row keeps. A row that keeps all of its tokens is left as it is, unless it fills its bucket:
+        then τ is its lowest score, and dims them. A first gate that keeps all learns by that alone, and those behind it
+        learnt less without it (`test_the_gate_learns_which_token_matters`).
       temperature: of the sigmoid.
       hard_B: bool, the rows whose tokens below the cut take no part at all.
 
@@ -276,6 +278,5 @@ def keep_bias(scores_BS: jax.Array, kept_B: jax.Array, temperature: jax.Array | 
     soft_BS = jax.nn.log_sigmoid((scores_BS - threshold_B1) / temperature)
     soft_BS = jnp.where(jnp.abs(scores_BS) >= SURE, 0.0, soft_BS)  # specials stay, padding is masked elsewhere
     # In a row that drops nothing (but padding) nobody is dimmed.
-    drops_none_B1 = (highest_cut_B1 <= -SURE) | (kept_B >= S)[:, None]
-    soft_BS = jnp.where(drops_none_B1, 0.0, soft_BS)
+    soft_BS = jnp.where(highest_cut_B1 <= -SURE, 0.0, soft_BS)
     return jnp.where(hard_B[:, None], jnp.where(kept_BS, 0.0, -SURE), soft_BS)

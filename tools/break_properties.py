@@ -234,7 +234,7 @@ BREAKS = (
     Break(
         "a folder that holds another run is refused",
         "train/run.py",
-        "(not job.out.is_dir() or any(file.name not in launched for file in job.out.iterdir()))",
+        "(not job.out.is_dir() or any(file.name not in ours for file in job.out.iterdir()))",
         "False",
         "tests/train/test_run.py",
     ),

@@ -197,17 +197,6 @@ def test_soft_rows_teach_every_gate_and_all_rows_the_other_weights(gated, texts,
     assert np.abs(gradients["encoder.layer_0.attention.qkv.kernel"]).max() > 1e-6
 
 
-def test_a_soft_row_that_keeps_all_is_the_dense_one(gated) -> None:
-    """Be it as long as its bucket or shorter."""
-    config, weights = gated
-    tokens_BS = np.random.default_rng(3).integers(4, config.vocab_size, (2, 64), dtype=np.int32)
-    lengths_B = np.array([64, 50], np.int32)
-    draw = FocusDraw(jnp.full((2, config.num_layers), UNITS, jnp.int32), jnp.float32(1), jnp.zeros(2, bool))
-    model, variables = TextClassifier(config, LABELS), {"params": nested(weights)}
-    dense_BL, soft_BL = (model.apply(variables, tokens_BS, lengths_B, one) for one in (None, draw))
-    np.testing.assert_allclose(np.asarray(soft_BL), np.asarray(dense_BL), atol=1e-5)
-
-
 def test_the_gate_learns_which_token_matters() -> None:
     """Only one token of each text says its label: after training, a tight hard budget keeps it."""
     import optax
