@@ -79,14 +79,17 @@ def _checked(task: Task, probs: Any, source: str) -> dict[str, float]:
 
 def write_soft_labels(path: Path, task: Task, texts: Iterable[str], probs_NL: Iterable[Any]) -> None:
     """Adds a task's answers to a file. What is too improbable to be written, an exclusive task's other labels share."""
+    leaves = np.flatnonzero(task.leaves_L)
     with path.open("a", encoding="utf-8") as file:
         for text, probs_L in zip(texts, probs_NL, strict=True):
-            leaves = {i: float(p) for i, p in enumerate(probs_L) if task.leaves_L[i]}
+            leaf_probs = np.asarray(probs_L, np.float64)[leaves]
             # Of very many labels all may be improbable: then the likeliest, and those about as likely, are kept.
-            least = min(SMALLEST, max(leaves.values()) / 2) if task.kind.exclusive else SMALLEST
-            kept = {i: p for i, p in leaves.items() if p >= least}
-            scale = 1 / math.fsum(kept.values()) if task.kind.exclusive else 1.0
-            named = {task.label_names[i]: round(p * scale, 6) for i, p in kept.items()}
+            kept = leaf_probs >= (min(SMALLEST, leaf_probs.max() / 2) if task.kind.exclusive else SMALLEST)
+            scale = 1 / leaf_probs[kept].sum() if task.kind.exclusive else 1.0
+            named = {
+                task.label_names[i]: round(p * scale, 6)
+                for i, p in zip(leaves[kept].tolist(), leaf_probs[kept].tolist(), strict=True)
+            }
             file.write(json.dumps({"text": text, "task": task.name, "probabilities": named}, ensure_ascii=False) + "\n")
 
 

@@ -355,9 +355,6 @@ def _fit_part(part: Part, trainee: Trainee, weights: Weights) -> Fitted:
                 checkpoints.save(state, progress)
                 best = " (best so far)" if progress.epochs_since_best == 0 else ""
                 log.say(f"epoch {progress.epoch}/{part.looks} · dev {look.sentence}{best}")
-                if progress.epoch == part.looks and isinstance(batches, CurriculumBatches | ShardCurriculum):
-                    counts = zip(taxonomy.tasks, batches.drawn(int(state.step)), strict=True)
-                    log.scalars(int(state.step), {f"drawn/{task.name}": count for task, count in counts})
             if progress.epoch < part.looks:
                 log.say(f"Stopped early: no better dev score for {part.patience} epochs.")
         checkpoints.wait()

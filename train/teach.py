@@ -147,7 +147,8 @@ def _within(task: Task, probs_NL: np.ndarray) -> np.ndarray:
     """An exclusive task's probabilities without what a teacher gave other labels, an inner label's from its leaves."""
     if not task.kind.exclusive:
         return probs_NL
-    leaves_NL = np.where(task.leaves_L, probs_NL, 0.0)
+    # Above 0, so that leaves of which a teacher says nothing at all are alike, and do not divide by 0.
+    leaves_NL = np.where(task.leaves_L, np.maximum(probs_NL, np.finfo(np.float32).tiny), 0.0)
     return with_ancestors(task.parent_L, leaves_NL / leaves_NL.sum(axis=1, keepdims=True))
 
 

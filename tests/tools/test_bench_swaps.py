@@ -9,7 +9,7 @@ import pytest
 
 from classer.model.bundle import Bundle, save_bundle
 from classer.serve.results import Classification, ScoredLabel
-from classer.tools.bench_serving import Known, SwapBench, other_version, swap
+from classer.tools.bench_swaps import Arguments, Known, other_version, swap
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def path(tmp_path: Path, tiny_bundle: Bundle) -> Path:
 
 
 def test_nothing_fails_while_two_versions_take_turns(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    done = swap(SwapBench(path, swaps=4, callers=2))
+    done = swap(Arguments(path, swaps=4, callers=2))
     assert (done.failed, done.wrong) == ([], [])
     assert len(set(done.answers)) == 2
     assert (len(done.seconds), len(done.megabytes)) == (4, 5)
