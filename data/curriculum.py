@@ -98,8 +98,8 @@ class StagePlan:
         """int64 (T,): how many rows of each task whole windows up to `steps` hold, and the share of the last one."""
         # Largest remainders of cumulative shares, so that the counts sum to the rows.
         rows = steps * self._batch_size
+        # The shares sum to 1 but for rounding, which the factor makes up for.
         ends_T = np.floor(np.cumsum(self.shares_T) * rows * (1 + 1e-12)).astype(np.int64)
-        ends_T[np.flatnonzero(self.shares_T)[-1] :] = rows  # the sum of the shares is 1 but for rounding
         return np.diff(np.minimum(ends_T, rows), prepend=0)
 
     def drawn(self, steps: int) -> np.ndarray:
