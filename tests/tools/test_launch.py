@@ -370,7 +370,7 @@ def test_processes_that_do_not_stop_are_ended_in_the_end(run_local, monkeypatch:
     hung = (
         "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
         "if os.environ['CLASSER_PROCESS_ID'] == '1': os.kill(int(os.environ['CLASSER_LAUNCHER']), signal.SIGTERM)\n"
-        "time.sleep(1000)"
+        "time.sleep(60)"
     )
     assert run_local(hung) == 128 + signal.SIGINT
     said = capfd.readouterr().err
