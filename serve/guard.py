@@ -161,7 +161,6 @@ class Guard(grpc.aio.ServerInterceptor):
         async def guarded(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
             call = begin(context)
             sizes: collections.deque[int] = collections.deque()  # of the messages that are not answered yet
-
             refused: list[ClasserError] = []
 
             async def admitted() -> AsyncIterator[Any]:
