@@ -132,14 +132,14 @@ class Guard(grpc.aio.ServerInterceptor):
         if handler.request_streaming and handler.response_streaming:
             return grpc.stream_stream_rpc_method_handler(
                 self._guard_stream(handler.stream_stream, begin),
-                request_deserializer=handler.request_deserializer,
+                request_deserializer=_tolerant(handler.request_deserializer),
                 response_serializer=handler.response_serializer,
             )
         if handler.request_streaming or handler.response_streaming:
             raise NotImplementedError(f"{method} streams one way; the guard knows unary calls and two-way streams.")
         return grpc.unary_unary_rpc_method_handler(
             self._guard_unary(handler.unary_unary, begin),
-            request_deserializer=handler.request_deserializer,
+            request_deserializer=_tolerant(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
 
@@ -148,6 +148,8 @@ class Guard(grpc.aio.ServerInterceptor):
             call = begin(context)
             _about.set(call.about)
             async with self._in_call(call, context):
+                if isinstance(request, DecodeError):
+                    raise _no_message(call.method)
                 self._take_bytes(call, _size(request))
                 if call.allowance is not None and (texts := _count(call.method, request)):
                     call.allowance.take(texts)
@@ -166,6 +168,8 @@ class Guard(grpc.aio.ServerInterceptor):
             async def admitted() -> AsyncIterator[Any]:
                 try:
                     async for request in requests:
+                        if isinstance(request, DecodeError):
+                            raise _no_message(call.method)
                         if call.allowance is not None:
                             await _take_patiently(call.allowance, _count(call.method, request))
                         size = _size(request)
@@ -320,6 +324,24 @@ def _identity(context: Any) -> str:
     return next((name.decode("utf-8", "replace") for name in names), "")
 
 
+def _tolerant(deserializer: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    """A deserialiser that makes the error its result: what it raises gRPC would call UNKNOWN, with a traceback."""
+    if deserializer is None:
+        return None
+
+    def deserialize(message: bytes) -> Any:
+        try:
+            return deserializer(message)
+        except DecodeError as error:
+            return error
+
+    return deserialize
+
+
+def _no_message(method: str) -> InvalidRequest:
+    return InvalidRequest(f"The bytes sent are no request of {method} as Protocol Buffers write it.")
+
+
 def _size(request: Any) -> int:
     return len(request) if isinstance(request, bytes) else request.ByteSize()
 
@@ -330,7 +352,7 @@ def _count(method: str, request: Any) -> int:
         try:
             request = pb.ClassifyBatchRequest.FromString(request)
         except DecodeError:
-            raise InvalidRequest("The request is not a ClassifyBatchRequest as Protocol Buffers write it.") from None
+            raise _no_message(method) from None
     if isinstance(request, pb.ClassifyRequest):
         return 1
     if isinstance(request, pb.ClassifyBatchRequest):

@@ -6,6 +6,8 @@ import collections
 import contextlib
 import dataclasses
 import json
+import logging
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -132,20 +134,45 @@ def rows_trained_on() -> Iterator[dict[str, collections.Counter[int]]]:
     from classer.train import loop  # here, for tests of serving do without
 
     counts: dict[str, collections.Counter[int]] = {}
-    make_step = loop._make_step
+    fit_part, make_step = loop._fit_part, loop._make_step
+    parts: list[str] = []
 
-    def counting(part: Any, *arguments: Any) -> Any:
-        step, count = make_step(part, *arguments), counts.setdefault(part.folder.name, collections.Counter())
+    def fitting(part: Any, *arguments: Any) -> Any:
+        parts.append(part.folder.name)
+        return fit_part(part, *arguments)
 
-        def counted(state: Any, batch: Any) -> Any:
-            count.update(batch.tasks_B[batch.weights_B > 0].tolist())
-            return step(state, batch)
+    def counting(*arguments: Any) -> Any:
+        step = make_step(*arguments)
+
+        def counted(state: Any, batch: Any, *schedule: Any) -> Any:
+            counts.setdefault(parts[-1], collections.Counter()).update(batch.tasks_B[batch.weights_B > 0].tolist())
+            return step(state, batch, *schedule)
 
         return counted
 
     with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loop, "_fit_part", fitting)
         patched.setattr(loop, "_make_step", counting)
         yield counts
+
+
+@contextlib.contextmanager
+def compiled() -> Iterator[list[str]]:
+    """Names what JAX compiles meanwhile, as "jit(function)", once for each time."""
+    names: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if found := re.match(r"Finished XLA compilation of (\S+) in", record.getMessage()):
+                names.append(found[1])
+
+    listener, logger = Listener(), logging.getLogger("jax")
+    logger.addHandler(listener)
+    try:
+        with jax.log_compiles():
+            yield names
+    finally:
+        logger.removeHandler(listener)
 
 
 TOY_LENGTH = 16

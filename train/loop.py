@@ -13,7 +13,6 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import traverse_util
 
 from ..data.curriculum import CurriculumBatches
@@ -39,6 +38,7 @@ from .processes import Pace, Stopped, deferred, first_before_others, first_compu
 from .runlog import RunLog, open_log
 from .step import (
     Dense,
+    Schedule,
     StepMetrics,
     TrainState,
     TrainStep,
@@ -229,6 +229,7 @@ def _fit_stages(trainee: Trainee, weights: Weights) -> Fitted:
     planned = plan_curriculum(recipe.curriculum, taxonomy, sizes_T, recipe.batch_size)
     batches_of = _stages_of(trainee)
     has_head = _has_head(weights)
+    train_step: TrainStep | None = None
     fitted: Fitted | None = None
     drawn: dict[str, np.ndarray] = {}
     for number, plan in enumerate(planned):
@@ -251,7 +252,8 @@ def _fit_stages(trainee: Trainee, weights: Weights) -> Fitted:
             dev_tasks=plan.seen,
             new_tasks=() if has_head else plan.new,
         )
-        fitted = _fit_part(part, trainee, weights)
+        train_step = train_step or _make_step(part, trainee)
+        fitted = _fit_part(part, trainee, weights, train_step)
         weights = fitted.weights
         if is_first():
             drawn[stage.name] = batches.drawn(plan.num_steps)
@@ -296,24 +298,18 @@ def _counts(trainee: Trainee) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(positives), np.array([split.labelled_N.sum() for split in splits])
 
 
-def _fit_part(part: Part, trainee: Trainee, weights: Weights) -> Fitted:
+def _fit_part(part: Part, trainee: Trainee, weights: Weights, train_step: TrainStep | None = None) -> Fitted:
+    """Trains one part; `train_step` is that of a part before, whose compiled programs it shares."""
     recipe, taxonomy, encoder = trainee.recipe, trainee.taxonomy, trainee.encoder
     batches = part.batches
     steps_per_epoch = batches.num_steps // part.looks
     schedule = learning_rate_schedule(recipe, batches.num_steps, part.learning_rate)
     optimizer = make_optimizer(recipe, schedule)
-    model = TextClassifier(
-        encoder,
-        taxonomy.num_labels,
-        jnp.dtype(recipe.compute_dtype),
-        dropout=recipe.dropout,
-        scan=recipe.scan,
-        remat=recipe.remat,
-    )
+    model = _classifier(trainee)
     running = trainee.running
     layout = trainee.layout
     layout.rows(recipe.batch_size)  # raises where it cannot be divided
-    train_step = _make_step(part, trainee, model, optimizer, layout)
+    train_step = train_step or _make_step(part, trainee)
     iterator = iter(batches)
     progress = Progress(0, iterator.get_state(), -1.0, -1.0, 0, 0)
     dev = {name: trainee.dev[name] for name in part.dev_tasks}
@@ -373,10 +369,22 @@ def _weights(state: TrainState) -> Weights:
     return unstack_layers(flatten(state.params))
 
 
-def _make_step(
-    part: Part, trainee: Trainee, model: TextClassifier, optimizer: optax.GradientTransformation, layout: Layout
-) -> TrainStep:
-    recipe, table = trainee.recipe, trainee.taxonomy.table
+def _classifier(trainee: Trainee) -> TextClassifier:
+    recipe = trainee.recipe
+    return TextClassifier(
+        trainee.encoder,
+        trainee.taxonomy.num_labels,
+        jnp.dtype(recipe.compute_dtype),
+        dropout=recipe.dropout,
+        scan=recipe.scan,
+        remat=recipe.remat,
+    )
+
+
+def _make_step(part: Part, trainee: Trainee) -> TrainStep:
+    """The step of a part, and of all that differ from it in batches and learning rate alone and do not focus."""
+    recipe, table, layout = trainee.recipe, trainee.taxonomy.table, trainee.layout
+    model = _classifier(trainee)
     num_steps, focus_from = part.batches.num_steps, part.focus_from or 0.0
 
     def draw(key: jax.Array, step: jax.Array, num_rows: int) -> FocusDraw:
@@ -392,7 +400,7 @@ def _make_step(
     return make_train_step(
         model,
         table,
-        optimizer,
+        make_optimizer(recipe, learning_rate_schedule(recipe, num_steps, part.learning_rate)),
         label_smoothing=part.label_smoothing,
         class_weights_L=class_weights_L,
         seed=recipe.seed,
@@ -422,7 +430,13 @@ def initial_params(model: TextClassifier, weights: Weights, seed: int, layout: L
 
 
 def _train_epoch(
-    train_step, state: TrainState, iterator, num_steps: int, schedule, log: RunLog, after_step: AfterStep
+    train_step: TrainStep,
+    state: TrainState,
+    iterator,
+    num_steps: int,
+    schedule: Schedule,
+    log: RunLog,
+    after_step: AfterStep,
 ) -> TrainState:
     """Steps to the end of an epoch. A step is logged after the next one was begun, so that the device never waits."""
     pending: tuple[StepMetrics, int] | None = None
@@ -442,7 +456,7 @@ def _train_epoch(
 
     for _ in range(num_steps - step % num_steps):
         batch = next(iterator)
-        state, metrics = train_step(state, batch)
+        state, metrics = train_step(state, batch, schedule)
         report()
         step += 1
         pending = (metrics, int(batch.lengths_B.sum()))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from ..data.taxonomy import LabelTable
@@ -73,23 +74,48 @@ class Dense(NamedTuple):
 
 # (a key, steps done, rows) → what each row keeps
 DrawFocus = Callable[[jax.Array, jax.Array, int], FocusDraw]
-TrainStep = Callable[[TrainState, "Batch"], tuple[TrainState, StepMetrics]]
+
+
+class TrainStep(Protocol):
+    """One step; by the optimizer's own schedule where none is given."""
+
+    def __call__(
+        self, state: TrainState, batch: Batch, schedule: Schedule | None = None
+    ) -> tuple[TrainState, StepMetrics]: ...
 
 
 _FOCUS = 0x0F0C  # sets the key of the focus apart from those that Linen folds for dropout
 
 
-def learning_rate_schedule(recipe: Recipe, num_steps: int, peak: float | None = None) -> optax.Schedule:
-    """Linear warm-up to the peak (the recipe's if None), then a cosine down to 0 at `num_steps`."""
-    peak = recipe.learning_rate if peak is None else peak
-    warmup_steps = round(recipe.warmup * num_steps)
-    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, max(num_steps, warmup_steps + 1))
+class Schedule(NamedTuple):
+    """A learning rate: linear warm-up to the peak, then a cosine down to 0 at the end.
+
+    An `optax.Schedule` of three numbers. A compiled step that takes them as arguments serves all parts of a run,
+    however long they are and whatever their peak.
+    """
+
+    peak: float
+    warmup_steps: int
+    num_steps: int
+
+    def __call__(self, step: Any) -> Any:
+        # For the log it is worked out by NumPy: a device would do it after the step that it is busy with.
+        xp = jnp if isinstance(step, jax.Array) else np
+        rising = step / xp.maximum(self.warmup_steps, 1)
+        done = xp.minimum((step - self.warmup_steps) / xp.maximum(self.num_steps - self.warmup_steps, 1), 1.0)
+        falling = 0.5 * (1 + xp.cos(xp.pi * done))
+        return self.peak * xp.where(step < self.warmup_steps, rising, falling)
 
 
-def make_optimizer(recipe: Recipe, schedule: optax.Schedule) -> optax.GradientTransformation:
+def learning_rate_schedule(recipe: Recipe, num_steps: int, peak: float | None = None) -> Schedule:
+    """The recipe's warm-up and, unless another is given, its peak, over so many steps."""
+    return Schedule(recipe.learning_rate if peak is None else peak, round(recipe.warmup * num_steps), num_steps)
+
+
+def make_optimizer(recipe: Recipe, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
     """AdamW (Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101) behind clipping by the global norm.
 
-    Matrices decay; biases and norms do not.
+    Matrices decay; biases and norms do not. An update that is given a `schedule` of its own goes by that one.
     """
 
     def is_matrix(params):  # by name: the biases of a scan's layers are stacked to matrices too
@@ -100,16 +126,23 @@ def make_optimizer(recipe: Recipe, schedule: optax.Schedule) -> optax.GradientTr
         scale = jnp.minimum(1.0, recipe.max_grad_norm / optax.tree.norm(gradients))
         return jax.tree.map(lambda g: g * scale, gradients)
 
+    def scale_by_schedule(updates, state, params=None, *, schedule=schedule, **_):
+        return optax.scale_by_learning_rate(schedule).update(updates, state, params)
+
     return optax.chain(
         optax.stateless(clip),
-        optax.adamw(schedule, b2=0.999, weight_decay=recipe.weight_decay, mask=is_matrix),
+        optax.chain(
+            optax.scale_by_adam(b2=0.999),
+            optax.add_decayed_weights(recipe.weight_decay, is_matrix),
+            optax.GradientTransformationExtraArgs(optax.scale_by_learning_rate(schedule).init, scale_by_schedule),
+        ),
     )
 
 
 def make_train_step(
     model: TextClassifier,
     table: LabelTable,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     *,
     label_smoothing: float,
     class_weights_L: jax.Array | None,
@@ -180,21 +213,24 @@ def make_train_step(
         shardings = (layout.shardings(abstract_state(model, optimizer)), layout.replicated)
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=shardings)
-    def step(state: TrainState, batch: Arrays, dense_params: Any) -> tuple[TrainState, StepMetrics]:
+    def step(
+        state: TrainState, batch: Arrays, dense_params: Any, schedule: dict[str, Schedule]
+    ) -> tuple[TrainState, StepMetrics]:
         batch = mixed(batch, dense_params)
         (loss, of_teachers), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, state.step)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, **schedule)
         params = optax.apply_updates(state.params, updates)
         metrics = StepMetrics(loss, optax.tree.norm(gradients), *of_teachers)
         return TrainState(params, opt_state, state.step + 1), metrics
 
     dense_params = None if dense is None else dense.params
 
-    def run(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    def run(state: TrainState, batch: Batch, schedule: Schedule | None = None) -> tuple[TrainState, StepMetrics]:
+        given = {} if schedule is None else {"schedule": schedule}
         if layout is None:
-            return step(state, arrays_of(batch), dense_params)
+            return step(state, arrays_of(batch), dense_params, given)
         with layout.active():
-            return step(state, layout.put_batch(arrays_of(batch), batch_size), dense_params)
+            return step(state, layout.put_batch(arrays_of(batch), batch_size), dense_params, given)
 
     return run
 

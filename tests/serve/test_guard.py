@@ -485,7 +485,7 @@ def test_a_front_end_refuses_what_is_no_message_with_a_sentence(key_file, caplog
     with guarded() as engine:
         found = asyncio.run(ask(engine.address))
     assert [code for code, _ in found] == ["INVALID_ARGUMENT"] * 2 + ["RESOURCE_EXHAUSTED"] * 2
-    assert all("not a ClassifyBatchRequest" in sentence for _, sentence in found[:2])
+    assert all("bytes sent are no request of Classify" in sentence for _, sentence in found[:2])
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 

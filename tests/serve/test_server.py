@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -250,10 +251,20 @@ def test_the_largest_batch_is_taken(client: Client) -> None:
 
 
 @pytest.mark.parametrize("payload", [b"\xff\xff\xff\xff", b"\x0a\x03\xff\xfe\xfd", b"\x0a\xff\x01abc"])
-def test_bytes_that_are_no_request_hurt_nobody(running, client: Client, payload: bytes) -> None:
-    with grpc.insecure_channel(running.address) as channel, pytest.raises(grpc.RpcError) as refused:
-        channel.unary_unary("/classer.v1.Classifier/Classify")(payload, timeout=TIMEOUT)
-    assert code_and_details(refused.value)[0] is grpc.StatusCode.UNKNOWN  # gRPC's own answer, which reads it first
+def test_bytes_that_are_no_request_hurt_nobody(running, client: Client, caplog, payload: bytes) -> None:
+    with grpc.insecure_channel(running.address) as channel:
+        classify: Any = channel.unary_unary("/classer.v1.Classifier/Classify")
+        stream: Any = channel.stream_stream("/classer.v1.Classifier/ClassifyStream")
+        for method, ask in (
+            ("Classify", lambda: classify(payload, timeout=TIMEOUT)),
+            ("ClassifyStream", lambda: next(stream(iter([payload]), timeout=TIMEOUT))),
+        ):
+            with pytest.raises(grpc.RpcError) as refused:
+                ask()
+            code, details = code_and_details(refused.value)
+            assert code is grpc.StatusCode.INVALID_ARGUMENT
+            assert details == f"The bytes sent are no request of {method} as Protocol Buffers write it."
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
     assert client.classify("card", "topic").chosen
 
 

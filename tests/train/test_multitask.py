@@ -7,6 +7,7 @@ import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from classer.model.bundle import load_bundle, save_bundle
 from classer.model.classifier import TextClassifier
 from classer.model.decode import Calibration, probabilities
 from classer.model.quantize import variables
-from classer.tests.helpers import TOPICS, rows_trained_on, toy_text, write_toy_data
+from classer.tests.helpers import TOPICS, compiled, rows_trained_on, toy_text, write_toy_data
 from classer.tests.strategies import trees
 from classer.tools.cli import main
 from classer.train.config import CurriculumStage, Recipe, TrainJob, read_curriculum
@@ -88,21 +89,31 @@ def job(tiny_encoder: Path, tasks: Path) -> TrainJob:
     return TrainJob(data=tasks, out=tasks.parent / "run", recipe=recipe, baseline=True)
 
 
-@pytest.fixture(scope="module")
-def watched(job: TrainJob) -> tuple[TrainResult, dict[str, Counter[int]]]:
-    """The finished run, and how many rows of each task its stages were trained on."""
-    with rows_trained_on() as rows:
-        return train(job), rows
+class Watched(NamedTuple):
+    """The finished run, how many rows of each task its stages were trained on, and what was compiled."""
+
+    result: TrainResult
+    rows: dict[str, Counter[int]]
+    programs: list[str]
 
 
 @pytest.fixture(scope="module")
-def finished(watched: tuple[TrainResult, dict[str, Counter[int]]]) -> TrainResult:
-    return watched[0]
+def watched(job: TrainJob) -> Watched:
+    with rows_trained_on() as rows, compiled() as programs:
+        return Watched(train(job), rows, programs)
 
 
-def test_one_model_learns_all_tasks_by_the_curriculum(
-    job: TrainJob, finished: TrainResult, watched: tuple[TrainResult, dict[str, Counter[int]]]
-) -> None:
+@pytest.fixture(scope="module")
+def finished(watched: Watched) -> TrainResult:
+    return watched.result
+
+
+def test_all_stages_share_one_compiled_step_for_each_bucket(watched: Watched) -> None:
+    """Texts of 16 tokens at most have one bucket."""
+    assert watched.programs.count("jit(step)") == 1
+
+
+def test_one_model_learns_all_tasks_by_the_curriculum(job: TrainJob, finished: TrainResult, watched: Watched) -> None:
     assert [scores.task for scores in finished.tasks] == ["topic", "topics", "where"]
     for scores in finished.tasks:
         assert (scores.split, scores.float_metrics.n) == ("test", 40)
@@ -116,7 +127,7 @@ def test_one_model_learns_all_tasks_by_the_curriculum(
         assert (job.out / "results" / name / "report.md").is_file()
     counts = json.loads((job.out / "stages" / "curriculum.json").read_text())
     names = ("topic", "topics", "where")
-    assert counts == {stage: {name: rows[i] for i, name in enumerate(names)} for stage, rows in watched[1].items()}
+    assert counts == {stage: {name: rows[i] for i, name in enumerate(names)} for stage, rows in watched.rows.items()}
     assert counts["first"]["topics"] == counts["first"]["where"] == 0
     share = counts["second"]["topic"] / sum(counts["second"].values())
     assert share == pytest.approx(0.2, abs=0.01)
@@ -150,10 +161,10 @@ def test_a_run_stopped_between_stages_goes_on_to_the_same_weights(
     with monkeypatch.context() as patched:
         real = loop._fit_part
 
-        def stop_after_first(part, trainee, weights):
+        def stop_after_first(part, *arguments):
             if part.folder.name == "second":
                 raise Stopped
-            return real(part, trainee, weights)
+            return real(part, *arguments)
 
         patched.setattr(loop, "_fit_part", stop_after_first)
         with pytest.raises(Stopped):

@@ -174,7 +174,8 @@ def test_a_run_that_is_killed_while_it_clears_up_is_made_anew(corpus: Path, monk
             r"c\.csv\.gz is no complete gzip file; after line \d+:",
         ),
     ],
-    ids=["open quotation", "cut gzip"],  # a gzip file holds the time at which it was made, and no two workers agree on that
+    # A gzip file holds the second in which it was made; by its bytes two workers would know it by two names.
+    ids=["open quotation", "cut gzip"],
 )
 def test_a_file_that_cannot_be_read_to_its_end_ends_the_run(corpus: Path, name: str, content: bytes, said: str) -> None:
     """How many rows it would have lost nobody can tell. Once it is mended the same command goes through."""
