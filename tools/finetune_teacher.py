@@ -66,7 +66,7 @@ def main(a: Arguments) -> None:
         a.encoder, id2label=dict(enumerate(answers)), label2id={name: i for i, name in enumerate(answers)}
     ).to(torch_device(torch))
     steps = a.epochs * -(-len(train) // a.batch_size)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=a.learning_rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=a.learning_rate, weight_decay=0.01, fused=True)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, round(0.1 * steps), steps)
     rng = np.random.default_rng(a.seed)
     with tqdm(total=steps, unit="step", mininterval=5) as bar:
