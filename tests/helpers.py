@@ -26,6 +26,7 @@ from classer.model.classifier import TextClassifier
 from classer.model.config import EncoderConfig
 from classer.model.decode import Calibration
 from classer.model.quantize import flatten
+from classer.train.config import CurriculumStage
 
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 TOPICS = {
@@ -40,6 +41,36 @@ TAXONOMY = Taxonomy(
         Task("topic", TaskKind.MULTICLASS, tuple(Label(f"topic {i}") for i in range(7))),
         Task("tags", TaskKind.MULTILABEL, (Label("urgent"), Label("angry"), Label("spam"))),
     )
+)
+
+TREE = Task(
+    "where",
+    TaskKind.HIERARCHICAL,
+    (
+        Label("inside"),
+        Label("food", parent="inside"),
+        Label("outside"),
+        Label("sport", parent="outside"),
+        Label("weather", parent="outside"),
+    ),
+)
+TOY_TASKS = (
+    Task("topic", TaskKind.BINARY, tuple(map(Label, TOPICS))[:2]),
+    Task("topics", TaskKind.MULTILABEL, tuple(map(Label, TOPICS))),
+    TREE,
+)
+# Of those tasks.
+CURRICULUM = (
+    CurriculumStage("first", kinds=("binary",), epochs=4),
+    CurriculumStage(
+        "second",
+        kinds=("multilabel",),
+        tasks=("where",),
+        replay=0.2,
+        weights={"topics": 3},
+        epochs=30,
+        learning_rate=3e-3,
+    ),
 )
 
 
@@ -126,15 +157,24 @@ def write_toy_data(file: Path, kind: TaskKind, count: int, *, seed: int = 0) -> 
     return file
 
 
+def write_task(folder: Path, task: Task, **splits: int) -> None:
+    """Writes a task's folder with so many toy examples a split."""
+    (folder / task.name).mkdir()
+    (folder / task.name / "task.json").write_text(json.dumps(task.to_json()))
+    kind = TaskKind.MULTICLASS if task.kind is TaskKind.HIERARCHICAL else task.kind
+    for seed, (split, count) in enumerate(splits.items()):
+        write_toy_data(folder / task.name / f"{split}.jsonl", kind, count, seed=seed)
+
+
 @contextlib.contextmanager
 def rows_trained_on() -> Iterator[dict[str, collections.Counter[int]]]:
     """Counts the rows of each task, by its number, that reach the training step, for each part of a run by folder."""
     import pytest
 
-    from classer.train import loop  # here, for tests of serving do without
+    from classer.train import fit, loop  # here, for tests of serving do without
 
     counts: dict[str, collections.Counter[int]] = {}
-    fit_part, make_step = loop._fit_part, loop._make_step
+    fit_part, make_step = loop.fit_part, loop.make_step
     parts: list[str] = []
 
     def fitting(part: Any, *arguments: Any) -> Any:
@@ -151,8 +191,9 @@ def rows_trained_on() -> Iterator[dict[str, collections.Counter[int]]]:
         return counted
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(loop, "_fit_part", fitting)
-        patched.setattr(loop, "_make_step", counting)
+        patched.setattr(fit, "fit_part", fitting)
+        for module in (fit, loop):
+            patched.setattr(module, "make_step", counting)
         yield counts
 
 

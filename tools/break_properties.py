@@ -61,7 +61,7 @@ BREAKS = (
         "train/datasets.py",
         "seen = {id(example) for _, example in find_duplicates(measured, extra)}",
         "seen = set()",
-        "tests/train/test_multitask.py",
+        "tests/train/test_soft_labels.py",
     ),
     Break(
         "every example comes once an epoch",

@@ -1,10 +1,9 @@
-"""The training loop: epochs of steps, each followed by a look at the dev set and a checkpoint."""
+"""The training loop of one part of a run: epochs of steps, each with a look at the dev sets and a checkpoint."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,24 +16,23 @@ from flax import traverse_util
 
 from ..data.curriculum import CurriculumBatches
 from ..data.errors import InputError
-from ..data.pipeline import TrainBatches, TrainExamples
+from ..data.pipeline import TrainBatches
 from ..data.shards import ShardBatches, ShardCurriculum, Shards
 from ..data.taxonomy import Taxonomy
 from ..model.classifier import TextClassifier
 from ..model.config import EncoderConfig
-from ..model.focus import FocusDraw, is_gate
+from ..model.focus import FocusDraw
 from ..model.quantize import Weights, flatten
 from ..model.sharding import Layout, make_layout
 from ..model.stacking import stack_layers, unstack_layers
 from .checkpoints import Checkpoints, Progress
 from .config import Recipe
-from .curriculum import plan_curriculum, write_curriculum
 from .devlook import DevLook
-from .evaluation import TokenizedSplit, join
-from .focus import DEV_FOCUSES, SOFT_SHARE, TEACHER_SHARE, distilled, draw_focus
+from .evaluation import TokenizedSplit
+from .focus import TEACHER_SHARE, draw_focus
 from .losses import balanced_class_weights
 from .probe import probe_head
-from .processes import Pace, Stopped, deferred, first_before_others, first_computes, is_first
+from .processes import Pace, Stopped, deferred, first_computes
 from .runlog import RunLog, open_log
 from .step import (
     Dense,
@@ -52,7 +50,7 @@ from .step import (
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """The outcome of `fit`.
+    """The outcome of a part, or of a run.
 
     Attributes:
       weights: of the epoch that was kept.
@@ -148,147 +146,6 @@ class Trainee:
         return make_layout() if self.running.layout is None else self.running.layout
 
 
-def fit(trainee: Trainee, weights: Weights) -> Fitted:
-    """Trains a classifier, from the last checkpoints in `out` if there are any: dense, then to focus if so told.
-
-    The dense training is one part over all examples, or one for each stage of the curriculum. The checkpoints and logs
-    of the parts are in `out`, in `out/stages/NAME`, and, of the focus, in `out/focus`.
-
-    Args:
-      trainee: how, and on what.
-      weights: by name: the encoder's pretrained ones, or none to begin with random ones; with a head's, which must be
-        of these labels, a trained classifier's.
-
-    Returns:
-      The weights of the last part's last epoch, or of the one with the best dev score where that is better by more than
-      a standard error (see `Progress.keeps_last`). The score is the mean over tasks of accuracy, or micro-F1 of a
-      multilabel task, and after training for focus over `focus.DEV_FOCUSES` too.
-
-    Raises:
-      InputError: the loss became NaN or infinite; the checkpoints in `out` are of other examples or another seed; a
-        checkpoint cannot be written.
-      Stopped: SIGTERM came; all that was done is saved.
-    """
-    recipe, taxonomy = trainee.recipe, trainee.taxonomy
-    start = weights
-    if recipe.curriculum:
-        fitted = _fit_stages(trainee, weights)
-    elif recipe.epochs:
-        fitted = _fit_epochs(trainee, weights)
-    else:
-        fitted = Fitted(weights, score=-1.0, kept_epoch=0, epochs=0)
-    if not recipe.focus_epochs:
-        return fitted
-    if is_first():
-        print("Training to focus, beside the dense classifier's answers.", flush=True)
-    folder, weights, examples = trainee.out / "focus", fitted.weights, trainee
-    if trainee.shards is None:  # answered once for all epochs; of shards anew in every step, so that none are held
-        train = first_before_others(
-            lambda: distilled(recipe, taxonomy, trainee.encoder, weights, trainee.train, folder)
-        )
-        examples = dataclasses.replace(trainee, train=train)
-    part = Part(
-        _epochs(examples, recipe.focus_epochs),
-        looks=recipe.focus_epochs,
-        patience=0,
-        label_smoothing=0.0,
-        learning_rate=recipe.learning_rate,
-        folder=folder,
-        dev_tasks=tuple(trainee.dev),
-        focuses=DEV_FOCUSES,
-        # Gates that were taught before need no soft ones first.
-        focus_from=SOFT_SHARE if any(map(is_gate, start)) else 0.0,
-        dense=None if trainee.shards is None else weights,
-    )
-    return _fit_part(part, trainee, weights)
-
-
-def _fit_epochs(trainee: Trainee, weights: Weights) -> Fitted:
-    """Dense training on all examples alike."""
-    recipe = trainee.recipe
-    part = Part(
-        _epochs(trainee, recipe.epochs),
-        looks=recipe.epochs,
-        patience=recipe.patience,
-        label_smoothing=recipe.label_smoothing,
-        learning_rate=recipe.learning_rate,
-        folder=trainee.out,
-        dev_tasks=tuple(trainee.dev),
-        new_tasks=() if _has_head(weights) else tuple(trainee.train),
-    )
-    return _fit_part(part, trainee, weights)
-
-
-def _fit_stages(trainee: Trainee, weights: Weights) -> Fitted:
-    """Dense training by the curriculum, one part a stage."""
-    recipe, taxonomy, shards = trainee.recipe, trainee.taxonomy, trainee.shards
-    if shards is not None:
-        sizes_T = [len(numbers) for numbers in shards.numbers_T]
-    else:
-        sizes_T = [len(trainee.train[task.name].ids) for task in taxonomy.tasks]
-    planned = plan_curriculum(recipe.curriculum, taxonomy, sizes_T, recipe.batch_size)
-    batches_of = _stages_of(trainee)
-    has_head = _has_head(weights)
-    train_step: TrainStep | None = None
-    fitted: Fitted | None = None
-    drawn: dict[str, np.ndarray] = {}
-    for number, plan in enumerate(planned):
-        stage = plan.stage
-        if is_first():
-            print(
-                f"Stage {number + 1} of {len(planned)}, '{stage.name}': {plan.num_steps:,} steps on "
-                + ", ".join(plan.tasks)
-                + (f", {stage.replay:.0%} of them on earlier tasks." if stage.replay else "."),
-                flush=True,
-            )
-        batches = batches_of(plan.shares_T, plan.num_steps, stage=number)
-        part = Part(
-            batches,
-            looks=plan.looks,
-            patience=0,
-            label_smoothing=recipe.label_smoothing,
-            learning_rate=recipe.learning_rate if stage.learning_rate is None else stage.learning_rate,
-            folder=trainee.out / "stages" / stage.name,
-            dev_tasks=plan.seen,
-            new_tasks=() if has_head else plan.new,
-        )
-        train_step = train_step or _make_step(part, trainee)
-        fitted = _fit_part(part, trainee, weights, train_step)
-        weights = fitted.weights
-        if is_first():
-            drawn[stage.name] = batches.drawn(plan.num_steps)
-            counts = zip(taxonomy.tasks, drawn[stage.name], strict=True)
-            counted = ", ".join(f"{task.name} {count:,}" for task, count in counts if count)
-            print(f"Stage '{stage.name}' has trained on so many examples: {counted}.", flush=True)
-            write_curriculum(trainee.out / "stages", taxonomy, drawn)
-    assert fitted is not None
-    return fitted
-
-
-def _stages_of(trainee: Trainee) -> Callable[..., CurriculumBatches | ShardCurriculum]:
-    """(shares_T, the number of steps, stage=its number) → its batches."""
-    recipe = trainee.recipe
-    options = {"batch_size": recipe.batch_size, "seed": recipe.seed, "pad_id": trainee.pad_id}
-    if trainee.shards is None:
-        return functools.partial(CurriculumBatches, _join(trainee), **options)
-    rows = trainee.layout.rows(recipe.batch_size)
-    return functools.partial(ShardCurriculum, trainee.shards, rows=rows, **options)
-
-
-def _epochs(trainee: Trainee, num_epochs: int) -> TrainBatches | ShardBatches:
-    recipe = trainee.recipe
-    size, seed, pad_id = recipe.batch_size, recipe.seed, trainee.pad_id
-    if trainee.shards is None:
-        return TrainBatches(_join(trainee), batch_size=size, seed=seed, pad_id=pad_id, num_epochs=num_epochs)
-    rows = trainee.layout.rows(size)
-    return ShardBatches(trainee.shards, batch_size=size, seed=seed, pad_id=pad_id, num_epochs=num_epochs, rows=rows)
-
-
-def _join(trainee: Trainee) -> TrainExamples:
-    recipe = trainee.recipe
-    return join(trainee.taxonomy, trainee.train, soft_share=recipe.soft_share, temperature=recipe.soft_temperature)
-
-
 def _counts(trainee: Trainee) -> tuple[np.ndarray, np.ndarray]:
     """How many examples have each label, and how many of each task have labels of their own."""
     if trainee.shards is not None:
@@ -298,8 +155,18 @@ def _counts(trainee: Trainee) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(positives), np.array([split.labelled_N.sum() for split in splits])
 
 
-def _fit_part(part: Part, trainee: Trainee, weights: Weights, train_step: TrainStep | None = None) -> Fitted:
-    """Trains one part; `train_step` is that of a part before, whose compiled programs it shares."""
+def fit_part(part: Part, trainee: Trainee, weights: Weights, train_step: TrainStep | None = None) -> Fitted:
+    """Trains one part, from the last checkpoint in its folder if there is any.
+
+    Args:
+      part: what is its own.
+      trainee: what it has in common with the others.
+      weights: by name, what it begins with where there is no checkpoint.
+      train_step: that of a part before (see `make_step`), whose compiled programs it then shares.
+
+    Raises:
+      InputError, Stopped: as `fit.fit` does.
+    """
     recipe, taxonomy, encoder = trainee.recipe, trainee.taxonomy, trainee.encoder
     batches = part.batches
     steps_per_epoch = batches.num_steps // part.looks
@@ -309,7 +176,7 @@ def _fit_part(part: Part, trainee: Trainee, weights: Weights, train_step: TrainS
     running = trainee.running
     layout = trainee.layout
     layout.rows(recipe.batch_size)  # raises where it cannot be divided
-    train_step = train_step or _make_step(part, trainee)
+    train_step = train_step or make_step(part, trainee)
     iterator = iter(batches)
     progress = Progress(0, iterator.get_state(), -1.0, -1.0, 0, 0)
     dev = {name: trainee.dev[name] for name in part.dev_tasks}
@@ -361,10 +228,6 @@ def _fit_part(part: Part, trainee: Trainee, weights: Weights, train_step: TrainS
     return Fitted(_weights(state), progress.best_score, progress.best_step // steps_per_epoch, progress.epoch)
 
 
-def _has_head(weights: Weights) -> bool:
-    return "head.kernel" in weights
-
-
 def _weights(state: TrainState) -> Weights:
     return unstack_layers(flatten(state.params))
 
@@ -381,7 +244,7 @@ def _classifier(trainee: Trainee) -> TextClassifier:
     )
 
 
-def _make_step(part: Part, trainee: Trainee) -> TrainStep:
+def make_step(part: Part, trainee: Trainee) -> TrainStep:
     """The step of a part, and of all that differ from it in batches and learning rate alone and do not focus."""
     recipe, table, layout = trainee.recipe, trainee.taxonomy.table, trainee.layout
     model = _classifier(trainee)

@@ -21,8 +21,9 @@ from .calibration import fit_calibration, without_thresholds
 from .config import TrainJob, read_curriculum
 from .curriculum import stages_for
 from .evaluation import measure
+from .fit import fit
 from .inputs import Inputs, load_inputs, open_data
-from .loop import Fitted, Running, Trainee, fit
+from .loop import Fitted, Running, Trainee
 from .metrics import Metrics
 from .place import LOGS
 from .processes import first_before_others, first_decides, is_first, leave

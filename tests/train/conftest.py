@@ -1,12 +1,16 @@
-"""Tests of training build the same programs again and again; here each is compiled once."""
+"""What tests of training share: programs, each compiled once, and a folder of toy tasks."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+
+from classer.tests.helpers import TOY_TASKS, write_task
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -25,3 +29,14 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="session")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of three tasks and one that can only be evaluated."""
+    folder = tmp_path_factory.mktemp("tasks")
+    for task in TOY_TASKS:
+        write_task(folder, task, train=200, test=40)
+    write_task(folder, dataclasses.replace(TOY_TASKS[0], name="later"), test=10)
+    (folder / "notes").mkdir()
+    return folder

@@ -23,8 +23,9 @@ from classer.train import devlook, focus, loop
 from classer.train.config import Recipe
 from classer.train.devlook import DevLook
 from classer.train.evaluation import TokenizedSplit
+from classer.train.fit import fit
 from classer.train.focus import SOFT_SHARE, distilled, draw_focus
-from classer.train.loop import Fitted, Trainee, fit
+from classer.train.loop import Fitted, Trainee
 from classer.train.probe import probe_head
 from classer.train.runlog import RunLog, open_log
 
