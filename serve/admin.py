@@ -38,7 +38,7 @@ class ModelAdminService(ModelAdminServicer):
         return pb.ListModelsResponse(models=models, bundles=sorted(self._models.folders))
 
     async def LoadModel(self, request: pb.LoadModelRequest, context: grpc.aio.ServicerContext) -> pb.Model:
-        async with self.calls.call(context):
+        with self.calls.call():
             self._check_ready()
             self._audit(bundle=request.bundle, model=request.name or request.bundle)
             # To the end, even if the caller has gone: half a swap is none.
@@ -52,7 +52,7 @@ class ModelAdminService(ModelAdminServicer):
     async def UnloadModel(
         self, request: pb.UnloadModelRequest, context: grpc.aio.ServicerContext
     ) -> pb.UnloadModelResponse:
-        async with self.calls.call(context):
+        with self.calls.call():
             self._check_ready()
             self._audit(model=request.name, version=request.version)
             self._models.unload(request.name, request.version)
@@ -62,7 +62,7 @@ class ModelAdminService(ModelAdminServicer):
     async def SetDefaultVersion(
         self, request: pb.SetDefaultVersionRequest, context: grpc.aio.ServicerContext
     ) -> pb.Model:
-        async with self.calls.call(context):
+        with self.calls.call():
             self._check_ready()
             self._audit(model=request.name, version=request.version)
             model = self._models.set_default(request.name, request.version)

@@ -41,7 +41,7 @@ from .results import (
     read_tasks,
 )
 from .security import Tls, aio_channel, sync_channel
-from .status import error_in, error_of
+from .status import error_of, error_of_call
 
 __all__ = [
     "AsyncClient",
@@ -342,7 +342,7 @@ def _what_it_says(error: Any) -> tuple[grpc.StatusCode, str, ClasserError | None
 
     Every RpcError that a call raises is itself a call with these methods; the base class does not say so.
     """
-    return error.code(), error.details() or "", error_in(error.trailing_metadata())
+    return error.code(), error.details() or "", error_of_call(error)
 
 
 def _health_request() -> health_pb2.HealthCheckRequest:

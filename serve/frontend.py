@@ -31,13 +31,13 @@ from grpc_reflection.v1alpha import reflection
 from ..data.errors import InputError
 from ..data.readers import MAX_TEXT_CHARS
 from .errors import ClasserError, InvalidRequest, Overloaded
-from .limits import MAX_TEXTS
+from .limits import MAX_TEXTS, RETRY_SECONDS
 from .listening import listen, make_server, run_loop
 from .log import configure_logging
 from .operations import Operations, OperationsConfig
 from .proto import classifier_pb2 as pb
 from .security import Tls, aio_channel
-from .status import code_of, from_status, trailing_metadata
+from .status import error_of, error_of_call, from_status
 
 Health = health_pb2.HealthCheckResponse
 CLASSIFIER = pb.DESCRIPTOR.services_by_name["Classifier"]
@@ -49,7 +49,6 @@ GATHER_REQUESTS = 64
 MAX_WAITING_BYTES = 64 << 20
 # Bytes of one batch; with the largest request (4 MB of text) on top still below what a message may be.
 MAX_BATCH_BYTES = 4 << 20
-_RETRY_SECONDS = 0.1
 _SEND_SECONDS = 0.5
 
 
@@ -132,7 +131,7 @@ class Coalescer:
             raise Overloaded(
                 f"The server has {self._waiting_bytes} bytes of requests waiting and takes on {MAX_WAITING_BYTES} at "
                 "most; try again in a moment.",
-                retry_seconds=_RETRY_SECONDS,
+                retry_seconds=RETRY_SECONDS,
             )
         loop = asyncio.get_running_loop()
         future: asyncio.Future[pb.ClassifyBatchItem] = loop.create_future()
@@ -209,7 +208,11 @@ class FrontEnd:
     def __init__(self, config: FrontEndConfig) -> None:
         self._config = config
         self._operations = Operations(config.operations, share=config.share)
-        self._server = make_server(reuse_port=config.shared, interceptors=[self._operations.guard])
+        self._server = make_server(
+            reuse_port=config.shared,
+            interceptors=[self._operations.guard],
+            max_pending=config.operations.max_pending,
+        )
         self.address = listen(self._server, config.host, config.port, "--port", self._operations.add_port)
         tls = Tls.of_files(config.engine_tls_cert, config.engine_tls_key, config.engine_tls_ca)
         options = [("grpc.max_receive_message_length", -1)]
@@ -282,9 +285,8 @@ class FrontEnd:
             if item.HasField("error"):
                 raise from_status(item.error)
             return item.response
-        except (ClasserError, grpc.aio.AioRpcError) as error:
-            await _refuse(context, error)
-            raise
+        except grpc.aio.AioRpcError as error:
+            raise _error_of(error) from None
         finally:
             self._end()
 
@@ -294,8 +296,7 @@ class FrontEnd:
             try:
                 return await call(request, timeout=context.time_remaining())
             except grpc.aio.AioRpcError as error:
-                await _refuse(context, error)
-                raise
+                raise _error_of(error) from None
             finally:
                 self._end()
 
@@ -308,7 +309,7 @@ class FrontEnd:
                 async for response in call(requests, timeout=context.time_remaining()):
                     yield response
             except grpc.aio.AioRpcError as error:
-                await _refuse(context, error)
+                raise _error_of(error) from None
             finally:
                 self._end()
 
@@ -331,22 +332,21 @@ class FrontEnd:
                 async for answer in stub.Watch(health_pb2.HealthCheckRequest(), wait_for_ready=True):
                     await self._say(answer.status)
             await self._say(Health.NOT_SERVING)
-            await asyncio.sleep(_RETRY_SECONDS)
+            await asyncio.sleep(RETRY_SECONDS)
 
     async def _say(self, status: Health.ServingStatus) -> None:
         for name in ("", CLASSIFIER.full_name):
             await self._health.set(name, status)
 
 
-async def _refuse(context: grpc.aio.ServicerContext, error: ClasserError | grpc.aio.AioRpcError) -> None:
-    """Ends a call as the engine did, with its details."""
-    if isinstance(error, ClasserError):
-        await context.abort(code_of(error), str(error), trailing_metadata(error))
-        return
-    code, details = error.code(), error.details() or ""
+def _error_of(failure: grpc.aio.AioRpcError) -> ClasserError:
+    """What the engine said, or what became of the connection to it."""
+    if (said := error_of_call(failure)) is not None:
+        return said
+    code, details = failure.code(), failure.details() or ""
     if code is grpc.StatusCode.UNAVAILABLE and not details.startswith("The server"):
         details = "The server's engine does not answer; it is starting, or has ended."
-    await context.abort(code, details, tuple(error.trailing_metadata() or ()))
+    return error_of(code, details)
 
 
 def run_front_end(config: FrontEndConfig, *, orphaned: bool = False) -> None:

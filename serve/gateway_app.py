@@ -33,14 +33,14 @@ from .gateway_messages import (
     item,
     task_out,
 )
-from .guard import MAX_IN_FLIGHT_BYTES, MAX_IN_FLIGHT_CALLS, RETRY_SECONDS
-from .limits import MAX_MESSAGE_BYTES
+from .guard import MAX_IN_FLIGHT_BYTES, MAX_IN_FLIGHT_CALLS
+from .limits import MAX_MESSAGE_BYTES, RETRY_SECONDS
 from .log import log_failure
 from .metrics import CallMetrics, new_registry
 from .proto import classifier_pb2 as pb
 from .proto.classifier_pb2_grpc import ClassifierStub
 from .security import KEY_HEADER, KEY_SCHEME, Tls, aio_channel, is_this_machine
-from .status import code_of, error_in, error_of, text_outcomes
+from .status import code_of, error_of, error_of_call, text_outcomes
 from .tracing import Tracing, end, parent_of
 
 _OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_reconnect_backoff_ms", 1000)]
@@ -205,8 +205,8 @@ async def _typed(rpc: Awaitable[T]) -> T:
     try:
         return await rpc
     except grpc.aio.AioRpcError as failure:
-        if (carried := error_in(failure.trailing_metadata())) is not None:
-            raise carried from None
+        if (said := error_of_call(failure)) is not None:
+            raise said from None
         # gRPC's own words name addresses, and are none of the caller's business.
         sentence = {
             grpc.StatusCode.DEADLINE_EXCEEDED: "The deadline passed before there was an answer.",

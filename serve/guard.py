@@ -1,7 +1,8 @@
 """What stands between the wire and the services: who may call, how much at once, and what is written down of each call.
 
-One interceptor does all of it, so that a call passes one wrapper. It never looks into a text, and what it writes down
-holds neither texts nor keys. Health and reflection need no key and are not counted.
+One interceptor does all of it, so that a call passes one wrapper, and makes what a service raises the call's status. It
+never looks into a text, and what it writes down holds neither texts nor keys. Health and reflection need no key and are
+not counted.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from google.protobuf.message import DecodeError
 
 from .errors import ClasserError, Forbidden, InternalError, InvalidRequest, Overloaded
 from .keys import Allowance, KeyRing
+from .limits import RETRY_SECONDS
 from .log import access_logger, audit_logger, log_failure, log_fields
 from .metrics import CallMetrics, Stages
 from .proto import classifier_pb2 as pb
 from .security import KEY_HEADER, KEY_SCHEME
-from .status import code_of, error_in, text_outcomes, trailing_metadata
+from .status import code_of, text_outcomes, trailing_metadata
 from .tracing import Tracing, end, trace_id
 
 if TYPE_CHECKING:
@@ -36,15 +38,12 @@ OUR_PACKAGE = "classer."
 ADMIN_SERVICE = "ModelAdmin"
 MAX_IN_FLIGHT_CALLS = 4096
 MAX_IN_FLIGHT_BYTES = 256 * 1024 * 1024
-# What is refused because of what is in flight may be tried again after about so long.
-RETRY_SECONDS = 0.1
 # A stream whose key must wait longer than this is refused instead.
 _PATIENCE_SECONDS = 60.0
 # Calls of several texts.
 _BATCHES = ("ClassifyBatch", "ClassifyStream")
 # What an admin's call under way is about, as `audit` said.
 _about: contextvars.ContextVar[dict[str, str]] = contextvars.ContextVar("about")
-_CODE_NAMES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 
 @dataclasses.dataclass
@@ -63,6 +62,7 @@ class _Call:
     refused: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     about: dict[str, str] = dataclasses.field(default_factory=dict)
     stages: Stages | None = None
+    failure: ClasserError | None = None
 
     @property
     def key(self) -> str:
@@ -156,6 +156,8 @@ class Guard(grpc.aio.ServerInterceptor):
                 response = await inner(request, context)
                 self._note(call, response)
                 return response
+            _fail(context, call)
+            return None
 
         return guarded
 
@@ -193,23 +195,19 @@ class Guard(grpc.aio.ServerInterceptor):
                     if refused:
                         raise refused[0] from None
                     raise
+            _fail(context, call)
 
         return guarded
 
     @contextlib.asynccontextmanager
     async def _in_call(self, call: _Call, context: Any) -> AsyncIterator[None]:
-        """Holds a call's place, ends it with the status of what it raises, and writes down what became of it."""
+        """Holds a call's place, keeps the error it ends with as its `failure`, and writes down what became of it."""
         self._calls += 1
         code, reason = "OK", ""
-        failure: ClasserError | None = None
         try:
             yield
         except ClasserError as error:
-            failure = error
-        except grpc.aio.AbortError:
-            refused = error_in(context.trailing_metadata())
-            code, reason = _code_name(context.code()), "" if refused is None else refused.reason
-            raise
+            call.failure = error
         except (asyncio.CancelledError, GeneratorExit, grpc.aio.InternalError) as error:
             left = context.time_remaining()
             code = reason = "DEADLINE_EXCEEDED" if left is not None and left <= 0 else "CANCELLED"
@@ -218,15 +216,13 @@ class Guard(grpc.aio.ServerInterceptor):
             raise
         except Exception as error:
             log_failure("A request failed", error)
-            failure = InternalError("The server failed on this request; its log says why.")
+            call.failure = InternalError("The server failed on this request; its log says why.")
         finally:
-            if failure is not None:
-                code, reason = code_of(failure).name, failure.reason
+            if call.failure is not None:
+                code, reason = code_of(call.failure).name, call.failure.reason
             self._calls -= 1
             self._bytes -= call.bytes
             self._write_down(call, code, reason)
-        if failure is not None:
-            await context.abort(code_of(failure), str(failure), trailing_metadata(failure))
 
     def _take_bytes(self, call: _Call, size: int) -> None:
         if self._bytes + size > self._max_bytes:
@@ -241,6 +237,8 @@ class Guard(grpc.aio.ServerInterceptor):
 
     def _note(self, call: _Call, response: Any) -> None:
         """Notes what became of a call's texts; of a batch's stages, those of the text that waited longest."""
+        if self._metrics is None and self._tracing is None and not access_logger.isEnabledFor(logging.INFO):
+            return
         if isinstance(response, bytes) and call.method in _BATCHES and self._metrics is not None:
             response = pb.ClassifyBatchResponse.FromString(response)
         if isinstance(response, pb.ClassifyResponse):
@@ -290,12 +288,23 @@ def audit(**fields: str) -> None:
         about.update(fields)
 
 
+def _fail(context: Any, call: _Call) -> None:
+    """Ends a call with the status of its failure. An abort, which raises once more, would cost half as much again."""
+    if call.failure is not None:
+        context.set_code(code_of(call.failure))
+        context.set_details(str(call.failure))
+        context.set_trailing_metadata(trailing_metadata(call.failure))
+
+
 def _refusing(in_call: Callable[..., Any], begin: Callable[[Any], _Call], error: ClasserError) -> Any:
     """A handler that reads nothing, not even the message, and refuses."""
 
     async def refuse(_: Any, context: Any) -> AsyncIterator[Any]:
-        async with in_call(begin(context), context):
+        call = begin(context)
+        async with in_call(call, context):
             raise error
+        _fail(context, call)
+        return
         yield  # a stream's handler is a generator
 
     return grpc.stream_stream_rpc_method_handler(refuse)
@@ -358,8 +367,3 @@ def _count(method: str, request: Any) -> int:
     if isinstance(request, pb.ClassifyBatchRequest):
         return len(request.requests) or len(request.texts)
     return 0
-
-
-def _code_name(code: Any) -> str:
-    """A status as gRPC keeps it: one of its codes, or that code's number."""
-    return code.name if isinstance(code, grpc.StatusCode) else _CODE_NAMES.get(code, "UNKNOWN")

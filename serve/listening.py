@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine, Sequence
 import grpc.aio
 
 from ..data.errors import InputError
-from .limits import MAX_MESSAGE_BYTES
+from .limits import MAX_MESSAGE_BYTES, MAX_PENDING_CALLS
 
 # A peer that connects must speak HTTP/2 within so many seconds; one that is silent for so long is sent a ping, and
 # dropped if it does not answer it. By default gRPC asks after two hours, and only those that have a call.
@@ -29,7 +29,10 @@ def run_loop(main: Coroutine[None, None, None]) -> None:
 
 
 def make_server(
-    *, reuse_port: bool = False, interceptors: Sequence[grpc.aio.ServerInterceptor] = ()
+    *,
+    reuse_port: bool = False,
+    interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+    max_pending: int = MAX_PENDING_CALLS,
 ) -> grpc.aio.Server:
     """A server without services, not bound yet.
 
@@ -37,10 +40,14 @@ def make_server(
       reuse_port: whether several processes share its port. Two servers that do not know of each other would then share
         requests at random, so it is off by default: the second one is refused.
       interceptors: what every call passes through.
+      max_pending: how many calls may wait in gRPC until the event loop comes to them. From half of it on gRPC refuses
+        the more of them the more wait, beyond it all, at no cost to the event loop (see `status.error_of_call`).
     """
     options = [
         ("grpc.so_reuseport", int(reuse_port)),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.server.max_pending_requests", max_pending // 2),
+        ("grpc.server.max_pending_requests_hard_limit", max_pending),
         ("grpc.server_handshake_timeout_ms", round(HANDSHAKE_SECONDS * 1e3)),
         ("grpc.keepalive_time_ms", round(KEEPALIVE_SECONDS * 1e3)),
         ("grpc.keepalive_permit_without_calls", 1),

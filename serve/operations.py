@@ -15,6 +15,7 @@ import grpc.aio
 from ..data.errors import InputError
 from .guard import MAX_IN_FLIGHT_BYTES, MAX_IN_FLIGHT_CALLS, Guard
 from .keys import KeyRing
+from .limits import MAX_PENDING_CALLS
 from .log import LogFormat
 from .metrics import Batch, CallMetrics, DeviceMetrics, MetricsServer, new_registry
 from .security import Tls
@@ -33,6 +34,9 @@ class OperationsConfig:
       keys: a file of API keys, made by `classer keys new`; with it, only their holders are answered.
       max_in_flight: calls that are worked on at once; what comes beyond them is refused as RESOURCE_EXHAUSTED.
       max_in_flight_mb: likewise, megabytes of requests.
+      max_pending: calls that wait until the server comes to read them. Beyond them gRPC itself refuses, and from half
+        of them on a growing share, at once and at next to no cost. Where deadlines are short a lower number keeps
+        calls from being read too late; it must stay above the calls that callers send at once.
       metrics_port: where Prometheus finds /metrics; 0 picks a free one; by default nowhere. Front ends take the ports
         above it, one each.
       metrics_host: the address that it listens on.
@@ -47,6 +51,7 @@ class OperationsConfig:
     keys: Path | None = None
     max_in_flight: int = MAX_IN_FLIGHT_CALLS
     max_in_flight_mb: float = MAX_IN_FLIGHT_BYTES / _MB
+    max_pending: int = MAX_PENDING_CALLS
     metrics_port: int | None = None
     metrics_host: str = "127.0.0.1"
     trace_endpoint: str | None = None
@@ -96,8 +101,8 @@ class Operations:
     """
 
     def __init__(self, config: OperationsConfig, *, service: str = "classer", share: float = 1.0) -> None:
-        if config.max_in_flight < 1 or config.max_in_flight_mb <= 0:
-            raise InputError("--max-in-flight and --max-in-flight-mb must be above 0.")
+        if min(config.max_in_flight, config.max_in_flight_mb, config.max_pending) <= 0:
+            raise InputError("--max-in-flight, --max-in-flight-mb and --max-pending must be above 0.")
         self._credentials = None if config.tls is None else config.tls.server_credentials()
         self._keys = None if config.keys is None else KeyRing(config.keys, share=share)
         self._tracing = None if config.trace_endpoint is None else Tracing(config.trace_endpoint, service)

@@ -25,6 +25,7 @@ from .cache import check_private
 from .engine import Warmed
 from .errors import NotPossible
 from .frontends import MAX_FRONT_ENDS, FrontEnds
+from .guard import Guard
 from .listening import listen, make_server, run_loop
 from .log import configure_logging, logger
 from .models import AUTO, Model, Models, ModelSettings, named_folders
@@ -101,7 +102,8 @@ def serve(config: ServeConfig) -> None:
     Raises:
       InputError: a bundle cannot be used, or an address not be listened on.
     """
-    configure_logging(config.log_format, access=config.access_log)
+    # Front ends write a line a call themselves; what reaches this process are their batches.
+    configure_logging(config.log_format, access=config.access_log and not config.frontends)
     sys.setswitchinterval(SWITCH_SECONDS)
     _yield_to_calls()
     run_loop(_serve(config))
@@ -160,10 +162,11 @@ class Server:
         if config.frontends:
             self._front_ends = FrontEnds(config.frontends, config.host, config.port, config.drain_seconds, config)
             self.address = self._front_ends.address
-            self._grpc = make_server()  # the front ends have guards of their own
+            # The front ends have guards of their own; this one only ends calls with what the service raises.
+            self._grpc = make_server(interceptors=[Guard(max_calls=sys.maxsize, max_bytes=sys.maxsize)])
             self._grpc.add_insecure_port(self._front_ends.engine)
         else:
-            self._grpc = make_server(interceptors=guards)
+            self._grpc = make_server(interceptors=guards, max_pending=config.max_pending)
             self.address = listen(self._grpc, config.host, config.port, "--port", add_port)
         self._admin_grpc = make_server(interceptors=guards)
         self.admin_address = None

@@ -1,10 +1,10 @@
-"""The gRPC service `classer.v1.Classifier`. What it rests on knows no gRPC."""
+"""The gRPC service `classer.v1.Classifier`, before which a guard stands. What it rests on knows no gRPC."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import TypeVar
 
 import grpc
@@ -12,14 +12,13 @@ import grpc.aio
 
 from .classifying import Asked, Classifying, Outcome
 from .describe import model_message, task_message
-from .errors import ClasserError, InternalError, InvalidRequest, Overloaded, Unavailable
+from .errors import ClasserError, InvalidRequest, Overloaded, Unavailable
 from .limits import MAX_TEXTS
-from .log import log_failure
 from .models import Models
 from .proto import classifier_pb2 as pb
 from .proto.classifier_pb2_grpc import ClassifierServicer
 from .scheduler import Scheduler
-from .status import code_of, to_status, trailing_metadata
+from .status import to_status
 from .work import Priority
 
 # How many messages of one stream are worked on at a time: enough that the device finds the next ones waiting.
@@ -29,7 +28,7 @@ U = TypeVar("U")
 
 
 class Calls:
-    """Counts calls in flight, and ends each with the status of whatever it raises; no text gets into that.
+    """Counts calls in flight.
 
     Attributes:
       idle: set while no call is in flight.
@@ -40,20 +39,12 @@ class Calls:
         self.idle.set()
         self.in_flight = 0
 
-    @contextlib.asynccontextmanager
-    async def call(self, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
+    @contextlib.contextmanager
+    def call(self) -> Iterator[None]:
         self.in_flight += 1
         self.idle.clear()
         try:
             yield
-        except ClasserError as error:
-            await context.abort(code_of(error), str(error), trailing_metadata(error))
-        except grpc.aio.BaseError:  # abort's own, or gRPC's where the caller has gone meanwhile
-            raise
-        except Exception as error:
-            log_failure("A request failed", error)
-            failure = InternalError("The server failed on this request; its log says why.")
-            await context.abort(code_of(failure), str(failure), trailing_metadata(failure))
         finally:
             self.in_flight -= 1
             if not self.in_flight:
@@ -75,7 +66,7 @@ class ClassifierService(ClassifierServicer):
         self.ready = False
 
     async def Classify(self, request: pb.ClassifyRequest, context: grpc.aio.ServicerContext) -> pb.ClassifyResponse:
-        async with self.calls.call(context):
+        with self.calls.call():
             self._check_ready()
             asked = self._classifying.ask(request, context.time_remaining())
             (outcome,) = await self._classifying.classify([request.text], [asked])
@@ -86,7 +77,7 @@ class ClassifierService(ClassifierServicer):
     async def ClassifyBatch(
         self, request: pb.ClassifyBatchRequest, context: grpc.aio.ServicerContext
     ) -> pb.ClassifyBatchResponse:
-        async with self.calls.call(context):
+        with self.calls.call():
             self._check_ready()
             outcomes = await self._batch(request, context.time_remaining(), Priority.INTERACTIVE)
         return _batch_response(outcomes)
@@ -94,7 +85,7 @@ class ClassifierService(ClassifierServicer):
     async def ClassifyStream(
         self, requests: AsyncIterator[pb.ClassifyBatchRequest], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.ClassifyBatchResponse]:
-        async with self.calls.call(context):
+        with self.calls.call():
             self._check_ready()
             answers = in_order(requests, lambda request: self._patient_batch(request, context), STREAM_AHEAD)
             async with contextlib.aclosing(answers):
@@ -102,14 +93,14 @@ class ClassifierService(ClassifierServicer):
                     yield _batch_response(outcomes)
 
     async def ListTasks(self, request: pb.ListTasksRequest, context: grpc.aio.ServicerContext) -> pb.ListTasksResponse:
-        async with self.calls.call(context):
+        with self.calls.call():
             self._check_ready()
             models = [self._models.find(request.model)] if request.model else self._models.defaults
         tasks = [(task, model) for model in models for task in model.bundle.taxonomy.tasks]
         return pb.ListTasksResponse(tasks=[task_message(task, model, labels=False) for task, model in tasks])
 
     async def GetModel(self, request: pb.GetModelRequest, context: grpc.aio.ServicerContext) -> pb.Model:
-        async with self.calls.call(context):
+        with self.calls.call():
             self._check_ready()
             model = self._models.find(request.name, request.version)
         return model_message(model, self._models, labels=True)

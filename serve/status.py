@@ -25,6 +25,7 @@ from .errors import (
     Unavailable,
     UnknownTask,
 )
+from .limits import RETRY_SECONDS
 from .proto import classifier_pb2 as pb
 
 CODES: dict[type[ClasserError], grpc.StatusCode] = {
@@ -115,4 +116,23 @@ def error_in(metadata: Any) -> ClasserError | None:
     for key, value in metadata or ():
         if key == _DETAILS_KEY:
             return from_status(status_pb2.Status.FromString(value))
+    return None
+
+
+def error_of_call(call: Any) -> ClasserError | None:
+    """What the server says of a call that failed: its own error, or that gRPC refused the call for it, unread.
+
+    gRPC does that where too many calls wait (see `listening.make_server`), as CANCELLED in no words but that one.
+
+    Args:
+      call: a gRPC error that a call raised.
+
+    Returns:
+      None if no server of ours failed it.
+    """
+    if (carried := error_in(call.trailing_metadata())) is not None:
+        return carried
+    if call.code() is grpc.StatusCode.CANCELLED and call.details() == grpc.StatusCode.CANCELLED.name:
+        sentence = "More calls wait to be read than the server lets wait; try again in a moment."
+        return Overloaded(sentence, retry_seconds=RETRY_SECONDS, reason="TOO_MANY_PENDING")
     return None

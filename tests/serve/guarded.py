@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
-import grpc.aio
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -20,7 +19,7 @@ from grpc_health.v1.health_pb2 import HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 
 from classer.serve.errors import Overloaded, UnknownTask
-from classer.serve.limits import MAX_MESSAGE_BYTES
+from classer.serve.listening import make_server
 from classer.serve.operations import Operations, OperationsConfig
 from classer.serve.proto import classifier_pb2 as pb
 from classer.serve.proto.classifier_pb2_grpc import (
@@ -44,7 +43,7 @@ class Null(ClassifierServicer, ModelAdminServicer):
         self.seen: list[str] = []
 
     async def Classify(self, request: pb.ClassifyRequest, context: Any) -> pb.ClassifyResponse:
-        async with self.calls.call(context):
+        with self.calls.call():
             self.seen.append(request.text)
             if request.task == "none":
                 raise UnknownTask("This model has no task of the name given; it has: topic.")
@@ -117,8 +116,7 @@ class Guarded:
 
     async def _start(self, config: OperationsConfig) -> None:
         self.operations = Operations(config)
-        options = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
-        self._server = grpc.aio.server(options=options, interceptors=[self.operations.guard])
+        self._server = make_server(interceptors=[self.operations.guard], max_pending=config.max_pending)
         self.address = f"localhost:{self.operations.add_port(self._server, 'localhost:0')}"
         self.null, self.health = Null(), health_aio.HealthServicer()
         add_ClassifierServicer_to_server(self.null, self._server)

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -282,6 +283,26 @@ def test_calls_beyond_what_may_be_in_flight_are_refused_unread(tmp_path: Path) -
         assert running.null.seen == ["hold", "hold", "a"]
         assert metrics_of(running)["classer_in_flight_calls"] == 0
         assert metrics_of(running)["classer_in_flight_bytes"] == 0
+
+
+def test_calls_beyond_what_may_wait_to_be_read_are_refused_meanwhile() -> None:
+    """By gRPC, for the event loop does nothing then."""
+    with guarded(max_pending=4) as running, Client(running.address) as client, ThreadPoolExecutor(20) as pool:
+        assert client.classify("a")
+        done = threading.Event()
+        running._loop.call_soon_threadsafe(done.wait)
+        calls = [pool.submit(client.classify, f"{i}", timeout=TIMEOUT) for i in range(20)]
+        assert eventually(lambda: sum(call.done() for call in calls) >= 15)
+        assert running.null.seen == ["a"]
+        done.set()
+        errors = [error for call in calls if (error := call.exception(TIMEOUT)) is not None]
+        assert 15 <= len(errors) < 20
+        for error in errors:
+            assert isinstance(error, Overloaded)
+            assert (error.reason, error.retry_seconds) == ("TOO_MANY_PENDING", 0.1)
+            assert "wait to be read" in str(error)
+        assert len(running.null.seen) == 1 + 20 - len(errors)
+        assert client.classify("a")
 
 
 def test_bytes_beyond_what_may_be_in_flight_are_refused() -> None:
