@@ -32,7 +32,7 @@ from ..data.errors import InputError
 from ..data.readers import MAX_TEXT_CHARS
 from .errors import ClasserError, InvalidRequest, Overloaded
 from .limits import MAX_TEXTS, RETRY_SECONDS
-from .listening import listen, make_server, run_loop
+from .listening import listen, run_loop
 from .log import configure_logging
 from .operations import Operations, OperationsConfig
 from .proto import classifier_pb2 as pb
@@ -208,11 +208,7 @@ class FrontEnd:
     def __init__(self, config: FrontEndConfig) -> None:
         self._config = config
         self._operations = Operations(config.operations, share=config.share)
-        self._server = make_server(
-            reuse_port=config.shared,
-            interceptors=[self._operations.guard],
-            max_pending=config.operations.max_pending,
-        )
+        self._server = self._operations.make_server(reuse_port=config.shared)
         self.address = listen(self._server, config.host, config.port, "--port", self._operations.add_port)
         tls = Tls.of_files(config.engine_tls_cert, config.engine_tls_key, config.engine_tls_ca)
         options = [("grpc.max_receive_message_length", -1)]

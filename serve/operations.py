@@ -16,6 +16,7 @@ from ..data.errors import InputError
 from .guard import MAX_IN_FLIGHT_BYTES, MAX_IN_FLIGHT_CALLS, Guard
 from .keys import KeyRing
 from .limits import MAX_PENDING_CALLS
+from .listening import make_server
 from .log import LogFormat
 from .metrics import Batch, CallMetrics, DeviceMetrics, MetricsServer, new_registry
 from .security import Tls
@@ -103,6 +104,7 @@ class Operations:
     def __init__(self, config: OperationsConfig, *, service: str = "classer", share: float = 1.0) -> None:
         if min(config.max_in_flight, config.max_in_flight_mb, config.max_pending) <= 0:
             raise InputError("--max-in-flight, --max-in-flight-mb and --max-pending must be above 0.")
+        self._config = config
         self._credentials = None if config.tls is None else config.tls.server_credentials()
         self._keys = None if config.keys is None else KeyRing(config.keys, share=share)
         self._tracing = None if config.trace_endpoint is None else Tracing(config.trace_endpoint, service)
@@ -120,6 +122,10 @@ class Operations:
         if self.registry is not None and config.metrics_port is not None:
             self._metrics_server = MetricsServer(self.registry, config.metrics_host, config.metrics_port)
             self.metrics_port = self._metrics_server.port
+
+    def make_server(self, *, reuse_port: bool = False) -> grpc.aio.Server:
+        """A guarded server, as `listening.make_server` makes it."""
+        return make_server(reuse_port=reuse_port, interceptors=[self.guard], max_pending=self._config.max_pending)
 
     def add_port(self, server: grpc.aio.Server, address: str) -> int:
         """Binds a port of a server, with TLS if there is a certificate. Raises RuntimeError if gRPC refuses it."""

@@ -156,7 +156,7 @@ class Server:
     def __init__(self, config: ServeConfig) -> None:
         self._config = config
         self.operations = Operations(config)
-        guards, add_port = [self.operations.guard], self.operations.add_port
+        add_port = self.operations.add_port
         self._front_ends = None
         # Ports come first, because they fail fastest.
         if config.frontends:
@@ -166,9 +166,9 @@ class Server:
             self._grpc = make_server(interceptors=[Guard(max_calls=sys.maxsize, max_bytes=sys.maxsize)])
             self._grpc.add_insecure_port(self._front_ends.engine)
         else:
-            self._grpc = make_server(interceptors=guards, max_pending=config.max_pending)
+            self._grpc = self.operations.make_server()
             self.address = listen(self._grpc, config.host, config.port, "--port", add_port)
-        self._admin_grpc = make_server(interceptors=guards)
+        self._admin_grpc = self.operations.make_server()
         self.admin_address = None
         if config.admin_port is not None:
             self.admin_address = listen(self._admin_grpc, "127.0.0.1", config.admin_port, "--admin-port", add_port)

@@ -19,7 +19,6 @@ from grpc_health.v1.health_pb2 import HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 
 from classer.serve.errors import Overloaded, UnknownTask
-from classer.serve.listening import make_server
 from classer.serve.operations import Operations, OperationsConfig
 from classer.serve.proto import classifier_pb2 as pb
 from classer.serve.proto.classifier_pb2_grpc import (
@@ -116,7 +115,7 @@ class Guarded:
 
     async def _start(self, config: OperationsConfig) -> None:
         self.operations = Operations(config)
-        self._server = make_server(interceptors=[self.operations.guard], max_pending=config.max_pending)
+        self._server = self.operations.make_server()
         self.address = f"localhost:{self.operations.add_port(self._server, 'localhost:0')}"
         self.null, self.health = Null(), health_aio.HealthServicer()
         add_ClassifierServicer_to_server(self.null, self._server)

@@ -11,13 +11,7 @@ import pytest
 
 from classer.data.errors import InputError
 from classer.data.taxonomy import Label, Task, TaskKind, Taxonomy
-from classer.tests.helpers import (
-    CURRICULUM,
-    TOPICS,
-    TOY_TASKS,
-    TREE,
-    write_task,
-)
+from classer.tests.helpers import CURRICULUM, TOPICS, TOY_TASKS, TREE, write_task
 from classer.train.config import CurriculumStage, TrainJob, read_curriculum
 from classer.train.curriculum import plan_curriculum
 from classer.train.presets import multitask

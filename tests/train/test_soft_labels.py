@@ -19,9 +19,7 @@ from classer.data.examples import Example
 from classer.data.soft_labels import read_soft_labels, write_soft_labels
 from classer.data.taxonomy import Label, Task, TaskKind, Taxonomy
 from classer.model.decode import Calibration, probabilities
-from classer.tests.helpers import (
-    TREE,
-)
+from classer.tests.helpers import TREE
 from classer.tests.strategies import trees
 from classer.train.config import TrainJob
 from classer.train.datasets import load_dataset

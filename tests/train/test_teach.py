@@ -8,10 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from classer.tests.helpers import (
-    TREE,
-    toy_text,
-)
+from classer.tests.helpers import TREE, toy_text
 from classer.tools.cli import main
 
 
