@@ -211,7 +211,8 @@ class FrontEnd:
         self._server = self._operations.make_server(reuse_port=config.shared)
         self.address = listen(self._server, config.host, config.port, "--port", self._operations.add_port)
         tls = Tls.of_files(config.engine_tls_cert, config.engine_tls_key, config.engine_tls_ca)
-        options = [("grpc.max_receive_message_length", -1)]
+        # Windows that grow with the traffic would let one who reads no answers have megabytes of them worked out.
+        options = [("grpc.max_receive_message_length", -1), ("grpc.http2.bdp_probe", 0)]
         self._channel = aio_channel(config.engine, options, tls, config.engine_key)
         batch = self._channel.unary_unary(
             f"/{CLASSIFIER.full_name}/ClassifyBatch",
@@ -301,12 +302,14 @@ class FrontEnd:
     def _stream(self, call: Any) -> Callable[[AsyncIterator[bytes], grpc.aio.ServicerContext], AsyncIterator[bytes]]:
         async def handle(requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
             self._begin()
+            answers = call(requests, timeout=context.time_remaining())
             try:
-                async for response in call(requests, timeout=context.time_remaining()):
+                async for response in answers:
                     yield response
             except grpc.aio.AioRpcError as error:
                 raise _error_of(error) from None
             finally:
+                answers.cancel()  # where the caller has gone before the end
                 self._end()
 
         return handle

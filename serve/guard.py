@@ -162,7 +162,8 @@ class Guard(grpc.aio.ServerInterceptor):
         return guarded
 
     def _guard_stream(self, inner: Callable[..., Any], begin: Callable[[Any], _Call]) -> Callable[..., Any]:
-        async def guarded(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+        # It writes its answers, where a generator would be left as it stands when its caller is gone.
+        async def guarded(requests: AsyncIterator[Any], context: Any) -> None:
             call = begin(context)
             sizes: collections.deque[int] = collections.deque()  # of the messages that are not answered yet
             refused: list[ClasserError] = []
@@ -187,7 +188,7 @@ class Guard(grpc.aio.ServerInterceptor):
                     async with contextlib.aclosing(inner(admitted(), context)) as responses:
                         async for response in responses:
                             self._note(call, response)
-                            yield response
+                            await context.write(response)
                             size = sizes.popleft()
                             call.bytes -= size
                             self._bytes -= size

@@ -16,6 +16,9 @@ from .limits import MAX_MESSAGE_BYTES, MAX_PENDING_CALLS
 HANDSHAKE_SECONDS = 20.0
 KEEPALIVE_SECONDS = 60.0
 PING_SECONDS = 20.0
+# How much of a stream gRPC reads ahead of the service. By default that grows with the traffic, to many megabytes for
+# each caller who sends and reads no answer.
+READ_AHEAD_BYTES = 1024 * 1024
 
 
 def run_loop(main: Coroutine[None, None, None]) -> None:
@@ -48,6 +51,8 @@ def make_server(
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.server.max_pending_requests", max_pending // 2),
         ("grpc.server.max_pending_requests_hard_limit", max_pending),
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", READ_AHEAD_BYTES),
         ("grpc.server_handshake_timeout_ms", round(HANDSHAKE_SECONDS * 1e3)),
         ("grpc.keepalive_time_ms", round(KEEPALIVE_SECONDS * 1e3)),
         ("grpc.keepalive_permit_without_calls", 1),

@@ -45,6 +45,8 @@ _NUMBERS = {code.value[0]: code for code in grpc.StatusCode}
 # Where gRPC carries a google.rpc.Status beside a call's code and sentence.
 _DETAILS_KEY = "grpc-status-details-bin"
 _DOMAIN = "classer"
+# How grpc.aio calls, as INTERNAL, that a connection broke while a message was being sent.
+_BROKEN = "Internal error from Core"
 
 
 def code_of(error: ClasserError) -> grpc.StatusCode:
@@ -120,19 +122,22 @@ def error_in(metadata: Any) -> ClasserError | None:
 
 
 def error_of_call(call: Any) -> ClasserError | None:
-    """What the server says of a call that failed: its own error, or that gRPC refused the call for it, unread.
+    """What the server says of a call that failed, or what gRPC says in other words than it means.
 
-    gRPC does that where too many calls wait (see `listening.make_server`), as CANCELLED in no words but that one.
+    That is a refusal of a call, unread, because too many wait (see `listening.make_server`), which comes as CANCELLED
+    in no words but that one, and a connection that broke in the middle of a message.
 
     Args:
       call: a gRPC error that a call raised.
 
     Returns:
-      None if no server of ours failed it.
+      None if gRPC's code and details say it.
     """
     if (carried := error_in(call.trailing_metadata())) is not None:
         return carried
     if call.code() is grpc.StatusCode.CANCELLED and call.details() == grpc.StatusCode.CANCELLED.name:
         sentence = "More calls wait to be read than the server lets wait; try again in a moment."
         return Overloaded(sentence, retry_seconds=RETRY_SECONDS, reason="TOO_MANY_PENDING")
+    if call.code() is grpc.StatusCode.INTERNAL and call.details() == _BROKEN:
+        return Unavailable("The connection to the server broke while a message was being sent; try again.")
     return None

@@ -44,7 +44,7 @@ from classer.serve.operations import OperationsConfig
 from classer.serve.proto import classifier_pb2 as pb
 from classer.serve.proto.classifier_pb2_grpc import ClassifierStub, ModelAdminStub, add_ModelAdminServicer_to_server
 from classer.serve.security import aio_channel, sync_channel
-from classer.serve.status import error_of
+from classer.serve.status import error_of, error_of_call
 
 from .guarded import TIMEOUT, Guarded, guarded, write_certificates
 
@@ -328,6 +328,16 @@ def test_cancelled_calls_give_their_place_back() -> None:
             for c in ("CANCELLED", "DEADLINE_EXCEEDED")
         ]
         assert sum(ended) == 5
+
+
+def test_a_connection_that_breaks_in_the_middle_of_a_message_is_unavailable() -> None:
+    """As grpc.aio has it, from a channel whose front end was killed."""
+    broken = grpc.aio.AioRpcError(
+        grpc.StatusCode.INTERNAL, grpc.aio.Metadata(), grpc.aio.Metadata(), details="Internal error from Core"
+    )
+    assert isinstance(error_of_call(broken), Unavailable)
+    said = grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, grpc.aio.Metadata(), grpc.aio.Metadata(), details="A fault.")
+    assert error_of_call(said) is None
 
 
 # What is written down
