@@ -17,6 +17,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from classer.data.errors import InputError
 from classer.data.shards import ShardBatches, Shards
 from classer.model.classifier import TextClassifier
 from classer.model.config import native
@@ -42,7 +43,11 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, default=1024, help="texts a batch")
     parser.add_argument("--steps", type=int, default=300, help="batches to make")
     a = parser.parse_args()
-    batches = ShardBatches(Shards(a.folder), batch_size=a.batch_size, seed=0, pad_id=0, num_epochs=1)
+    try:
+        shards = Shards(a.folder)
+    except InputError as error:
+        parser.error(str(error))
+    batches = ShardBatches(shards, batch_size=a.batch_size, seed=0, pad_id=0, num_epochs=1)
     rates, padded, real = [], 0, 0
     for first in range(0, min(a.steps, batches.num_steps), 10):
         started, tokens = time.process_time(), 0

@@ -145,7 +145,14 @@ def main() -> int:
     parser.add_argument("--check", type=Path, help="a prepared folder to hold against the corpus in --out")
     a = parser.parse_args()
     if a.check:
+        for file in (a.check / "dropped.jsonl", a.out / "planted.jsonl"):
+            if not file.is_file():
+                parser.error(f"There is no {file}; --check names what `classer prepare` made of the corpus in --out.")
         check(a.out, a.check)
+    elif not any(a.datasets.glob("*/train.jsonl.gz")):
+        parser.error(f"{a.datasets} holds no data sets (folders with a train.jsonl.gz); name a folder with --datasets.")
+    elif a.out.exists():
+        parser.error(f"{a.out} exists already and was not touched; name a new folder with --out.")
     else:
         make(a.datasets, a.rows, a.out, a.seed)
     return 0
