@@ -300,13 +300,11 @@ def _fail(context: Any, call: _Call) -> None:
 def _refusing(in_call: Callable[..., Any], begin: Callable[[Any], _Call], error: ClasserError) -> Any:
     """A handler that reads nothing, not even the message, and refuses."""
 
-    async def refuse(_: Any, context: Any) -> AsyncIterator[Any]:
+    async def refuse(_: Any, context: Any) -> None:
         call = begin(context)
         async with in_call(call, context):
             raise error
         _fail(context, call)
-        return
-        yield  # a stream's handler is a generator
 
     return grpc.stream_stream_rpc_method_handler(refuse)
 

@@ -47,7 +47,7 @@ def test_what_is_planted_is_written_down(run: Callable[..., int], tmp_path: Path
 
 
 def test_what_it_cannot_use_is_said_and_nothing_is_made(
-    run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     there = tmp_path / "there"
     there.mkdir()
