@@ -1,18 +1,35 @@
-"""What tests of several rooms share: real data sets, a real pretrained encoder, and tiny ones."""
+"""What tests of several rooms share: compiled programs, real data sets, a real pretrained encoder, and tiny ones."""
 
 from __future__ import annotations
 
 import logging
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import pytest
 
 from classer.data.errors import InputError
 from classer.model.bundle import Bundle
 from classer.model.pretrained import fetch_encoder
 from classer.tests.helpers import make_bundle, write_encoder
+
+# JAX's persistent cache, so that what several tests or their child processes run is compiled once.
+COMPILED = {"jax_persistent_cache_min_compile_time_secs": 0.0, "jax_persistent_cache_min_entry_size_bytes": -1}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Makes a folder of compiled programs for this run; what is started from here has it from the environment."""
+    if hasattr(config, "workerinput"):  # one of pytest-xdist's, which has the folder of the run
+        return
+    folder = tempfile.mkdtemp(prefix="classer-compiled-")
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    for name, value in (COMPILED | {"jax_compilation_cache_dir": folder}).items():
+        os.environ[name.upper()] = str(value)
+        jax.config.update(name, value)
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -72,6 +73,12 @@ CURRICULUM = (
         learning_rate=3e-3,
     ),
 )
+
+
+def with_devices(count: int) -> dict[str, str]:
+    """The environment in which a child process has so many devices, all of this CPU."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
+    return os.environ | {"XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu"}
 
 
 def make_bundle(folder: Path) -> Bundle:

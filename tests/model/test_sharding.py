@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from classer.model.classifier import TextClassifier
 from classer.model.config import EncoderConfig, native
 from classer.model.quantize import flatten
 from classer.model.sharding import Layout, Rules, logical_axes, make_layout
+from classer.tests.helpers import with_devices
 
 WORKER = Path(__file__).with_name("sharding_worker.py")
 TIMEOUT = 240
@@ -114,12 +114,8 @@ def run_workers(cases: list[Case], *, processes: int = 1, devices: int = 8, fold
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     (folder / "cases.json").write_text(json.dumps([dataclasses.asdict(case) for case in cases]))
-    environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}",
-        "JAX_PLATFORMS": "cpu",
-        "TF_CPP_MIN_LOG_LEVEL": "1",  # warnings are looked for, whatever this process has set
-        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir or ""),  # pyright: ignore
-    }
+    environment = with_devices(devices // processes)
+    environment["TF_CPP_MIN_LOG_LEVEL"] = "1"  # warnings are looked for, whatever this process has set
     logs = [folder / f"worker-{rank}.log" for rank in range(processes)]
     workers = []
     try:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import jsonschema
 import numpy as np
 import pytest
@@ -303,20 +302,10 @@ def options(tmp_path: Path, tiny_encoder: Path) -> list[str]:
 def begin(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Starts the launcher with options; its output goes to a file."""
     started = []
-    cache = str(jax.config.jax_compilation_cache_dir or tmp_path / "programs")  # pyright: ignore
 
     def begin(*words: object) -> subprocess.Popen[str]:
         with (tmp_path / "output").open("a") as output:
-            started.append(
-                subprocess.Popen(
-                    [*LAUNCHER, *map(str, words)],
-                    stdout=output,
-                    stderr=output,
-                    text=True,
-                    env=os.environ
-                    | {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"},
-                )
-            )
+            started.append(subprocess.Popen([*LAUNCHER, *map(str, words)], stdout=output, stderr=output, text=True))
         return started[-1]
 
     yield begin

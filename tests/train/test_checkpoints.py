@@ -17,6 +17,7 @@ import pytest
 
 from classer.model.classifier import TextClassifier
 from classer.model.config import EncoderConfig
+from classer.tests.helpers import with_devices
 from classer.train.checkpoints import Checkpoints, Progress
 from classer.train.step import TrainState, abstract_state, init_state
 
@@ -137,11 +138,7 @@ def test_where_the_best_checkpoint_is_lost_the_best_to_come_counts(tmp_path: Pat
 
 
 def start_helper(*arguments: object, devices: int = 1, place: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    environment = (
-        os.environ
-        | (place or {})
-        | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
-    )
+    environment = with_devices(devices) | (place or {})
     command = [sys.executable, str(HELPER), *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 

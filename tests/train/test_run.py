@@ -12,7 +12,6 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -266,11 +265,7 @@ def test_a_killed_process_is_resumed_to_the_same_weights(tiny_encoder: Path, tmp
     for field in ("encoder", "max_length", "epochs", "batch_size", "learning_rate", "dropout", "patience"):
         command += [f"--{field.replace('_', '-')}", getattr(job.recipe, field)]
     command = [str(word) for word in command]
-    environment = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),  # pyright: ignore
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "GLIBC_TUNABLES": "",  # or the command would start itself anew
-    }
+    environment = os.environ | {"GLIBC_TUNABLES": ""}  # or the command would start itself anew
     with (tmp_path / "output").open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import subprocess
 import sys
 from typing import Any
@@ -22,6 +21,7 @@ from classer.model.config import EncoderConfig
 from classer.model.decode import Calibration, probabilities
 from classer.model.quantize import flatten, variables
 from classer.model.sharding import make_layout
+from classer.tests.helpers import with_devices
 from classer.train.config import Recipe
 from classer.train.losses import classification_loss
 from classer.train.step import Dense, init_state, learning_rate_schedule, make_optimizer, make_train_step
@@ -273,9 +273,8 @@ def test_without_vectors_the_step_is_what_it_was() -> None:
 
 
 def test_relations_are_over_the_whole_of_a_batch_that_is_divided() -> None:
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", "from classer.tests.train.test_step import check_divided; check_divided()"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=with_devices(4), check=False)
     assert done.returncode == 0, done.stderr
 
 
