@@ -8,12 +8,12 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ..data.readers import MAX_TEXT_CHARS
 from ..data.taxonomy import Task
 from .engine import Engine
-from .errors import ClasserError, InvalidRequest
+from .errors import ClasserError, DeadlineExceeded, InvalidRequest
 from .limits import MAX_REQUEST_ID
 from .models import Model, Models
 from .proto import classifier_pb2 as pb
@@ -29,14 +29,15 @@ MAX_WAY_BACK_SHARE = 0.5
 
 Options = pb.ClassifyRequest | pb.ClassifyBatchRequest
 Outcome = pb.ClassifyResponse | ClasserError
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
     """What the options of a request come to. Texts of equal ones are decoded together.
 
-    `deadline` is when the device must be done with it: the caller's, less what the way back takes.
+    Attributes:
+      deadline: when the device must be done with it: the caller's, less what the way back takes at most.
+      give_up: when the call is answered without it: half of that way before the caller's deadline.
     """
 
     model: Model
@@ -47,6 +48,7 @@ class Asked:
     evidence: bool
     priority: Priority
     deadline: float | None
+    give_up: float | None
     request_id: str
 
 
@@ -114,11 +116,22 @@ class Classifying:
         if options.timeout_micros:
             own = options.timeout_micros / 1e6
             seconds = own if seconds is None else min(own, seconds)
-        deadline = None
+        deadline = give_up = None
         if seconds is not None:
-            deadline = self._scheduler.clock() + seconds - min(self._way_back.most, MAX_WAY_BACK_SHARE * seconds)
+            way_back = min(self._way_back.most, MAX_WAY_BACK_SHARE * seconds)
+            deadline = self._scheduler.clock() + seconds - way_back
+            give_up = deadline + way_back / 2
         return Asked(
-            model, task, engine, options.top_k, threshold, options.evidence, priority, deadline, options.request_id
+            model,
+            task,
+            engine,
+            options.top_k,
+            threshold,
+            options.evidence,
+            priority,
+            deadline,
+            give_up,
+            options.request_id,
         )
 
     async def classify(self, texts: Sequence[str], asked: Sequence[Asked]) -> list[Outcome]:
@@ -159,7 +172,11 @@ class Classifying:
             finally:
                 for count, priority in announced:
                     self._scheduler.arrived(count, priority)
-            scored = _sorted_out(order, await finished(futures), outcomes)
+            # One batch that takes longer than was predicted does not take a call's other answers with it.
+            give_up = [asked[i].give_up for i in order]
+            latest = max((at for at in give_up if at is not None), default=None) if None not in give_up else None
+            await finished(futures, None if latest is None else latest - self._scheduler.clock())
+            scored = _sorted_out(order, futures, outcomes)
             if scored:
                 on_device = max(one.queue_seconds + one.compute_seconds for one in scored.values())
                 self._way_back.add(max(self._scheduler.clock() - submitted - on_device, 0.0))
@@ -216,6 +233,9 @@ def _sorted_out(
     """What the device said of each text; what kept it from others goes to `outcomes`. Raises what is nobody's fault."""
     scored: dict[int, Scored] = {}
     for i, future in zip(order, futures, strict=True):
+        if future.cancelled() or not future.done():
+            outcomes[i] = DeadlineExceeded("The deadline was too near when the text had not yet been run to its end.")
+            continue
         error = future.exception()
         if error is None:
             scored[i] = future.result()
@@ -226,15 +246,15 @@ def _sorted_out(
     return scored
 
 
-async def finished(futures: Sequence[Future[T]]) -> Sequence[Future[T]]:
-    """Waits for all futures, with one call into the event loop; cancelled, it cancels them."""
+async def finished(futures: Sequence[Future[Any]], seconds: float | None) -> None:
+    """Waits for all futures, or so long, with one call into the event loop; then, or cancelled, it cancels the rest."""
     if not futures:
-        return futures
+        return
     loop = asyncio.get_running_loop()
     done = loop.create_future()
     count = itertools.count(1)  # whose `next` is atomic
 
-    def one_more(_: Future[T]) -> None:
+    def one_more(_: Future[Any]) -> None:
         if next(count) == len(futures):
             with contextlib.suppress(RuntimeError):  # the event loop may have gone
                 loop.call_soon_threadsafe(lambda: None if done.done() else done.set_result(None))
@@ -242,12 +262,11 @@ async def finished(futures: Sequence[Future[T]]) -> Sequence[Future[T]]:
     for future in futures:
         future.add_done_callback(one_more)
     try:
-        await done
-    except asyncio.CancelledError:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(done, seconds)
+    finally:
         for future in futures:
-            future.cancel()
-        raise
-    return futures
+            future.cancel()  # one that is done or running stays so
 
 
 K = TypeVar("K")
