@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -37,7 +38,7 @@ class Asked:
 
     Attributes:
       deadline: when the device must be done with it: the caller's, less what the way back takes at most.
-      give_up: when the call is answered without it: half of that way before the caller's deadline.
+      give_up: when the call is answered without it: half of that way before the caller's deadline; without one, never.
     """
 
     model: Model
@@ -48,7 +49,7 @@ class Asked:
     evidence: bool
     priority: Priority
     deadline: float | None
-    give_up: float | None
+    give_up: float
     request_id: str
 
 
@@ -116,7 +117,7 @@ class Classifying:
         if options.timeout_micros:
             own = options.timeout_micros / 1e6
             seconds = own if seconds is None else min(own, seconds)
-        deadline = give_up = None
+        deadline, give_up = None, math.inf
         if seconds is not None:
             way_back = min(self._way_back.most, MAX_WAY_BACK_SHARE * seconds)
             deadline = self._scheduler.clock() + seconds - way_back
@@ -173,11 +174,11 @@ class Classifying:
                 for count, priority in announced:
                     self._scheduler.arrived(count, priority)
             # One batch that takes longer than was predicted does not take a call's other answers with it.
-            give_up = [asked[i].give_up for i in order]
-            latest = max((at for at in give_up if at is not None), default=None) if None not in give_up else None
-            await finished(futures, None if latest is None else latest - self._scheduler.clock())
+            latest = max((asked[i].give_up for i in order), default=math.inf)
+            await finished(futures, latest - self._scheduler.clock() if latest < math.inf else None)
             scored = _sorted_out(order, futures, outcomes)
-            if scored:
+            # Where some are not, the time since includes the wait for these.
+            if scored and len(scored) == len(order):
                 on_device = max(one.queue_seconds + one.compute_seconds for one in scored.values())
                 self._way_back.add(max(self._scheduler.clock() - submitted - on_device, 0.0))
             self._decode(asked, tokens, scored, outcomes)
