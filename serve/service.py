@@ -192,8 +192,9 @@ async def in_order(
 
 
 def _batch_response(outcomes: Sequence[Outcome]) -> pb.ClassifyBatchResponse:
-    # Texts that are refused together share their error.
-    errors = {id(one): to_status(one) for one in outcomes if isinstance(one, ClasserError)}
+    # Texts that are refused together share their error, which is written once.
+    distinct = {id(one): one for one in outcomes if isinstance(one, ClasserError)}
+    errors = {key: to_status(one) for key, one in distinct.items()}
     return pb.ClassifyBatchResponse(
         items=[
             pb.ClassifyBatchItem(error=errors[id(one)])

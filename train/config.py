@@ -69,10 +69,11 @@ class Recipe:
     Attributes:
       encoder: the pretrained encoder: a folder, or a name on the Hugging Face hub; a native size to train from nothing:
         classer-5m, -22m, -110m, -400m, -1b; or a float32 bundle, to go on training it: with its head if it has the
-        same tasks and labels, else from its encoder alone.
+        same tasks and labels, else from its encoder alone; or several of the same labels with commas between, to begin
+        with the mean of their weights.
       max_length: tokens that a text is cut to, special tokens included.
       epochs: passes over the training examples; 0 leaves a bundle of the same labels as it is, for `focus_epochs` to
-        go on with.
+        go on with, or to be calibrated, quantised and measured.
       focus_epochs: passes after those that teach Focused Attention; 0 leaves the classifier dense.
       batch_size: examples a step.
       learning_rate: its peak, after the warm-up; it then falls to 0 along a cosine.
@@ -141,8 +142,6 @@ class Recipe:
             if not value >= low or (high is not None and value > high):  # also when NaN
                 bounds = f"at least {low}" if high is None else f"between {low} and {high}"
                 raise InputError(f"{name} must be {bounds}; it is {value}.")
-        if not self.epochs and not self.focus_epochs:
-            raise InputError("epochs must be at least 1; it is 0.")  # else there is nothing to train
         names = [stage.name for stage in self.curriculum]
         for name in names:
             if names.count(name) > 1:

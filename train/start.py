@@ -1,9 +1,12 @@
-"""What a training run begins from: a pretrained encoder, a native size without weights, or a trained classifier."""
+"""What a training run begins from: a pretrained encoder, a native size without weights, or trained classifiers."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from ..data.errors import InputError
 from ..data.taxonomy import Taxonomy
@@ -33,13 +36,16 @@ class Start(NamedTuple):
 
 
 def choose_start(name: str) -> Start:
-    """What a recipe's `encoder` names: a bundle, one of `NATIVE_SIZES`, or a pretrained encoder.
+    """What a recipe's `encoder` names: a bundle, several with commas between, a native size, or a pretrained encoder.
 
     Raises:
-      InputError: as `fetch_encoder`, `load_encoder` and `load_bundle`; an INT8 bundle, which cannot be trained; an
-        encoder with fewer tokens than its vocabulary.
+      InputError: as `fetch_encoder`, `load_encoder` and `load_bundle`; an INT8 bundle, which cannot be trained; bundles
+        that have no mean; an encoder with fewer tokens than its vocabulary.
     """
     local = Path(name)
+    if "," in name and not local.exists():
+        names = [one.strip() for one in name.split(",")]
+        return _mean(names, [choose_start(one) for one in names])
     if (local / MANIFEST).is_file():
         bundle = load_bundle(local)
         if bundle.precision != "float32":
@@ -60,3 +66,26 @@ def choose_start(name: str) -> Start:
         )
     licences = tuple(folder / file for file in ("LICENSE", "NOTICE") if (folder / file).is_file())
     return Start(encoder, weights, tokenizer, licences, None)
+
+
+def _mean(names: Sequence[str], starts: Sequence[Start]) -> Start:
+    """The mean of trained classifiers' weights, which is often better than each where all began with one encoder.
+
+    See Wortsman et al. 2022, "Model soups", https://arxiv.org/abs/2203.05482, §3: this is their uniform soup.
+    """
+    first = starts[0]
+    for name, start in zip(names, starts, strict=True):
+        if start.taxonomy is None or first.taxonomy is None:
+            raise InputError(f"{name} is no bundle; only trained classifiers have a mean.")
+        for what, own, of_first in (
+            ("a different encoder", start.encoder, first.encoder),
+            ("other tasks or labels", start.taxonomy.to_json(), first.taxonomy.to_json()),
+            ("another vocabulary", start.tokenizer.vocab, first.tokenizer.vocab),
+        ):
+            if own != of_first:
+                raise InputError(f"{name} has no mean with {names[0]}: it has {what}.")
+    weights = {
+        key: np.mean([start.weights[key] for start in starts], axis=0, dtype=np.float64).astype(value.dtype)
+        for key, value in first.weights.items()
+    }
+    return first._replace(weights=weights)

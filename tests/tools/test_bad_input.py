@@ -248,7 +248,7 @@ def test_an_encoder_that_cannot_be_used(tmp_path: Path, tiny_encoder: Path, refu
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("--epochs", "0"), "epochs must be at least 1; it is 0."),
+        (("--epochs", "-1"), "epochs must be at least 0; it is -1."),
         (("--dropout", "1.5"), "dropout must be between 0 and 0.9; it is 1.5."),
         (("--max-length", "4"), "max_length must be between 8 and 512; it is 4."),
         (("--seed", "-1"), "seed must be at least 0; it is -1."),

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from classer.data.errors import InputError
-from classer.data.taxonomy import TaskKind
-from classer.model.bundle import load_bundle
+from classer.data.taxonomy import TaskKind, Taxonomy
+from classer.model.bundle import load_bundle, save_bundle
 from classer.model.focus import is_gate
 from classer.tests.helpers import write_encoder, write_toy_data
 from classer.train import run as run_module
@@ -335,6 +335,34 @@ def test_a_bundle_goes_on_being_trained_and_keeps_its_head(tiny_encoder: Path, t
     assert again.tasks[0].float_metrics.accuracy == result.tasks[0].float_metrics.accuracy
 
 
+def test_a_run_begins_with_the_mean_of_several(tiny_encoder: Path, tmp_path: Path, finished) -> None:
+    job, _ = finished
+    first = job.out / "bundle-float32"
+    bundle = load_bundle(first)
+    other = dataclasses.replace(bundle, weights={name: 3 * value for name, value in bundle.weights.items()})
+    save_bundle(other, tmp_path / "other")
+    recipe = dataclasses.replace(job.recipe, encoder=f"{first}, {tmp_path / 'other'}", epochs=0)
+    mean = train(dataclasses.replace(job, out=tmp_path / "run", recipe=recipe)).float_bundle
+    for name, value in bundle.weights.items():
+        np.testing.assert_allclose(mean.weights[name], 2 * value, rtol=1e-6, err_msg=name)
+    assert not (tmp_path / "run" / "checkpoints").exists(), "no training"
+
+    deeper = dataclasses.replace(bundle, encoder=dataclasses.replace(bundle.encoder, norm_eps=1e-5))
+    save_bundle(deeper, tmp_path / "deeper")
+    renamed = dataclasses.replace(bundle.taxonomy.tasks[0], name="renamed")
+    calibration = {"renamed": bundle.calibration[bundle.taxonomy.tasks[0].name]}
+    save_bundle(
+        dataclasses.replace(bundle, taxonomy=Taxonomy((renamed,)), calibration=calibration), tmp_path / "renamed"
+    )
+    for name, sentence in (
+        (tmp_path / "deeper", "deeper has no mean with .*: it has a different encoder"),
+        (tmp_path / "renamed", "renamed has no mean with .*: it has other tasks or labels"),
+        (tiny_encoder, "is no bundle; only trained classifiers have a mean"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            choose_start(f"{first},{name}")
+
+
 def test_a_dense_bundle_is_taught_to_focus_and_then_a_little_more(tmp_path: Path, finished) -> None:
     job, _ = finished
     recipe = dataclasses.replace(job.recipe, encoder=str(job.out / "bundle-float32"), epochs=0, focus_epochs=2)
@@ -371,8 +399,7 @@ def test_what_cannot_be_trained_is_refused(tiny_encoder: Path, tmp_path: Path, f
     job, _ = finished
     with pytest.raises(InputError, match="is an INT8 bundle, which cannot be trained; name the float32 one"):
         choose_start(str(job.out / "bundle"))
-    with pytest.raises(InputError, match="epochs must be at least 1; it is 0"):
-        Recipe(epochs=0)
-    nothing = make_job(tiny_encoder, tmp_path, epochs=0, focus_epochs=1)
-    with pytest.raises(InputError, match="epochs is 0, which only a trained classifier can begin with"):
-        train(nothing)
+    for focus_epochs in (0, 1):
+        nothing = make_job(tiny_encoder, tmp_path, epochs=0, focus_epochs=focus_epochs)
+        with pytest.raises(InputError, match="epochs is 0, which only a trained classifier can begin with"):
+            train(nothing)
