@@ -22,8 +22,8 @@ from classer.train.upcycle import UpcycleJob, run_upcycle
 def job(tmp_path_factory: pytest.TempPathFactory) -> UpcycleJob:
     folder = tmp_path_factory.mktemp("upcycle")
     encoder = write_encoder(folder / "bert", hidden_size=32, intermediate_size=96)
-    data = write_toy_data(folder / "texts.jsonl", TaskKind.MULTICLASS, 2_000)
-    return UpcycleJob((data,), folder / "native", str(encoder), tokens=20_000, max_length=16, learning_rate=2e-3)
+    data = write_toy_data(folder / "texts.jsonl", TaskKind.MULTICLASS, 6_000)
+    return UpcycleJob((data,), folder / "native", str(encoder), tokens=60_000, max_length=16, learning_rate=1e-3)
 
 
 @pytest.fixture(scope="module")
