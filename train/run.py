@@ -279,7 +279,10 @@ def _model_card(job: TrainJob, inputs: Inputs, fitted: Fitted, bundle: Bundle, m
         f"A classifier of {len(tasks)} task{'s' * (len(tasks) > 1)}, {bundle.precision}, by Classer {__version__}.",
         "",
         f"- Trained from {job.recipe.encoder}{licence} on {inputs.num_train:,} "
-        f"examples: epoch {fitted.kept_epoch} of {fitted.epochs}, seed {job.recipe.seed}.",
+        f"examples: epoch {fitted.kept_epoch} of {fitted.epochs}, seed {job.recipe.seed}."
+        if fitted.epochs
+        else f"- The weights are those of {job.recipe.encoder}{licence}{', their mean' * (',' in job.recipe.encoder)}; "
+        "nothing was trained.",
         f"- Texts are read up to {bundle.max_length} tokens.",
         "",
     ]

@@ -346,6 +346,7 @@ def test_a_run_begins_with_the_mean_of_several(tiny_encoder: Path, tmp_path: Pat
     for name, value in bundle.weights.items():
         np.testing.assert_allclose(mean.weights[name], 2 * value, rtol=1e-6, err_msg=name)
     assert not (tmp_path / "run" / "checkpoints").exists(), "no training"
+    assert "their mean; nothing was trained" in mean.card
 
     deeper = dataclasses.replace(bundle, encoder=dataclasses.replace(bundle.encoder, norm_eps=1e-5))
     save_bundle(deeper, tmp_path / "deeper")
