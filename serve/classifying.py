@@ -253,10 +253,11 @@ async def finished(futures: Sequence[Future[Any]], seconds: float | None) -> Non
         return
     loop = asyncio.get_running_loop()
     done = loop.create_future()
-    count = itertools.count(1)  # whose `next` is atomic
+    # The callbacks, which a future keeps, do not hold the futures (see `Scheduler._enqueue`).
+    count, last = itertools.count(1), len(futures)  # the count's `next` is atomic
 
     def one_more(_: Future[Any]) -> None:
-        if next(count) == len(futures):
+        if next(count) == last:
             with contextlib.suppress(RuntimeError):  # the event loop may have gone
                 loop.call_soon_threadsafe(lambda: None if done.done() else done.set_result(None))
 

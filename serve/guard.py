@@ -208,7 +208,7 @@ class Guard(grpc.aio.ServerInterceptor):
         try:
             yield
         except ClasserError as error:
-            call.failure = error
+            call.failure = error.with_traceback(None)  # whose frames hold the call: see `Scheduler._enqueue`
         except (asyncio.CancelledError, GeneratorExit, grpc.aio.InternalError) as error:
             left = context.time_remaining()
             code = reason = "DEADLINE_EXCEEDED" if left is not None and left <= 0 else "CANCELLED"

@@ -23,6 +23,7 @@ import itertools
 import math
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 
@@ -199,7 +200,8 @@ class Scheduler:
                 try:
                     self._enqueue(work, now, future)
                 except ClasserError as error:
-                    refused.append((future, error))
+                    # Its traceback has the future that is to hold it: another such ring as `_enqueue` tells of.
+                    refused.append((future, error.with_traceback(None)))
             self._changed.notify()
         # Callbacks of futures may come back to the scheduler, so they run without its lock.
         for future, error in refused:
@@ -261,7 +263,10 @@ class Scheduler:
         entry = Entry(work, bucket, now, order, rank, seconds, future)
         self._queues.add(entry)
         self._text_seconds += TEXT_RATE * (seconds - self._text_seconds)
-        future.add_done_callback(lambda _: self._forget(entry))
+        # A future keeps its callbacks, and the entry holds the future: a strong reference would make a ring of them, to
+        # be freed only by Python's collector, which under load then stops everything for a tenth of a second.
+        queued = weakref.ref(entry)
+        future.add_done_callback(lambda done: self._forget(queued()) if done.cancelled() else None)
 
     def _check_room(self, work: Work, bucket: int, now: float) -> None:
         waiting, bound, whose = self.waiting_tokens, self._max_waiting_tokens, "tokens"
@@ -284,10 +289,11 @@ class Scheduler:
             running = max(running - (now - max(self._running[0].started, self._collected)), 0.0)
         return running + self._queues.seconds_before(priority) * self._drift
 
-    def _forget(self, entry: Entry) -> None:
-        """Takes a cancelled text out of its queue (any other that is done has left it before)."""
-        with self._changed:
-            self._queues.remove(entry)
+    def _forget(self, entry: Entry | None) -> None:
+        """Takes a cancelled text out of its queue, unless it has left it (as any other that is done has)."""
+        if entry is not None:
+            with self._changed:
+                self._queues.remove(entry)
 
     def _take(self) -> tuple[list[Entry], list[Entry]]:
         """The next batch, and the texts before it whose deadlines have passed or are too near."""

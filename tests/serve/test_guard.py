@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import io
 import json
 import logging
@@ -25,6 +26,7 @@ import grpc.aio
 import pytest
 
 from classer.data.errors import InputError
+from classer.serve import guard as guard_module
 from classer.serve.client import (
     AsyncClient,
     Client,
@@ -69,6 +71,18 @@ def metrics_at(port: int) -> dict[str, float]:
         lines = answer.read().decode().splitlines()
     pairs = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
     return {name: float(value) for name, value in pairs}
+
+
+def test_a_refused_call_leaves_nothing_to_the_garbage_collector() -> None:
+    with guarded() as running, Client(running.address) as client:
+        gc.disable()
+        try:
+            for _ in range(5):
+                with pytest.raises(Overloaded, match="Full"):
+                    client.classify("full")
+            assert eventually(lambda: not any(isinstance(one, guard_module._Call) for one in gc.get_objects()))
+        finally:
+            gc.enable()
 
 
 # TLS

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 
+from classer.serve.classifying import finished
 from classer.serve.errors import (
     DeadlineExceeded,
     InternalError,
@@ -17,7 +21,7 @@ from classer.serve.errors import (
 )
 from classer.serve.scheduler import BULK_PATIENCE, Scheduler
 from classer.serve.work import BatchRun, Output, Priority
-from classer.tests.serve.fakes import RUN_SECONDS, FakeClock, FakeDevice, names
+from classer.tests.serve.fakes import BUCKETS, RUN_SECONDS, FakeClock, FakeDevice, names
 
 
 @pytest.fixture
@@ -278,6 +282,24 @@ def test_a_cancelled_text_leaves_its_queue_at_once(scheduler: Scheduler, device:
     scheduler.step()
     assert names([second]) == [2]
     assert device.ran == [[2]]
+
+
+def test_nothing_is_left_to_the_garbage_collector(scheduler: Scheduler, device: FakeDevice) -> None:
+    gc.disable()
+    try:
+        futures = scheduler.submit_all(
+            [device.work(1), device.work(2, BUCKETS[-1] + 1), device.work(3), device.work(4, deadline=0.0)]
+        )
+        futures[2].cancel()
+        run_all(scheduler)
+        asyncio.run(finished(futures, None))
+        assert names(futures[:1]) == [1]
+        assert isinstance(futures[1].exception(), InvalidRequest)
+        left = [weakref.ref(future) for future in futures]
+        del futures
+        assert [ref() for ref in left] == [None] * 4
+    finally:
+        gc.enable()
 
 
 def test_cancelling_while_it_runs_changes_nothing(scheduler: Scheduler, device: FakeDevice, monkeypatch) -> None:
