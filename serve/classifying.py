@@ -24,9 +24,11 @@ from .work import Priority, Scored, Work
 
 # How an answer's way from the device to its caller is foreseen, as TCP does with round trips (RFC 6298 §2): by a smooth
 # mean and four times a smooth deviation. Also the part of a deadline that it may take at most: whatever it says, a
-# text that finds the device free is run, and mends it.
+# text that finds the device free is run, and mends it. And so many seconds, or so much of a shorter deadline, at least:
+# what an answer takes from here to its caller is not seen.
 MEAN_RATE, SPREAD_RATE, SPREADS = 1 / 8, 1 / 4, 4
 MAX_WAY_BACK_SHARE = 0.5
+MIN_WAY_BACK, MIN_WAY_BACK_SHARE = 0.04, 0.1
 
 Options = pb.ClassifyRequest | pb.ClassifyBatchRequest
 Outcome = pb.ClassifyResponse | ClasserError
@@ -119,7 +121,8 @@ class Classifying:
             seconds = own if seconds is None else min(own, seconds)
         deadline, give_up = None, math.inf
         if seconds is not None:
-            way_back = min(self._way_back.most, MAX_WAY_BACK_SHARE * seconds)
+            least, most = min(MIN_WAY_BACK, MIN_WAY_BACK_SHARE * seconds), MAX_WAY_BACK_SHARE * seconds
+            way_back = min(max(self._way_back.most, least), most)
             deadline = self._scheduler.clock() + seconds - way_back
             give_up = deadline + way_back / 2
         return Asked(

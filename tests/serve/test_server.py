@@ -395,10 +395,16 @@ def test_an_answers_way_back_is_taken_off_deadlines(running, client: Client, mon
     client.classify("card", "topic")
     assert 0 < classifying._way_back.mean < classifying._way_back.most < TIMEOUT
     clock = running.server.scheduler.clock
-    for mean, spread, taken in ((2.0, 0.0, 2.0), (1.0, 0.5, 3.0), (100.0, 0.0, 5.0)):  # at most half of it
+    for seconds, mean, spread, taken in (
+        (10.0, 2.0, 0.0, 2.0),
+        (10.0, 1.0, 0.5, 3.0),
+        (10.0, 100.0, 0.0, 5.0),  # at most half of it
+        (10.0, 0.0, 0.0, 0.04),  # what is not seen from here
+        (0.1, 0.0, 0.0, 0.01),
+    ):
         monkeypatch.setattr(classifying, "_way_back", Foreseen(mean, spread))
-        asked = classifying.ask(pb.ClassifyRequest(task="topic"), 10.0)
-        assert asked.deadline - clock() == pytest.approx(10.0 - taken, abs=1.0)
+        asked = classifying.ask(pb.ClassifyRequest(task="topic"), seconds)
+        assert asked.deadline - clock() == pytest.approx(seconds - taken, abs=1.0)
         assert asked.give_up - asked.deadline == pytest.approx(taken / 2)
     asked = classifying.ask(pb.ClassifyRequest(task="topic"), None)
     assert (asked.deadline, asked.give_up) == (None, math.inf)
