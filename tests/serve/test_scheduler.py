@@ -285,19 +285,21 @@ def test_a_cancelled_text_leaves_its_queue_at_once(scheduler: Scheduler, device:
 
 
 def test_nothing_is_left_to_the_garbage_collector(scheduler: Scheduler, device: FakeDevice) -> None:
-    gc.disable()
-    try:
-        futures = scheduler.submit_all(
-            [device.work(1), device.work(2, BUCKETS[-1] + 1), device.work(3), device.work(4, deadline=0.0)]
-        )
+    async def ask() -> list[weakref.ref]:
+        works = [device.work(1), device.work(2, BUCKETS[-1] + 1), device.work(3), device.work(4, deadline=0.0)]
+        futures = scheduler.submit_all(works)
         futures[2].cancel()
+        waiting = asyncio.create_task(finished(futures, None))
+        await asyncio.sleep(0)
         run_all(scheduler)
-        asyncio.run(finished(futures, None))
+        await waiting
         assert names(futures[:1]) == [1]
         assert isinstance(futures[1].exception(), InvalidRequest)
-        left = [weakref.ref(future) for future in futures]
-        del futures
-        assert [ref() for ref in left] == [None] * 4
+        return [weakref.ref(future) for future in futures]
+
+    gc.disable()
+    try:
+        assert [ref() for ref in asyncio.run(ask())] == [None] * 4
     finally:
         gc.enable()
 
