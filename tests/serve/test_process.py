@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -46,6 +47,12 @@ def eventually(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+def listens(address: str) -> bool:
+    host, port = address.split(":")
+    with socket.socket() as one:
+        return one.connect_ex((host, int(port))) == 0
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_it_says_where_it_serves_and_ends_well(bundle_path: Path, signum: signal.Signals) -> None:
     process = subprocess.Popen(
@@ -86,6 +93,8 @@ def test_calls_in_flight_are_answered_after_sigterm(bundle_path: Path) -> None:
             model = ClassifierStub(channel)
             eventually(lambda: model.GetModel(pb.GetModelRequest(), timeout=TIMEOUT).in_flight == 2)
             process.send_signal(signal.SIGTERM)
+            # A call that meets the shutting down itself is CANCELLED by gRPC: what is asked here comes after that.
+            eventually(lambda: not listens(address))
             eventually(lambda: not client.healthy())
             with pytest.raises(Unavailable):
                 client.classify("card", "topic")

@@ -196,7 +196,7 @@ def test_schedules_at_the_edges_are_finite_and_train(warmup: float, num_steps: i
     [
         ("learning_rate", -1.0),
         ("learning_rate", float("nan")),
-        ("epochs", 0),
+        ("epochs", -1),
         ("batch_size", 0),
         ("dropout", 1.0),
         ("dev_fraction", 0.0),
