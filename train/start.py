@@ -45,6 +45,8 @@ def choose_start(name: str) -> Start:
     local = Path(name)
     if "," in name and not local.exists():
         names = [one.strip() for one in name.split(",")]
+        if not all(names):
+            raise InputError(f"The encoder '{name}' has a comma with nothing on one side; name a bundle on each.")
         return _mean(names, [choose_start(one) for one in names])
     if (local / MANIFEST).is_file():
         bundle = load_bundle(local)

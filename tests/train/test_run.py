@@ -359,6 +359,7 @@ def test_a_run_begins_with_the_mean_of_several(tiny_encoder: Path, tmp_path: Pat
         (tmp_path / "deeper", "deeper has no mean with .*: it has a different encoder"),
         (tmp_path / "renamed", "renamed has no mean with .*: it has other tasks or labels"),
         (tiny_encoder, "is no bundle; only trained classifiers have a mean"),
+        ("", "has a comma with nothing on one side"),
     ):
         with pytest.raises(InputError, match=sentence):
             choose_start(f"{first},{name}")
