@@ -16,7 +16,7 @@ help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 quickstart: .venv/.stamp-run ## train, quantise, serve and query a real classifier on this machine
-	$(BIN)/python tools/quickstart.py
+	$(BIN)/python tools/dev/quickstart.py
 
 # Most of the quick tests' time goes into compiling tiny programs, whose code need not be good: with these flags that takes
 # less than half as long. The slow tests run what users run.
@@ -41,15 +41,15 @@ proto: .venv/.stamp-dev ## make the Python files of serve/proto/classifier.proto
 	$(BIN)/python -m classer.serve.proto.generate
 
 bench: .venv/.stamp-dev ## fine-tuning speed beside PyTorch; DATA names a folder with task.json
-	$(BIN)/python tools/bench_finetune.py --data $(or $(DATA),../shared/datasets/banking77)
+	$(BIN)/python tools/bench/finetune.py --data $(or $(DATA),../shared/datasets/banking77)
 
 aot: .venv-aot/.stamp ## the compilers for GPUs and TPUs that are not there, in .venv-aot (2 GB); then .venv-aot/bin/classer aot
 
 aot-check: .venv-aot/.stamp ## compile a small preset, training and INT8, for H100 and for TPU
-	.venv-aot/bin/python tools/aot_check.py
+	.venv-aot/bin/python tools/aot/check.py
 
 gpu-check: | .pyright/classer ## on a machine with a CUDA GPU and JAX, Flax, Optax: numerics and speed; ARGS=--tiny anywhere
-	PYTHONPATH=.pyright $(GPU_PYTHON) tools/gpu_check.py $(ARGS)
+	PYTHONPATH=.pyright $(GPU_PYTHON) tools/dev/gpu_check.py $(ARGS)
 
 clean: ## remove .venv, caches and build outputs; runs/ stays
 	rm -rf .venv .venv-aot .pyright .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -2,7 +2,7 @@
 
 Axes: N = batch × sequence (tokens, flattened), D = inputs, F = outputs.
 
-Two habits make a training step on a CPU faster (`tools/bench_finetune.py` measures it) and cost nothing elsewhere.
+Two habits make a training step on a CPU faster (`tools/bench/finetune.py` measures it) and cost nothing elsewhere.
 Activations stay two-dimensional, and every product contracts the last axis of its left side, the one form that XLA:CPU
 hands to its bfloat16 kernels. A weight gradient, xᵀg, contracts the first axis; here xᵀ is laid out in memory before
 the product, which is 4× as fast. Sums over tokens, the gradients of biases and scales, are products with a row of ones,

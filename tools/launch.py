@@ -17,10 +17,12 @@ from typing import Annotated
 
 import tyro
 
-from classer.tools import launch_kubernetes, launch_local, launch_slurm
-from classer.tools.cli import run, tune_allocator
-from classer.tools.launch_job import Launch, where
-from classer.tools.training import parse_job, train
+from classer.tools.cli.main import run, tune_allocator
+from classer.tools.cli.train import parse_job, train
+from classer.tools.launching import kubernetes as launch_kubernetes
+from classer.tools.launching import local as launch_local
+from classer.tools.launching import slurm as launch_slurm
+from classer.tools.launching.job import Launch, where
 
 TARGETS = {"local": launch_local, "slurm": launch_slurm, "kubernetes": launch_kubernetes}
 

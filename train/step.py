@@ -17,7 +17,7 @@ from ..model.focus import FocusDraw
 from ..model.sharding import Layout
 from .losses import SoftTargets, answers, classification_loss, relation_loss, teacher_loss
 
-if TYPE_CHECKING:  # the step itself needs JAX, Flax and Optax alone, so that tools/gpu_check.py runs on these
+if TYPE_CHECKING:  # the step itself needs JAX, Flax and Optax alone, so that tools/dev/gpu_check.py runs on these
     from ..data.pipeline import Batch
     from .config import Recipe
 

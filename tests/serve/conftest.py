@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import pytest
 
 from classer.model.bundle import Bundle, save_bundle
-from classer.serve.server import ServeConfig, Server
+from classer.serve.rpc.server import ServeConfig, Server
 
 T = TypeVar("T")
 TIMEOUT = 60.0

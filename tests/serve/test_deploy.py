@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from classer.serve.gateway import GatewayConfig
-from classer.serve.metrics import CallMetrics, DeviceMetrics, Stages, new_registry
-from classer.serve.server import ServeConfig
-from classer.tools.environment import variable
+from classer.serve.gateway.run import GatewayConfig
+from classer.serve.ops.metrics import CallMetrics, DeviceMetrics, Stages, new_registry
+from classer.serve.rpc.server import ServeConfig
+from classer.tools.cli.environment import variable
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 # Labels that Prometheus itself gives.

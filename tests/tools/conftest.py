@@ -18,7 +18,7 @@ from classer.data.taxonomy import TaskKind
 from classer.tests.helpers import write_toy_data
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMAND = (sys.executable, "-m", "classer.tools.cli")
+COMMAND = (sys.executable, "-m", "classer.tools.cli.main")
 LAUNCHER = (sys.executable, str(ROOT / "tools" / "launch.py"))
 TIMEOUT = 180
 

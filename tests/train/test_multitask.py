@@ -17,7 +17,7 @@ from classer.model.bundle import load_bundle, save_bundle
 from classer.model.classifier import TextClassifier
 from classer.model.quantize import variables
 from classer.tests.helpers import CURRICULUM, TOPICS, TREE, compiled, rows_trained_on, write_encoder, write_task
-from classer.tools.cli import main
+from classer.tools.cli.main import main
 from classer.train.config import Recipe, TrainJob
 from classer.train.datasets import load_dataset
 from classer.train.run import TrainResult, train

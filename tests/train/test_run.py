@@ -260,7 +260,7 @@ def test_a_killed_process_is_resumed_to_the_same_weights(tiny_encoder: Path, tmp
     uninterrupted = dataclasses.replace(job, out=tmp_path / "uninterrupted")
     train(uninterrupted)
 
-    command = [sys.executable, "-m", "classer.tools.cli", "train"]
+    command = [sys.executable, "-m", "classer.tools.cli.main", "train"]
     command += ["--data", job.data, "--test", job.test, "--out", job.out]
     for field in ("encoder", "max_length", "epochs", "batch_size", "learning_rate", "dropout", "patience"):
         command += [f"--{field.replace('_', '-')}", getattr(job.recipe, field)]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from classer.tests.helpers import TREE, toy_text
-from classer.tools.cli import main
+from classer.tools.cli.main import main
 
 
 def test_two_teachers_of_transformers(

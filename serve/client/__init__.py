@@ -1,0 +1,1 @@
+"""The Python clients. They load neither JAX nor TensorFlow."""

@@ -1,0 +1,306 @@
+"""Turbine's engine: the compiled programs of one model at one focus, each measured, and the choice among them.
+
+No gRPC and no threads: whoever owns an engine calls it from one thread at a time. Axes: `B` batch, `S` sequence,
+`L` labels of the whole taxonomy, `N` texts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from ...data.buckets import pad_batch
+from ...data.errors import InputError
+from ...model.evidence import Kept
+from .work import Output
+
+# Few programs, so that a server starts in well under a minute on two cores: each takes one to three seconds to compile.
+BUCKETS = (16, 32, 64, 128, 256, 512)
+BATCH_SIZES = (1, 8, 32)
+# Beyond this a larger batch gains nothing, and those who wait for the device wait too long.
+MAX_BATCH_TOKENS = 8192
+# How near the best measured rate a program must come to be taken for its size.
+ABOUT_AS_GOOD = 0.9
+# The first run of a program may still allocate; of the others the fastest counts.
+WARM_UP_RUNS = 6
+EMPTY = 2  # tokens of the empty text: [CLS] and [SEP]
+
+
+class Program(Protocol):
+    """One executable for a static shape: tokens_BS and lengths_B (int32) → logits_BL (float32), what each row kept.
+
+    Each method starts a run; the function that it returns waits for it.
+    """
+
+    def launch(self, tokens_BS: np.ndarray, lengths_B: np.ndarray, /) -> Callable[[], np.ndarray]: ...
+
+    def launch_explain(
+        self, tokens_BS: np.ndarray, lengths_B: np.ndarray, /
+    ) -> Callable[[], tuple[np.ndarray, Sequence[Kept]]]: ...
+
+
+class Predictor(Protocol):
+    """What the engine needs of `model.predict.Predictor`."""
+
+    @property
+    def focused(self) -> bool: ...
+
+    def compile(self, batch_size: int, length: int) -> Program: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Golden:
+    """Texts whose outputs are known, to tell a precision that computes something else.
+
+    Attributes:
+      ids: token ids of each text.
+      off: how far logits_NL of the texts at these positions are from what they must be; NaN if they are not finite.
+      tolerance: how far they may be.
+    """
+
+    ids: Sequence[np.ndarray]
+    off: Callable[[Sequence[int], np.ndarray], float]
+    tolerance: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Warmed:
+    """A program that is ready: what it took to compile, and what one full batch of it takes.
+
+    Attributes:
+      off: how far it was from the golden outputs.
+      chosen: whether its precision runs its bucket.
+    """
+
+    program: Program
+    precision: str
+    batch_size: int
+    length: int
+    compile_seconds: float
+    run_seconds: float
+    off: float = 0.0
+    chosen: bool = True
+
+
+class Engine:
+    """All programs of one model at one focus; a `scheduler.Device`.
+
+    For each bucket the largest batch is compiled in every precision, and the fastest of those that reproduce the golden
+    outputs runs that bucket; only that one's smaller batches are compiled too, and must reproduce them as well.
+
+    Args:
+      predictors: what compiles the programs, by precision, in the order of preference among equals.
+      max_length: the model's, in tokens; the largest bucket is this long.
+      pad_id: the token id that fills what is left of a row; also what warm-up runs on.
+      golden: what every precision must reproduce; None asks for nothing.
+      plan: bucket → precision, where the choice was made before (for a model of the same shapes); then nothing is
+        measured but what is chosen, unless that does not reproduce the golden outputs.
+      buckets: the lengths in tokens for which there are programs; those beyond `max_length` are left out.
+      batch_sizes: the numbers of texts for which there are programs. The smallest is always built, a larger one only
+        where it holds at most `MAX_BATCH_TOKENS`.
+      clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        predictors: Mapping[str, Predictor],
+        *,
+        max_length: int,
+        pad_id: int,
+        golden: Golden | None = None,
+        plan: Mapping[int, str] | None = None,
+        buckets: Sequence[int] = BUCKETS,
+        batch_sizes: Sequence[int] = BATCH_SIZES,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._predictors = dict(predictors)
+        self._pad_id = pad_id
+        self._golden = golden
+        self._clock = clock
+        self._buckets = (*sorted(bucket for bucket in set(buckets) if bucket < max_length), max_length)
+        sizes = sorted(set(batch_sizes))
+        self._sizes = {
+            bucket: (sizes[0], *(size for size in sizes[1:] if size * bucket <= MAX_BATCH_TOKENS))
+            for bucket in self._buckets
+        }
+        self._plan = {bucket: plan[bucket] for bucket in self._buckets if plan and plan.get(bucket) in self._predictors}
+        # How many programs `warm_up` compiles, if the golden outputs turn no choice down.
+        self.steps = sum(
+            len(self._sizes[bucket]) - 1 + (1 if bucket in self._plan else len(self._predictors))
+            for bucket in self._buckets
+        )
+        self._focused = any(predictor.focused for predictor in self._predictors.values())
+        self._warmed: dict[tuple[int, int], Warmed] = {}
+        self._measured: list[Warmed] = []
+
+    @property
+    def focused(self) -> bool:
+        """Whether the programs leave tokens out."""
+        return self._focused
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        return self._buckets
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(bucket, batch size) of every program."""
+        return [(bucket, size) for bucket in self._buckets for size in self._sizes[bucket]]
+
+    @property
+    def ready(self) -> bool:
+        """Whether every program is compiled and warm."""
+        return len(self._warmed) == len(self.shapes)
+
+    @property
+    def programs(self) -> list[Warmed]:
+        """The programs that are ready, by bucket and batch size."""
+        return [self._warmed[shape] for shape in self.shapes if shape in self._warmed]
+
+    @property
+    def measured(self) -> list[Warmed]:
+        """The largest batch of every bucket in every precision that was tried; `off` is that of all its batches."""
+        return self._measured
+
+    @property
+    def plan(self) -> dict[int, str]:
+        """Bucket → the precision that runs it, of the buckets that are ready."""
+        return {bucket: warmed.precision for (bucket, _), warmed in self._warmed.items()}
+
+    def warm_up(self) -> Iterator[Warmed]:
+        """Compiles, runs and times every program, one with each `next`; the engine is ready after the last.
+
+        Raises:
+          InputError: no precision reproduces the golden outputs.
+        """
+        for bucket in self._buckets:
+            yield from self._warm_up_bucket(bucket)
+        # With them go the weights that no program uses.
+        self._golden, self._predictors = None, {}
+
+    def batch_for(self, bucket: int, waiting: int) -> int:
+        """How many of `waiting` texts to run next: what finishes the most texts a second, as measured at warm-up.
+
+        A batch of 32 with 9 texts in it may take four times as long as a full one of 8 (on a CPU) or no longer (on a
+        GPU). Of those about as good as the best, the largest: measurements are noisy, and every batch has its price
+        outside the program too.
+        """
+        rates = {
+            size: min(waiting, size) / max(self._warmed[bucket, size].run_seconds, 1e-9) for size in self._sizes[bucket]
+        }
+        good = max(rates.values()) * ABOUT_AS_GOOD
+        return min(waiting, max(size for size, rate in rates.items() if rate >= good))
+
+    def rows(self, bucket: int, count: int) -> int:
+        """The rows of the smallest program that holds `count` texts of a bucket."""
+        return next((size for size in self._sizes[bucket] if size >= count), self._sizes[bucket][-1])
+
+    def seconds(self, bucket: int, count: int) -> float:
+        """What a batch of `count` texts of a bucket took at warm-up."""
+        return self._warmed[bucket, self.rows(bucket, count)].run_seconds
+
+    def launch(self, ids: Sequence[np.ndarray], bucket: int) -> Callable[[], list[Output]]:
+        """Starts N texts; the function returned waits for their outputs. Logits may be NaN, each text's on its own.
+
+        Args:
+          ids: the token ids of each text, (S_i,) with S_i ≤ `bucket`; N at most the bucket's largest batch size.
+          bucket: one of `buckets`.
+
+        Raises:
+          RuntimeError: the engine is not warm.
+          ValueError: more texts than the largest batch, or one longer than the bucket.
+        """
+        size = self.rows(bucket, len(ids))
+        warmed = self._warmed.get((bucket, size))
+        if warmed is None:
+            raise RuntimeError(
+                f"The program for {size} × {bucket} tokens is not compiled yet; warm the engine up first."
+            )
+        tokens_BS, lengths_B = pad_batch(ids, size, bucket, self._pad_id)
+        if not self.focused:
+            collect = warmed.program.launch(tokens_BS, lengths_B)
+            return lambda: [Output(logits_L) for logits_L in collect()[: len(ids)]]
+        explain = warmed.program.launch_explain(tokens_BS, lengths_B)
+
+        def outputs() -> list[Output]:
+            logits_BL, kept_B = explain()
+            return [Output(logits_BL[i], kept_B[i]) for i in range(len(ids))]
+
+        return outputs
+
+    def run(self, ids: Sequence[np.ndarray], bucket: int) -> list[Output]:
+        """`launch`, and wait."""
+        return self.launch(ids, bucket)()
+
+    def check(self) -> None:
+        """Runs the smallest program on padding; it raises only if the device is lost."""
+        bucket = self._buckets[0]
+        self.run([np.full(bucket, self._pad_id, np.int32)], bucket)
+
+    def _warm_up_bucket(self, bucket: int) -> Iterator[Warmed]:
+        *smaller, largest = self._sizes[bucket]
+        planned = [self._plan[bucket]] if bucket in self._plan else []
+        tried: dict[str, Warmed] = {}
+        for precisions in (planned, [one for one in self._predictors if one not in planned]):
+            for precision in precisions:
+                tried[precision] = self._warm(precision, largest, bucket)
+                yield tried[precision]
+            while (best := self._fastest(tried.values())) is not None:
+                self._warmed[bucket, largest] = best
+                for size in smaller:
+                    warmed = self._warm(best.precision, size, bucket)
+                    if not self._reproduces(warmed):
+                        tried[best.precision] = dataclasses.replace(best, off=warmed.off)
+                        break
+                    self._warmed[bucket, size] = warmed
+                    yield warmed
+                else:
+                    self._measured += [dataclasses.replace(one, chosen=one is best) for one in tried.values()]
+                    return
+        found = ", ".join(f"{one.precision} is off by {one.off:.4f}" for one in tried.values())
+        raise InputError(
+            f"No precision reproduces the bundle's golden outputs in batches of up to {largest} × {bucket} tokens: "
+            f"{found}. The bundle or this installation is broken."
+        )
+
+    def _warm(self, precision: str, size: int, bucket: int) -> Warmed:
+        begin = self._clock()
+        program = self._predictors[precision].compile(size, bucket)
+        compiled = self._clock() - begin
+        tokens_BS = np.full((size, bucket), self._pad_id, np.int32)
+        lengths_B = np.full(size, bucket, np.int32)
+        times = []
+        for _ in range(WARM_UP_RUNS):
+            begin = self._clock()
+            program.launch(tokens_BS, lengths_B)()
+            times.append(self._clock() - begin)
+        return Warmed(program, precision, size, bucket, compiled, min(times[1:]), self._off(program, size, bucket))
+
+    def _off(self, program: Program, size: int, bucket: int) -> float:
+        """How far a program is from the golden outputs of those texts that fit it."""
+        golden, off = self._golden, 0.0
+        if golden is None:
+            return off
+        fitting = [i for i, ids in enumerate(golden.ids) if len(ids) <= bucket]
+        # Of the empty text INT8 may make something else than float (see `bundle.quantize`): it is for want of others.
+        fitting = [i for i in fitting if len(golden.ids[i]) > EMPTY] or fitting
+        for start in range(0, len(fitting), size):
+            some = fitting[start : start + size]
+            tokens_BS, lengths_B = pad_batch([golden.ids[i] for i in some], size, bucket, self._pad_id)
+            one = golden.off(some, program.launch(tokens_BS, lengths_B)()[: len(some)])
+            off = one if math.isnan(one) else max(off, one)
+            if math.isnan(off):
+                break
+        return off
+
+    def _reproduces(self, warmed: Warmed) -> bool:
+        return self._golden is None or warmed.off <= self._golden.tolerance  # False where it is NaN
+
+    def _fastest(self, tried: Iterable[Warmed]) -> Warmed | None:
+        """Of those that reproduce the golden outputs."""
+        return min(filter(self._reproduces, tried), key=lambda one: one.run_seconds, default=None)

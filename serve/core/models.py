@@ -1,0 +1,420 @@
+"""The models that a server answers with: loading, choosing among them, and swapping them while requests run.
+
+No gRPC. `Models` is used from one event loop; what takes long runs in threads beside it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import dataclasses
+import enum
+import functools
+import gc
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ...data.errors import InputError
+from ...data.taxonomy import Task
+from ...model.bundle import GOLDEN_LENGTH, Bundle, load_bundle
+from ...model.config import EncoderConfig
+from ...model.focus import Focus
+from ...model.predict import Executables, Predictor, Program
+from ...model.variants import AGREEMENT, VARIANTS, Variant, disagreement, golden_ids, native, variant_predictor
+from ..wire.errors import InvalidRequest, NotPossible, UnknownTask
+from .answers import Answers
+from .engine import Engine, Golden, Warmed
+from .tokenizing import TokenizerStage
+
+# What a name may be: it stands in URLs, in metrics and in log lines.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+AUTO = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+    """How models are computed.
+
+    Attributes:
+      focuses: the budgets that programs are compiled for, each as `Focus.parse` takes it; the first is the default.
+      precision: one of `VARIANTS`, or `AUTO`: measured for each bucket.
+    """
+
+    focuses: tuple[str, ...] = ("1",)
+    precision: str = AUTO
+
+    def __post_init__(self) -> None:
+        if self.precision not in (AUTO, *VARIANTS):
+            raise InputError(f"--precision is '{self.precision}'; it is one of {AUTO}, {', '.join(VARIANTS)}.")
+        if not self.focuses:
+            raise InputError("--focus names no budget; give at least one, such as 1.")
+
+
+class State(enum.Enum):
+    """Where a model is between being loaded and being freed."""
+
+    LOADING = 1
+    READY = 2
+    RETIRING = 3
+
+
+class Model:
+    """One version of a model, with all that it needs to answer.
+
+    Attributes:
+      name: under which it is served.
+      bundle: what it was loaded from; without its weights.
+      engines: by focus, the default one first.
+      executables: what was compiled for it, kept so that a next version of the same shapes need not be compiled.
+      state: where it is.
+      in_flight: how many requests it is working on.
+      loaded_at: seconds since 1970.
+    """
+
+    def __init__(self, name: str, bundle: Bundle) -> None:
+        self.name = name
+        self.bundle = dataclasses.replace(bundle, weights={})
+        self.engines: dict[str, Engine] = {}
+        self.executables: list[Executables] = []
+        self.tokenizer = TokenizerStage(bundle.tokenizer, bundle.max_length)
+        self.answers = Answers(bundle.taxonomy, bundle.calibration, name, bundle.version)
+        self.state = State.LOADING
+        self.in_flight = 0
+        self.loaded_at = time.time()
+        self._idle: Callable[[Model], None] = lambda _: None
+
+    @property
+    def version(self) -> str:
+        return self.bundle.version
+
+    def engine(self, focus: str) -> Engine:
+        """The engine of a focus; the default one if it is empty.
+
+        Raises:
+          InvalidRequest: there is none of that focus.
+        """
+        if not focus:
+            return next(iter(self.engines.values()))
+        if focus not in self.engines:
+            known = ", ".join(self.engines)
+            raise InvalidRequest(f"The field `focus` is none of those that this model serves: {known}.", field="focus")
+        return self.engines[focus]
+
+    @contextlib.contextmanager
+    def using(self) -> Iterator[None]:
+        """Keeps the model from being freed while a request is in it."""
+        self.in_flight += 1
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+            if self.state is State.RETIRING and not self.in_flight:
+                self._idle(self)
+
+    def retire(self, idle: Callable[[Model], None]) -> None:
+        """Takes on no more; `idle` is called after the last request."""
+        self.state, self._idle = State.RETIRING, idle
+        if not self.in_flight:
+            idle(self)
+
+    def warm_up(self) -> Iterator[Warmed]:
+        """Makes it ready, one program with each `next`. Runs in any one thread."""
+        self.bundle.tokenizer.encode(["warm up"], self.bundle.max_length)
+        for engine in self.engines.values():
+            yield from engine.warm_up()
+
+
+class Models:
+    """The models of a server.
+
+    Args:
+      folders: the bundles that may be loaded, by name.
+      settings: how they are computed.
+    """
+
+    def __init__(self, folders: Mapping[str, Path], settings: ModelSettings | None = None) -> None:
+        self.folders = dict(folders)
+        self._settings = settings or ModelSettings()
+        self._versions: dict[str, list[Model]] = {}  # by name; those that answer, in the order of loading
+        self._default: dict[str, Model] = {}
+        self._others: list[Model] = []  # loading or retiring
+        self._loading = asyncio.Lock()
+
+    def __iter__(self) -> Iterator[Model]:
+        """All models, whatever their state, by name."""
+        ready = [model for models in self._versions.values() for model in models]
+        yield from sorted([*ready, *self._others], key=lambda model: (model.name, model.loaded_at))
+
+    def is_default(self, model: Model) -> bool:
+        return self._default.get(model.name) is model
+
+    @property
+    def defaults(self) -> list[Model]:
+        """The default version of each model, by name."""
+        return [self._default[name] for name in sorted(self._default)]
+
+    def find(self, name: str, version: str = "") -> Model:
+        """A model that answers requests: of that name (any, if there is only one) and version (empty: the default).
+
+        Raises:
+          UnknownTask: there is none.
+          InvalidRequest: the name is empty and there are several.
+        """
+        if not self._default:
+            raise UnknownTask("No model is loaded; load one through ModelAdmin.", field="model")
+        known = ", ".join(sorted(self._default))
+        if not name and len(self._default) > 1:
+            raise InvalidRequest(f"The field `model` is empty, but there are several; name one of: {known}.")
+        name = name or next(iter(self._default))
+        if name not in self._default:
+            raise UnknownTask(f"There is no model of the name given; there are: {known}.", field="model")
+        if not version:
+            return self._default[name]
+        for model in self._versions[name]:
+            if model.version == version:
+                return model
+        versions = ", ".join(model.version for model in self._versions[name])
+        raise UnknownTask(f"The model has no version as given; it has: {versions}.", field="model_version")
+
+    def resolve(self, task: str, model: str = "", version: str = "") -> tuple[Model, Task]:
+        """Who answers a request.
+
+        Raises:
+          UnknownTask, InvalidRequest: nobody, or several could.
+        """
+        if model or version or len(self._default) <= 1:
+            found = self.find(model, version)
+            return found, found.answers.task(task)
+        having = [one for one in self.defaults if task in one.answers.tasks]
+        if len(having) == 1:
+            return having[0], having[0].answers.task(task)
+        if having:
+            names = ", ".join(one.name for one in having)
+            raise InvalidRequest(f"Several models have this task; name one of them in `model`: {names}.", field="model")
+        known = ", ".join(name for one in self.defaults for name in one.answers.tasks)
+        if task:
+            raise UnknownTask(f"No model has a task of the name given; there are: {known}.", field="task")
+        raise InvalidRequest(f"The field `task` is empty, but there are several; name one of: {known}.", field="task")
+
+    async def load(
+        self,
+        bundle: str,
+        name: str = "",
+        *,
+        default: bool = True,
+        keep_old: bool = False,
+        progress: Callable[[Model, Warmed | None], bool] = lambda model, warmed: True,
+    ) -> Model:
+        """Loads a bundle, warms it, and only then lets requests go to it: all of them at once.
+
+        Args:
+          bundle: a name of `folders`.
+          name: under which to serve it; empty for the same.
+          default: whether requests that name no version go to it from now on; they do if there is no other.
+          keep_old: whether the version that they went to stays; else it is retired.
+          progress: called with the model before and after each program that was compiled; False gives up.
+
+        Raises:
+          UnknownTask: a name that is not of `folders`.
+          NotPossible: that version is loaded under that name already, or loading was given up.
+          InputError: the bundle cannot be used.
+        """
+        for given in (bundle, name or bundle):
+            if given not in self.folders:
+                known = ", ".join(sorted(self.folders))
+                raise UnknownTask(f"There is no bundle of the name given; there are: {known}.", field="bundle")
+        name = name or bundle
+        async with self._loading:
+            sibling = self._default.get(name)
+            model = await asyncio.to_thread(_prepare, name, self.folders[bundle], self._settings, sibling)
+            if any(one.version == model.version for one in self._versions.get(name, ())):
+                raise NotPossible(f"Version {model.version} of '{name}' is loaded already.")
+            self._others.append(model)
+            try:
+                programs = model.warm_up()
+                warmed: Warmed | None = None
+                while progress(model, warmed):
+                    if (warmed := await asyncio.to_thread(next, programs, None)) is None:
+                        break
+                else:
+                    raise NotPossible("Loading was given up.")
+            finally:
+                self._others.remove(model)
+            await asyncio.to_thread(_settle)
+            model.state = State.READY
+            self._versions.setdefault(name, []).append(model)
+            old = self._default.get(name)  # another one than before, if it was unloaded or changed meanwhile
+            if default or old is None:
+                self._default[name] = model
+                if old is not None and not keep_old:
+                    self._retire(old)
+        return model
+
+    def unload(self, name: str, version: str) -> None:
+        """Takes a version out; it answers the requests that it has begun.
+
+        Raises:
+          UnknownTask: there is no such version.
+          NotPossible: it is the default, and there are others.
+        """
+        if not name or not version:
+            raise InvalidRequest("Both `name` and `version` must be given.", field="version" if name else "name")
+        model = self.find(name, version)
+        if self.is_default(model):
+            if len(self._versions[name]) > 1:
+                raise NotPossible(f"Version {version} is the default of '{name}'; make another one the default first.")
+            del self._default[name]
+        self._retire(model)
+
+    def set_default(self, name: str, version: str) -> Model:
+        """Makes a loaded version the one that requests go to which name none. Raises as `find`."""
+        if not name or not version:
+            raise InvalidRequest("Both `name` and `version` must be given.", field="version" if name else "name")
+        self._default[name] = self.find(name, version)
+        return self._default[name]
+
+    def close(self) -> None:
+        """Ends every thread, once no request is in flight any more."""
+        for model in self:
+            model.tokenizer.close()
+
+    def _retire(self, model: Model) -> None:
+        self._versions[model.name].remove(model)
+        if not self._versions[model.name]:
+            del self._versions[model.name]
+        self._others.append(model)
+        model.retire(self._free)
+
+    def _free(self, model: Model) -> None:
+        self._others.remove(model)
+        model.tokenizer.close()
+        model.engines.clear()
+        # Later, when whoever has just used the model has let go of it too.
+        asyncio.get_running_loop().call_later(0.1, lambda: asyncio.get_running_loop().run_in_executor(None, _trim))
+
+
+def named_folders(sources: Sequence[str]) -> dict[str, Path]:
+    """Bundles by name, from FOLDER or NAME=FOLDER each.
+
+    A folder's own name is the last part of its path; that of its parent where it is only called bundle….
+
+    Raises:
+      InputError: no name, one that is out of its limits, or one that stands for two folders.
+    """
+    folders: dict[str, Path] = {}
+    for source in sources:
+        given, equals, rest = source.partition("=")
+        if equals and "/" not in given:
+            name, path = given, Path(rest)
+        else:
+            path = Path(source)
+            parts = path.absolute()
+            name = parts.parent.name if parts.name.startswith("bundle") else parts.name
+        if not _NAME.fullmatch(name):
+            raise InputError(
+                f"'{source}' would be served as '{name}'; a name is 1 to 64 letters, digits, dots, dashes and "
+                "underscores. Give it one: NAME=FOLDER."
+            )
+        if folders.get(name, path) != path:
+            raise InputError(f"{folders[name]} and {path} would both be served as '{name}'; name them: NAME=FOLDER.")
+        folders[name] = path
+    return folders
+
+
+@dataclasses.dataclass(eq=False)
+class _OnDemand:
+    """A `Predictor` that puts its weights on the device when it is first used: one that a plan leaves out never is.
+
+    `executables` gets what it compiles.
+    """
+
+    bundle: Bundle
+    variant: Variant
+    focus: Focus | None
+    executables: list[Executables]
+
+    @functools.cached_property
+    def predictor(self) -> Predictor:
+        predictor = variant_predictor(self.bundle, self.variant, self.focus)
+        self.executables.append(predictor.executables)
+        return predictor
+
+    @property
+    def focused(self) -> bool:
+        return self.focus is not None
+
+    def compile(self, batch_size: int, length: int) -> Program:
+        return self.predictor.compile(batch_size, length)
+
+
+def _prepare(name: str, path: Path, settings: ModelSettings, sibling: Model | None) -> Model:
+    """Reads a bundle and puts on the device, and compiles, what its check needs; the rest is `warm_up`'s."""
+    bundle = load_bundle(path)
+    model = Model(name, bundle)
+    variants: list[Variant] = [one for one in VARIANTS if settings.precision in (AUTO, one)]
+    variants.sort(key=lambda one: one != native(bundle))  # among equals the bundle's own is preferred
+    alike = sibling if sibling is not None and _shapes(sibling.bundle) == _shapes(bundle) else None
+    for text in settings.focuses:
+        focus = Focus.parse(text, bundle.encoder.num_layers)
+        if not focus.full and not bundle.encoder.gated and "1" in settings.focuses:
+            continue  # among several models those without gates serve what they can
+        before = alike.engines.get(text) if alike is not None else None
+        kept = None if focus.full else focus
+        predictors = {one: _OnDemand(bundle, one, kept, model.executables) for one in variants}
+        own = predictors.get(native(bundle)) or _OnDemand(bundle, native(bundle), kept, model.executables)
+        model.engines[text] = Engine(
+            predictors,
+            max_length=bundle.max_length,
+            pad_id=bundle.tokenizer.pad_id,
+            golden=_golden(bundle, own.predictor),
+            plan=before.plan if before is not None and before.ready else {},
+        )
+    if sibling is not None:
+        model.executables += sibling.executables  # also those of the precisions that were not chosen
+    return model
+
+
+def _shapes(bundle: Bundle) -> tuple[EncoderConfig, int, int]:
+    """What the programs of two bundles must agree in for one's measurements to hold for the other."""
+    return bundle.encoder, bundle.taxonomy.num_labels, bundle.max_length
+
+
+def _golden(bundle: Bundle, predictor: Predictor) -> Golden:
+    """What the bundle's own precision gives: at full focus the golden outputs, as `load_bundle` has just found."""
+    ids = golden_ids(bundle)
+    length = min(GOLDEN_LENGTH, bundle.max_length)
+    reference_NL = predictor.logits(ids, batch_size=max(1, len(ids)), buckets=(length,))
+
+    def off(texts: Sequence[int], logits_NL: np.ndarray) -> float:
+        return disagreement(bundle, logits_NL, reference_NL[list(texts)])
+
+    return Golden(ids, off, AGREEMENT)
+
+
+def _settle() -> None:
+    """Exempts all that is loaded from further garbage collections.
+
+    Under load the full ones come every few seconds, and took 0.4 s each, in which nothing else ran in this process.
+    """
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
+
+
+def _trim() -> None:
+    """Gives freed memory back to the system: glibc keeps what a model took, and the next one may not fit into it."""
+    _settle()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            _libc().malloc_trim(0)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL("libc.so.6")

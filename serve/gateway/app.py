@@ -1,0 +1,382 @@
+"""The gateway's FastAPI application. Imported only where FastAPI is installed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
+from typing import Any, TypeVar
+
+import grpc
+import grpc.aio
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+
+from ... import __version__
+from ..ops.guard import MAX_IN_FLIGHT_BYTES, MAX_IN_FLIGHT_CALLS
+from ..ops.log import log_failure
+from ..ops.metrics import CallMetrics, new_registry
+from ..ops.security import KEY_HEADER, KEY_SCHEME, Tls, aio_channel, is_this_machine
+from ..ops.tracing import Tracing, end, parent_of
+from ..proto import classifier_pb2 as pb
+from ..proto.classifier_pb2_grpc import ClassifierStub
+from ..wire.errors import (
+    Cancelled,
+    ClasserError,
+    InternalError,
+    InvalidRequest,
+    Overloaded,
+    Unauthenticated,
+    Unavailable,
+)
+from ..wire.limits import MAX_MESSAGE_BYTES, RETRY_SECONDS
+from ..wire.status import code_of, error_of, error_of_call, text_outcomes
+from .messages import (
+    HTTP_STATUS,
+    BatchOut,
+    Classified,
+    ClassifyBatchBody,
+    ClassifyBody,
+    ErrorOut,
+    Failure,
+    TasksOut,
+    classified,
+    item,
+    task_out,
+)
+
+_OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_reconnect_backoff_ms", 1000)]
+_HEALTH_SECONDS = 1.0
+_LIST_SECONDS = 10.0
+_API_KEY_HEADER = "x-api-key"
+_CLASSIFIER = pb.DESCRIPTOR.services_by_name["Classifier"].full_name
+_FIELDS = ClassifyBody.model_fields.keys() | ClassifyBatchBody.model_fields.keys()
+_FAILURES: dict[int | str, dict[str, Any]] = {
+    status: {"model": Failure} for status in sorted({*HTTP_STATUS.values(), 413})
+}
+
+Scope = MutableMapping[str, Any]
+T = TypeVar("T")
+
+
+def make_app(
+    server: str,
+    tls: Tls | None = None,
+    tracing: Tracing | None = None,
+    *,
+    max_calls: int = MAX_IN_FLIGHT_CALLS,
+    max_bytes: int = MAX_IN_FLIGHT_BYTES,
+) -> FastAPI:
+    """The application: /v1/classify, /v1/classify-batch, /v1/tasks; /healthz, /readyz, /metrics; /docs, /openapi.json.
+
+    Args:
+      server: "host:port" of the gRPC service.
+      tls: how to connect to it.
+      tracing: where spans go; None nowhere. A caller's `traceparent` then goes on to the service as it is.
+      max_calls, max_bytes: what may be in flight at once; beyond either, calls are refused as 429.
+    """
+    upstream = _Upstream(server, tls, tracing)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        upstream.connect()
+        yield
+        await upstream.close()
+
+    app = FastAPI(
+        title="Classer", version=__version__, summary="Text classification.", lifespan=lifespan, responses=_FAILURES
+    )
+    app.add_middleware(_Limit, metrics=upstream.metrics, max_calls=max_calls, max_bytes=max_bytes)
+    app.add_exception_handler(ClasserError, _answer_error)
+    app.add_exception_handler(RequestValidationError, _answer_invalid)
+    app.add_exception_handler(HTTPException, _answer_http)
+    app.add_exception_handler(Exception, _answer_bug)
+
+    @app.post("/v1/classify")
+    async def classify(body: ClassifyBody, request: Request) -> Classified:
+        """Classifies one text."""
+        with _sendable():
+            message = pb.ClassifyRequest(text=body.text, **body.fields())
+        call = upstream.call("Classify", request, message, body.timeout_ms / 1e3, texts=1)
+        return classified(await call)
+
+    @app.post("/v1/classify-batch")
+    async def classify_batch(body: ClassifyBatchBody, request: Request) -> BatchOut:
+        """Classifies up to 1,024 texts; each has an answer or an error of its own."""
+        with _sendable():
+            message = pb.ClassifyBatchRequest(texts=body.texts, **body.fields())
+        call = upstream.call("ClassifyBatch", request, message, body.timeout_ms / 1e3, texts=len(body.texts))
+        return BatchOut(items=[item(one) for one in (await call).items])
+
+    @app.get("/v1/tasks")
+    async def tasks(request: Request, model: str = "") -> TasksOut:
+        """The tasks that can be asked for."""
+        with _sendable():
+            message = pb.ListTasksRequest(model=model)
+        found = await upstream.call("ListTasks", request, message, _LIST_SECONDS, texts=0)
+        return TasksOut(tasks=[task_out(task) for task in found.tasks])
+
+    @app.get("/healthz", response_class=PlainTextResponse)
+    async def healthz() -> str:
+        """Whether this process lives."""
+        return "ok"
+
+    @app.get("/readyz", response_class=PlainTextResponse)
+    async def readyz() -> Response:
+        """Whether the service behind it is ready to classify."""
+        ready = await upstream.ready()
+        return PlainTextResponse("ready" if ready else "not ready", 200 if ready else 503)
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """This gateway's figures, for Prometheus; the server's own are on its own port."""
+        return Response(generate_latest(upstream.registry), media_type=CONTENT_TYPE_LATEST)
+
+    return app
+
+
+class _Upstream:
+    """The gRPC service behind the gateway."""
+
+    def __init__(self, server: str, tls: Tls | None, tracing: Tracing | None) -> None:
+        self._server, self._tls, self._tracing = server, tls, tracing
+        self.registry = new_registry()
+        self.metrics = CallMetrics(self.registry)
+
+    def connect(self) -> None:
+        """Call it on the event loop that is to make the calls."""
+        self._channel = aio_channel(self._server, _OPTIONS, self._tls)
+        self._classifier = ClassifierStub(self._channel)
+        self._health: Any = health_pb2_grpc.HealthStub(self._channel)
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def ready(self) -> bool:
+        try:
+            request = health_pb2.HealthCheckRequest(service=_CLASSIFIER)
+            answer = await self._health.Check(request, timeout=_HEALTH_SECONDS)
+        except grpc.RpcError:
+            return False
+        return answer.status == health_pb2.HealthCheckResponse.SERVING
+
+    async def call(self, method: str, request: Request, message: Any, seconds: float, *, texts: int) -> Any:
+        """Makes a call with the caller's key and place in a trace, and counts it. A caller that goes cancels it.
+
+        Raises:
+          ClasserError: as the service, or the connection to it, said.
+        """
+        started = time.perf_counter()
+        span = None if self._tracing is None else self._tracing.start(f"HTTP {method}", request.headers, {})
+        code, reason = "OK", ""
+        counts: Mapping[str, int] = {}
+        refused: Mapping[str, int] = {}
+        try:
+            metadata = [*self._key_of(request), *(_parent_in(request) if span is None else parent_of(span))]
+            rpc = getattr(self._classifier, method)(message, timeout=seconds, metadata=metadata)
+            response = await _while_there(request, _typed(rpc))
+            counts = {code: texts}
+            if method == "ClassifyBatch":
+                counts, refused = text_outcomes(response.items)
+            return response
+        except ClasserError as error:
+            code, reason = code_of(error).name, error.reason
+            counts = {code: texts}
+            raise
+        finally:
+            elapsed = time.perf_counter() - started
+            self.metrics.ended(f"HTTP {method}", code, elapsed, reason, "", counts, refused)
+            if span is not None:
+                end(span, code, {"classer.texts": texts})
+
+    def _key_of(self, request: Request) -> list[tuple[str, str]]:
+        value = request.headers.get(KEY_HEADER)
+        if value is None and (key := request.headers.get(_API_KEY_HEADER)) is not None:
+            value = KEY_SCHEME + key
+        if value is None:
+            return []
+        if not value.isascii() or not value.isprintable():
+            raise Unauthenticated("The API key is not one that this server knows; it may have been revoked.")
+        if self._tls is None and not is_this_machine(self._server):
+            raise Unavailable("The gateway would send the API key on in the clear; connect it to its server with TLS.")
+        return [(KEY_HEADER, value)]
+
+
+async def _typed(rpc: Awaitable[T]) -> T:
+    """The call's response; its failure as one of our errors, with the service's own sentence where it sent one."""
+    try:
+        return await rpc
+    except grpc.aio.AioRpcError as failure:
+        if (said := error_of_call(failure)) is not None:
+            raise said from None
+        # gRPC's own words name addresses, and are none of the caller's business.
+        sentence = {
+            grpc.StatusCode.DEADLINE_EXCEEDED: "The deadline passed before there was an answer.",
+            grpc.StatusCode.UNAVAILABLE: "The gateway does not reach its server; try again in a moment.",
+            grpc.StatusCode.RESOURCE_EXHAUSTED: "The request is larger than the server takes.",
+        }.get(failure.code(), "The server failed on this request; its log says why.")
+        raise error_of(failure.code(), sentence) from None
+
+
+async def _while_there(request: Request, call: Awaitable[T]) -> T:
+    """Awaits a call, and cancels it once the HTTP caller has gone."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.ensure_future(call), asyncio.create_task(gone())
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise Cancelled("The caller has gone.")
+        return working.result()
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+def _parent_in(request: Request) -> list[tuple[str, str]]:
+    names = ("traceparent", "tracestate")
+    return [(name, request.headers[name]) for name in names if request.headers.get(name, "\n").isprintable()]
+
+
+@contextlib.contextmanager
+def _sendable() -> Any:
+    """Refuses what protobuf cannot carry."""
+    try:
+        yield
+    except (UnicodeEncodeError, ValueError):
+        raise InvalidRequest("A field holds what UTF-8 or its number's range cannot carry.") from None
+
+
+async def _answer_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ClasserError)
+    return _error_response(error)
+
+
+def _error_response(error: ClasserError) -> Response:
+    code = code_of(error).name
+    body = ErrorOut(code=code, reason=error.reason, message=str(error), retry_seconds=error.retry_seconds)
+    headers = {}
+    if error.retry_seconds is not None:
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_seconds)))
+    if code == "UNAUTHENTICATED":
+        headers["www-authenticate"] = KEY_SCHEME.strip()
+    return JSONResponse(Failure(error=body).model_dump(), HTTP_STATUS.get(code, 500), headers)
+
+
+async def _answer_invalid(request: Request, error: Exception) -> Response:
+    """Says which field is wrong and how, but neither its value nor the names of fields that are none of ours."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = [str(part) if isinstance(part, int) or part in _FIELDS else "(unknown)" for part in first["loc"][1:]]
+    if first["type"] == "json_invalid":
+        sentence = "The body is not valid JSON."
+    elif first["type"] == "extra_forbidden":
+        sentence = f"The body has a field that is not known; known are: {', '.join(sorted(_FIELDS))}."
+    else:
+        sentence = f"The field `{'.'.join(where) or 'body'}` is not valid: {first['msg']}."
+    return await _answer_error(request, InvalidRequest(sentence))
+
+
+async def _answer_http(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    known = {
+        400: "The body cannot be read as JSON in UTF-8.",
+        404: "There is nothing at this path; /docs lists what there is.",
+        405: "This path does not take this method.",
+    }
+    code = {404: "NOT_FOUND", 405: "UNIMPLEMENTED"}.get(error.status_code, "INVALID_ARGUMENT")
+    body = ErrorOut(code=code, reason=code, message=known.get(error.status_code, "The request is not valid."))
+    return JSONResponse(Failure(error=body).model_dump(), error.status_code, error.headers)
+
+
+async def _answer_bug(request: Request, error: Exception) -> Response:
+    log_failure("The gateway failed on a request", error)
+    return await _answer_error(request, InternalError("The gateway failed on this request; its log says why."))
+
+
+class _Limit:
+    """Refuses what would be more than may be in flight at once, and a body that is larger than the service takes.
+
+    Bodies are counted as they are read, whatever their headers say; health and metrics are answered in any case.
+    """
+
+    def __init__(
+        self, app: Callable[..., Awaitable[None]], metrics: CallMetrics, max_calls: int, max_bytes: int
+    ) -> None:
+        self._app, self._metrics = app, metrics
+        self._max_calls, self._max_bytes = max_calls, max_bytes
+        self._calls = self._bytes = 0
+        metrics.in_flight_calls.set_function(lambda: self._calls)
+        metrics.in_flight_bytes.set_function(lambda: self._bytes)
+
+    async def __call__(self, scope: Scope, receive: Callable[[], Awaitable[Scope]], send: Any) -> None:
+        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
+            await self._app(scope, receive, send)
+            return
+        read = 0
+        started = False
+
+        async def counted() -> Scope:
+            nonlocal read
+            message = await receive()
+            size = len(message.get("body", b""))
+            read += size
+            self._bytes += size
+            if read > MAX_MESSAGE_BYTES:
+                raise _Refused(_too_large())
+            if self._bytes > self._max_bytes:
+                raise self._too_much(f"bodies of {self._max_bytes} bytes", "TOO_MANY_BYTES")
+            return message
+
+        async def sent(message: Scope) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        self._calls += 1
+        try:
+            if self._calls > self._max_calls:
+                raise self._too_much(f"{self._max_calls} calls", "TOO_MANY_CALLS")
+            declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+            if declared.isdigit() and int(declared) > MAX_MESSAGE_BYTES:
+                raise _Refused(_too_large())
+            await self._app(scope, counted, sent)
+        except _Refused as refused:
+            if started:
+                raise
+            await refused.response(scope, receive, send)
+        finally:
+            self._calls -= 1
+            self._bytes -= read
+
+    def _too_much(self, what: str, reason: str) -> _Refused:
+        error = Overloaded(
+            f"The gateway works on {what} at a time; try again in a moment.",
+            retry_seconds=RETRY_SECONDS,
+            reason=reason,
+        )
+        self._metrics.ended("HTTP", code_of(error).name, 0.0, reason, "", {}, {})
+        return _Refused(_error_response(error))
+
+
+def _too_large() -> Response:
+    sentence = f"The body is larger than {MAX_MESSAGE_BYTES} bytes, which is what a request may have."
+    error = ErrorOut(code="INVALID_ARGUMENT", reason="TOO_LARGE", message=sentence)
+    return JSONResponse(Failure(error=error).model_dump(), 413, {"connection": "close"})
+
+
+class _Refused(BaseException):
+    """Not an Exception, so that no handler on its way answers it with another status."""
+
+    def __init__(self, response: Response) -> None:
+        self.response = response

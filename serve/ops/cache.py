@@ -1,0 +1,34 @@
+"""The folder in which JAX keeps what it compiled. What is read from there is run: nobody else may write to it."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from ...data.errors import InputError
+
+
+def check_private(folder: Path) -> None:
+    """Refuses a folder that others can write to, or that is theirs; one that is not there yet is made, private.
+
+    Raises:
+      InputError: it is not private, or cannot be made.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+    except OSError as error:
+        raise InputError(
+            f"The compile cache {folder} cannot be used: {(error.strerror or str(error)).lower()}."
+        ) from None
+    if status.st_uid != os.getuid():
+        raise InputError(
+            f"The compile cache {folder} belongs to another user, who could put programs there that this server would "
+            "run. Name a folder of your own in JAX_COMPILATION_CACHE_DIR."
+        )
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise InputError(
+            f"Others can write to the compile cache {folder}, and so put programs there that this server would run. "
+            f"Take that right away (chmod go-w {folder}), or name another folder in JAX_COMPILATION_CACHE_DIR."
+        )

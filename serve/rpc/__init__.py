@@ -1,0 +1,1 @@
+"""The gRPC services, the server, and the front-end processes before it."""

@@ -1,0 +1,386 @@
+"""A front end: a light process that takes calls, checks them, and hands them to the engine's process in batches.
+
+It speaks the same protocol on both sides, so that it can also stand on another machine. A unary call that finds no
+other under way goes on at once; else those of two milliseconds go together. Loads neither JAX nor TensorFlow.
+
+`python -m classer.serve.rpc.frontend JSON` with the fields of `FrontEndConfig`; it ends when its standard input does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+from google.protobuf.message import Message
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import SERVICE_NAME as HEALTH_NAME
+from grpc_health.v1.health import aio as health_aio  # pyright: ignore[reportAttributeAccessIssue]
+from grpc_reflection.v1alpha import reflection
+
+from ...data.errors import InputError
+from ...data.readers import MAX_TEXT_CHARS
+from ..ops.listening import listen, run_loop
+from ..ops.log import configure_logging
+from ..ops.operations import Operations, OperationsConfig
+from ..ops.security import Tls, aio_channel
+from ..proto import classifier_pb2 as pb
+from ..wire.errors import ClasserError, InvalidRequest, Overloaded
+from ..wire.limits import MAX_TEXTS, RETRY_SECONDS
+from ..wire.status import error_of, error_of_call, from_status
+
+Health = health_pb2.HealthCheckResponse
+CLASSIFIER = pb.DESCRIPTOR.services_by_name["Classifier"]
+# While batches are under way, unary calls are gathered for so long, or until there are so many. A call between
+# processes costs as much as several requests in it.
+GATHER_SECONDS = 0.002
+GATHER_REQUESTS = 64
+# What may wait here, in bytes of requests, before more is refused.
+MAX_WAITING_BYTES = 64 << 20
+# Bytes of one batch; with the largest request (4 MB of text) on top still below what a message may be.
+MAX_BATCH_BYTES = 4 << 20
+_SEND_SECONDS = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class FrontEndConfig:
+    """How to run a front end.
+
+    Attributes:
+      engine: where the engine's process answers: HOST:PORT, or unix:PATH.
+      host: the address to listen on; the default is reachable from this machine only.
+      port: 0 picks a free one, which the line printed names.
+      drain_seconds: how long requests in flight may still take after SIGTERM or SIGINT.
+      shared: whether other front ends listen on the same port.
+      share: the part of each key's rate and quota that this one grants.
+      engine_tls_ca: connect to the engine with TLS, trusting these authorities, PEM.
+      engine_tls_cert: a certificate to show to the engine, PEM; for mutual TLS.
+      engine_tls_key: the private key of --engine-tls-cert, PEM.
+      engine_key_env: the environment variable with this front end's own API key, for an engine that asks for one.
+        Callers' keys are not passed on: it checks them itself, against --keys.
+      operations: how it is guarded and watched.
+    """
+
+    engine: str
+    host: str = "127.0.0.1"
+    port: int = 50051
+    drain_seconds: float = 30.0
+    shared: bool = False
+    share: float = 1.0
+    engine_tls_ca: Path | None = None
+    engine_tls_cert: Path | None = None
+    engine_tls_key: Path | None = None
+    engine_key_env: str | None = None
+    operations: OperationsConfig = dataclasses.field(default_factory=OperationsConfig)
+
+    @property
+    def engine_key(self) -> str | None:
+        """Raises InputError if the variable is not set."""
+        if self.engine_key_env is None:
+            return None
+        if not (key := os.environ.get(self.engine_key_env)):
+            raise InputError(f"--engine-key-env is {self.engine_key_env}, an environment variable that is not set.")
+        return key
+
+    @classmethod
+    def from_json(cls, text: str) -> FrontEndConfig:
+        """The reverse of `json.dumps(dataclasses.asdict(config), default=str)`."""
+        fields = json.loads(text)
+        for name in ("engine_tls_ca", "engine_tls_cert", "engine_tls_key"):
+            fields[name] = Path(fields[name]) if fields.get(name) else None
+        return cls(**{**fields, "operations": OperationsConfig.from_fields(fields.get("operations", {}))})
+
+
+class Coalescer:
+    """Gathers single requests into batches.
+
+    Args:
+      send: classifies a batch, each item with an outcome of its own; what it raises is every item's failure.
+    """
+
+    def __init__(self, send: Callable[[pb.ClassifyBatchRequest], Awaitable[pb.ClassifyBatchResponse]]) -> None:
+        self._send = send
+        self._waiting: collections.deque[tuple[pb.ClassifyRequest, int, asyncio.Future[pb.ClassifyBatchItem]]] = (
+            collections.deque()
+        )
+        self._waiting_bytes = 0
+        self._batches: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | asyncio.Handle | None = None
+
+    async def classify(self, request: pb.ClassifyRequest) -> pb.ClassifyBatchItem:
+        """The outcome of one request.
+
+        Cancelled before its batch has left, it never leaves; later its batch goes on for the others, and is cancelled
+        with the last of them.
+
+        Raises:
+          Overloaded: too much waits already.
+        """
+        size = request.ByteSize()
+        if self._waiting_bytes + size > MAX_WAITING_BYTES:
+            raise Overloaded(
+                f"The server has {self._waiting_bytes} bytes of requests waiting and takes on {MAX_WAITING_BYTES} at "
+                "most; try again in a moment.",
+                retry_seconds=RETRY_SECONDS,
+            )
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[pb.ClassifyBatchItem] = loop.create_future()
+        self._waiting.append((request, size, future))
+        self._waiting_bytes += size
+        if len(self._waiting) >= GATHER_REQUESTS:
+            self._flush()
+        elif self._timer is None:
+            # At the soonest after whatever else has come in this turn of the event loop.
+            later = loop.call_later(GATHER_SECONDS, self._flush) if self._batches else loop.call_soon(self._flush)
+            self._timer = later
+        return await future
+
+    def _flush(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        while self._waiting:
+            task = asyncio.get_running_loop().create_task(self._run(*self._take()))
+            self._batches.add(task)
+            task.add_done_callback(self._batches.discard)
+
+    def _take(self) -> tuple[list[pb.ClassifyRequest], list[asyncio.Future[pb.ClassifyBatchItem]]]:
+        requests: list[pb.ClassifyRequest] = []
+        futures: list[asyncio.Future[pb.ClassifyBatchItem]] = []
+        taken = 0
+        while self._waiting and len(requests) < MAX_TEXTS and (not requests or taken < MAX_BATCH_BYTES):
+            request, size, future = self._waiting.popleft()
+            self._waiting_bytes -= size
+            if not future.done():  # else its caller has gone
+                requests.append(request)
+                futures.append(future)
+                taken += size
+        return requests, futures
+
+    async def _run(
+        self, requests: list[pb.ClassifyRequest], futures: list[asyncio.Future[pb.ClassifyBatchItem]]
+    ) -> None:
+        if not requests:
+            return
+        batch, wanted = asyncio.current_task(), len(futures)
+
+        def done(future: asyncio.Future[pb.ClassifyBatchItem]) -> None:
+            nonlocal wanted
+            wanted -= future.cancelled()
+            if not wanted and batch is not None:
+                batch.cancel()
+
+        for future in futures:
+            future.add_done_callback(done)
+        try:
+            items = (await self._send(pb.ClassifyBatchRequest(requests=requests))).items
+        except Exception as error:
+            for future in futures:
+                if not future.done():
+                    future.set_exception(error)
+            return
+        for future, item in zip(futures, items, strict=True):
+            if not future.done():
+                future.set_result(item)
+
+
+class FrontEnd:
+    """One front end. Made, and its methods called, on one running event loop.
+
+    Raises:
+      InputError: the address cannot be listened on, or a file or variable not be used.
+      InvalidRequest: the engine's API key would travel in the clear.
+
+    Attributes:
+      address: "host:port" as it really is.
+    """
+
+    def __init__(self, config: FrontEndConfig) -> None:
+        self._config = config
+        self._operations = Operations(config.operations, share=config.share)
+        self._server = self._operations.make_server(reuse_port=config.shared)
+        self.address = listen(self._server, config.host, config.port, "--port", self._operations.add_port)
+        tls = Tls.of_files(config.engine_tls_cert, config.engine_tls_key, config.engine_tls_ca)
+        # Windows that grow with the traffic would let one who reads no answers have megabytes of them worked out.
+        options = [("grpc.max_receive_message_length", -1), ("grpc.http2.bdp_probe", 0)]
+        self._channel = aio_channel(config.engine, options, tls, config.engine_key)
+        batch = self._channel.unary_unary(
+            f"/{CLASSIFIER.full_name}/ClassifyBatch",
+            request_serializer=pb.ClassifyBatchRequest.SerializeToString,
+            response_deserializer=pb.ClassifyBatchResponse.FromString,
+        )
+        self._coalescer = Coalescer(batch)
+        self._health = health_aio.HealthServicer()
+        self._in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._watching: asyncio.Task[None] | None = None
+        self._server.add_generic_rpc_handlers((self._handlers(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((CLASSIFIER.full_name, HEALTH_NAME, reflection.SERVICE_NAME), self._server)
+
+    async def start(self) -> None:
+        """Answers from now on; its health is the engine's."""
+        await self._say(Health.NOT_SERVING)
+        await self._server.start()
+        self._watching = asyncio.create_task(self._watch())
+
+    async def stop(self) -> None:
+        """Takes on nothing more, and lets what is in flight finish for `drain_seconds`."""
+        if self._watching is not None:
+            self._watching.cancel()
+        await self._health.enter_graceful_shutdown()
+        stopping = asyncio.create_task(self._server.stop(self._config.drain_seconds))
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), self._config.drain_seconds)
+        await self._server.stop(_SEND_SECONDS)
+        await stopping
+        await self._channel.close()
+        self._operations.close()
+
+    def _handlers(self) -> grpc.GenericRpcHandler:
+        """Classify is gathered; whatever else the service has passes through as bytes."""
+        handlers = {}
+        for method in CLASSIFIER.methods:
+            if method.name == "Classify":
+                handlers[method.name] = grpc.unary_unary_rpc_method_handler(
+                    self._classify,
+                    request_deserializer=pb.ClassifyRequest.FromString,
+                    response_serializer=_serialize,
+                )
+            elif method.name == "ClassifyStream":
+                call = self._channel.stream_stream(f"/{CLASSIFIER.full_name}/{method.name}")
+                handlers[method.name] = grpc.stream_stream_rpc_method_handler(self._stream(call))
+            else:
+                call = self._channel.unary_unary(f"/{CLASSIFIER.full_name}/{method.name}")
+                handlers[method.name] = grpc.unary_unary_rpc_method_handler(self._unary(call))
+        return grpc.method_handlers_generic_handler(CLASSIFIER.full_name, handlers)
+
+    async def _classify(self, request: pb.ClassifyRequest, context: grpc.aio.ServicerContext) -> pb.ClassifyResponse:
+        self._begin()
+        try:
+            if len(request.text) > MAX_TEXT_CHARS:
+                raise InvalidRequest(
+                    f"The text has {len(request.text)} characters; at most {MAX_TEXT_CHARS} are taken. Split or "
+                    "shorten it.",
+                    field="text",
+                )
+            if (seconds := context.time_remaining()) is not None:
+                micros = max(int(seconds * 1e6), 1)
+                request.timeout_micros = min(request.timeout_micros or micros, micros)
+            item = await self._coalescer.classify(request)
+            if item.HasField("error"):
+                raise from_status(item.error)
+            return item.response
+        except grpc.aio.AioRpcError as error:
+            raise _error_of(error) from None
+        finally:
+            self._end()
+
+    def _unary(self, call: Any) -> Callable[[bytes, grpc.aio.ServicerContext], Awaitable[bytes]]:
+        async def handle(request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+            self._begin()
+            try:
+                return await call(request, timeout=context.time_remaining())
+            except grpc.aio.AioRpcError as error:
+                raise _error_of(error) from None
+            finally:
+                self._end()
+
+        return handle
+
+    def _stream(self, call: Any) -> Callable[[AsyncIterator[bytes], grpc.aio.ServicerContext], AsyncIterator[bytes]]:
+        async def handle(requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+            self._begin()
+            answers = call(requests, timeout=context.time_remaining())
+            try:
+                async for response in answers:
+                    yield response
+            except grpc.aio.AioRpcError as error:
+                raise _error_of(error) from None
+            finally:
+                answers.cancel()  # where the caller has gone before the end
+                self._end()
+
+        return handle
+
+    def _begin(self) -> None:
+        self._in_flight += 1
+        self._idle.clear()
+
+    def _end(self) -> None:
+        self._in_flight -= 1
+        if not self._in_flight:
+            self._idle.set()
+
+    async def _watch(self) -> None:
+        """Says what the engine's health says, and that it is not well while it does not answer."""
+        stub: Any = health_pb2_grpc.HealthStub(self._channel)
+        while True:
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                async for answer in stub.Watch(health_pb2.HealthCheckRequest(), wait_for_ready=True):
+                    await self._say(answer.status)
+            await self._say(Health.NOT_SERVING)
+            await asyncio.sleep(RETRY_SECONDS)
+
+    async def _say(self, status: Health.ServingStatus) -> None:
+        for name in ("", CLASSIFIER.full_name):
+            await self._health.set(name, status)
+
+
+def _error_of(failure: grpc.aio.AioRpcError) -> ClasserError:
+    """What the engine said, or what became of the connection to it."""
+    if (said := error_of_call(failure)) is not None:
+        return said
+    code, details = failure.code(), failure.details() or ""
+    if code is grpc.StatusCode.UNAVAILABLE and not details.startswith("The server"):
+        details = "The server's engine does not answer; it is starting, or has ended."
+    return error_of(code, details)
+
+
+def run_front_end(config: FrontEndConfig, *, orphaned: bool = False) -> None:
+    """Runs until SIGTERM or SIGINT, then drains and returns. Call it from the main thread.
+
+    Args:
+      config: where.
+      orphaned: also end when standard input does, as it does with the process at its other end.
+
+    Raises:
+      InputError: the address cannot be listened on.
+    """
+    configure_logging(config.operations.log_format, access=config.operations.access_log)
+    run_loop(_run(config, orphaned))
+
+
+async def _run(config: FrontEndConfig, orphaned: bool) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, stop.set)
+    if orphaned:
+        loop.add_reader(sys.stdin.fileno(), lambda: stop.set() if not os.read(sys.stdin.fileno(), 1024) else None)
+    front_end = FrontEnd(config)
+    await front_end.start()
+    print(f"Front end of {config.engine} on {front_end.address}", flush=True)
+    await stop.wait()
+    if orphaned:
+        loop.remove_reader(sys.stdin.fileno())
+    await front_end.stop()
+
+
+def _serialize(message: Message) -> bytes:
+    return message.SerializeToString()
+
+
+if __name__ == "__main__":
+    run_front_end(FrontEndConfig.from_json(sys.argv[1]), orphaned=True)

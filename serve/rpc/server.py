@@ -1,0 +1,292 @@
+"""`classer serve`: loads bundles, compiles their programs, and answers over gRPC until told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import jax
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health import SERVICE_NAME as HEALTH_NAME
+from grpc_health.v1.health import aio as health_aio  # pyright: ignore[reportAttributeAccessIssue]
+from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
+from grpc_reflection.v1alpha import reflection
+from tqdm import tqdm
+
+from ...data.errors import InputError
+from ..core.engine import Warmed
+from ..core.models import AUTO, Model, Models, ModelSettings, named_folders
+from ..core.report import describe
+from ..core.scheduler import MAX_WAITING_TOKENS, Scheduler
+from ..ops.cache import check_private
+from ..ops.guard import Guard
+from ..ops.listening import listen, make_server, run_loop
+from ..ops.log import configure_logging, logger
+from ..ops.operations import Operations, OperationsConfig
+from ..proto import classifier_pb2 as pb
+from ..proto.classifier_pb2_grpc import add_ClassifierServicer_to_server, add_ModelAdminServicer_to_server
+from ..wire.errors import NotPossible
+from .admin import ModelAdminService
+from .frontends import MAX_FRONT_ENDS, FrontEnds
+from .service import ClassifierService
+
+CLASSIFIER_NAME = pb.DESCRIPTOR.services_by_name["Classifier"].full_name
+ADMIN_NAME = pb.DESCRIPTOR.services_by_name["ModelAdmin"].full_name
+Health = health_pb2.HealthCheckResponse
+# How long the last answers may take onto the wire, once they are given.
+_SEND_SECONDS = 0.5
+# How long the loop of the calls may keep the device's thread from going on (Python's own default is 5 ms, and a batch
+# takes some tens of them).
+SWITCH_SECONDS = 0.0005
+# How much lower the priority of XLA's own threads is than that of the threads that take calls.
+DEVICE_NICE = 5
+# How often the device loop is looked after.
+_WATCH_SECONDS = 0.25
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeConfig(OperationsConfig):
+    """How to serve bundles.
+
+    Attributes:
+      bundles: the folders of the bundles, each FOLDER or NAME=FOLDER.
+      loadable: further bundles, likewise, that are not loaded at the start but may be through the admin port.
+      host: the address to listen on; the default is reachable from this machine only.
+      port: 0 picks a free one, which the last line printed names.
+      admin_port: where ModelAdmin (load, unload, list, default version) answers, on this machine only; 0 picks a free
+        one; by default nowhere.
+      drain_seconds: how long requests in flight may still take after SIGTERM or SIGINT.
+      stall_seconds: after how long in one batch the device counts as stuck, and the server as not healthy.
+      focus: the share of all tokens to keep on the mean over layers, or one share a layer with commas between; 1 is
+        all. The bundle must have been trained with --focus-epochs. With several, requests choose; the first is their
+        default.
+      precision: what to compute in: float32, bfloat16 or int8; auto measures which is fastest for each length.
+      max_waiting_tokens: how many tokens may wait for the device before requests are refused as RESOURCE_EXHAUSTED.
+      frontends: how many processes take the requests and hand them to the one with the device, in batches. One Python
+        process takes some thousands of calls a second; 0 is that one process for everything.
+    """
+
+    bundles: tuple[str, ...]
+    loadable: tuple[str, ...] = ()
+    host: str = "127.0.0.1"
+    port: int = 50051
+    admin_port: int | None = None
+    drain_seconds: float = 30.0
+    stall_seconds: float = 60.0
+    focus: tuple[str, ...] = ("1",)
+    precision: str = AUTO
+    max_waiting_tokens: int = MAX_WAITING_TOKENS
+    frontends: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.bundles:
+            raise InputError("No bundle was named; give the folder of at least one. `classer train` writes them.")
+        if not 0 <= self.frontends <= MAX_FRONT_ENDS:
+            raise InputError(f"--frontends is {self.frontends}; it lies between 0 and {MAX_FRONT_ENDS}.")
+        for name in ("drain_seconds", "stall_seconds", "max_waiting_tokens"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be above 0.")
+
+
+def serve(config: ServeConfig) -> None:
+    """Serves until SIGTERM or SIGINT, then drains and returns. Call it from the main thread.
+
+    If the device is lost meanwhile it stays, with its health NOT_SERVING, for whoever watches that to replace it.
+
+    Raises:
+      InputError: a bundle cannot be used, or an address not be listened on.
+    """
+    # Front ends write a line a call themselves; what reaches this process are their batches.
+    configure_logging(config.log_format, access=config.access_log and not config.frontends)
+    sys.setswitchinterval(SWITCH_SECONDS)
+    _yield_to_calls()
+    run_loop(_serve(config))
+
+
+def _yield_to_calls() -> None:
+    """Where programs run on the CPU, lets calls go before them: a refusal takes less than a millisecond, a batch many.
+
+    Linux gives the priority of a thread to those that it starts, here XLA's.
+    """
+
+    def start_backend() -> None:
+        if sys.platform == "linux":
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), DEVICE_NICE)
+        jax.devices()
+
+    thread = threading.Thread(target=start_backend, name="classer-backend")
+    thread.start()
+    thread.join()
+
+
+async def _serve(config: ServeConfig) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, stop.set)
+    server = Server(config)
+    await server.start()
+    try:
+        if await server.warm_up(stop):
+            await stop.wait()
+    finally:
+        await server.stop()
+
+
+class Server:
+    """The parts of one server, put together. Made, and its methods called, on one running event loop.
+
+    Args:
+      config: what to serve, and where.
+
+    Raises:
+      InputError: an address cannot be listened on, or a bundle has no name.
+
+    Attributes:
+      address: "host:port" as it really is.
+      admin_address: likewise, of ModelAdmin; None if it is not offered.
+    """
+
+    def __init__(self, config: ServeConfig) -> None:
+        self._config = config
+        self.operations = Operations(config)
+        add_port = self.operations.add_port
+        self._front_ends = None
+        # Ports come first, because they fail fastest.
+        if config.frontends:
+            self._front_ends = FrontEnds(config.frontends, config.host, config.port, config.drain_seconds, config)
+            self.address = self._front_ends.address
+            # The front ends have guards of their own; this one only ends calls with what the service raises.
+            self._grpc = make_server(interceptors=[Guard(max_calls=sys.maxsize, max_bytes=sys.maxsize)])
+            self._grpc.add_insecure_port(self._front_ends.engine)
+        else:
+            self._grpc = self.operations.make_server()
+            self.address = listen(self._grpc, config.host, config.port, "--port", add_port)
+        self._admin_grpc = self.operations.make_server()
+        self.admin_address = None
+        if config.admin_port is not None:
+            self.admin_address = listen(self._admin_grpc, "127.0.0.1", config.admin_port, "--admin-port", add_port)
+        if cache := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+            check_private(Path(cache))
+        self._first = list(named_folders(config.bundles))
+        folders = named_folders([*config.bundles, *config.loadable])
+        self.models = Models(folders, ModelSettings(config.focus, config.precision))
+        self._loop = asyncio.get_running_loop()
+        self.scheduler = Scheduler(
+            max_waiting_tokens=config.max_waiting_tokens,
+            depth=1 if jax.default_backend() == "cpu" else 2,
+            on_death=self._device_lost,
+            on_batch=self.operations.batch_ran,
+        )
+        self.operations.watch_device(
+            waiting_tokens=lambda: self.scheduler.waiting_tokens,
+            max_waiting_tokens=config.max_waiting_tokens,
+            alive=lambda: self.scheduler.alive and self.scheduler.running_seconds <= config.stall_seconds,
+        )
+        self._service = ClassifierService(self.models, self.scheduler)
+        self._admin = ModelAdminService(self.models)
+        self._health = health_aio.HealthServicer()
+        self._watching: asyncio.Task[None] | None = None
+        add_ClassifierServicer_to_server(self._service, self._grpc)
+        add_HealthServicer_to_server(self._health, self._grpc)
+        reflection.enable_server_reflection((CLASSIFIER_NAME, HEALTH_NAME, reflection.SERVICE_NAME), self._grpc)
+        add_ModelAdminServicer_to_server(self._admin, self._admin_grpc)
+        reflection.enable_server_reflection((ADMIN_NAME, reflection.SERVICE_NAME), self._admin_grpc)
+
+    async def start(self) -> None:
+        """Answers from now on: that it is not ready, until `warm_up` is through."""
+        await self._say(Health.NOT_SERVING)
+        await self._grpc.start()
+        await self._admin_grpc.start()
+        if self._front_ends is not None:
+            await self._front_ends.start()
+
+    async def warm_up(self, stop: asyncio.Event) -> bool:
+        """Loads every bundle, compiles and runs its programs, then says SERVING; False if `stop` was set before that.
+
+        Raises:
+          InputError: a bundle cannot be used.
+        """
+        for name in self._first:
+            print(f"Loading {self.models.folders[name]} …", flush=True)
+            try:
+                model = await self._load(name, stop)
+            except NotPossible:
+                if not stop.is_set():
+                    raise
+            if stop.is_set():
+                return False
+            print(describe(model), flush=True)
+        self.scheduler.start()
+        self._service.ready = self._admin.ready = True
+        self._watching = asyncio.create_task(self._watch())
+        await self._say(Health.SERVING)
+        if self.operations.metrics_port is not None:
+            print(f"Metrics on http://{self._config.metrics_host}:{self.operations.metrics_port}/metrics", flush=True)
+        if self.admin_address:
+            print(f"ModelAdmin answers on {self.admin_address}", flush=True)
+        tasks = [
+            f"{task.name} ({len(task.labels)} labels)" for one in self.models for task in one.answers.tasks.values()
+        ]
+        print(f"Serving {', '.join(tasks)} on {self.address}", flush=True)
+        return True
+
+    async def stop(self) -> None:
+        """Takes on nothing more, lets what is in flight finish for `drain_seconds`, and ends every thread."""
+        if self._watching is not None:
+            self._watching.cancel()
+        await self._health.enter_graceful_shutdown()
+        if self._front_ends is not None:
+            await self._front_ends.stop()  # they are let finish what they have taken on, which the engine answers
+        stopping = [asyncio.create_task(one.stop(self._config.drain_seconds)) for one in (self._grpc, self._admin_grpc)]
+        # gRPC would wait for those who watch the health too, and they never leave: only classifying counts.
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._service.calls.idle.wait(), self._config.drain_seconds)
+        for one in (self._grpc, self._admin_grpc):
+            await one.stop(_SEND_SECONDS)
+        await asyncio.gather(*stopping)
+        await asyncio.to_thread(self.scheduler.close, self._config.drain_seconds)
+        self.models.close()
+        self.operations.close()
+
+    async def _load(self, name: str, stop: asyncio.Event) -> Model:
+        with tqdm(desc="Compiling programs", unit="program", delay=0.01) as bar:  # not before there is one
+
+            def progress(model: Model, warmed: Warmed | None) -> bool:
+                bar.total = sum(engine.steps for engine in model.engines.values())
+                if warmed is not None:
+                    bar.set_postfix_str(
+                        f"{warmed.batch_size} × {warmed.length} tokens, {warmed.precision}", refresh=False
+                    )
+                    bar.update()
+                return not stop.is_set()
+
+            return await self.models.load(name, progress=progress)
+
+    async def _watch(self) -> None:
+        """Keeps the health true: red while a batch hangs, green again if it ends."""
+        healthy = True
+        while True:
+            await asyncio.sleep(_WATCH_SECONDS)
+            stuck = self.scheduler.running_seconds > self._config.stall_seconds
+            if not self.scheduler.alive:  # asked last: on a dead device nothing runs, and so nothing is stuck
+                return
+            if healthy == stuck:
+                healthy = not stuck
+                logger.warning("the device %s", "is stuck" if stuck else "goes on")
+                await self._say(Health.SERVING if healthy else Health.NOT_SERVING)
+
+    async def _say(self, status: Health.ServingStatus) -> None:
+        for name in ("", CLASSIFIER_NAME):
+            # A device that died meanwhile has its own word on the way, which must be the last.
+            await self._health.set(name, status if self.scheduler.alive else Health.NOT_SERVING)
+
+    def _device_lost(self) -> None:
+        """Called in the scheduler's thread."""
+        asyncio.run_coroutine_threadsafe(self._say(Health.NOT_SERVING), self._loop)

@@ -1,0 +1,205 @@
+"""The gRPC service `classer.v1.Classifier`, before which a guard stands. What it rests on knows no gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from typing import TypeVar
+
+import grpc
+import grpc.aio
+
+from ..core.models import Models
+from ..core.pipeline import Asked, Classifying, Outcome
+from ..core.scheduler import Scheduler
+from ..core.work import Priority
+from ..proto import classifier_pb2 as pb
+from ..proto.classifier_pb2_grpc import ClassifierServicer
+from ..wire.errors import ClasserError, InvalidRequest, Overloaded, Unavailable
+from ..wire.limits import MAX_TEXTS
+from ..wire.status import to_status
+from .describe import model_message, task_message
+
+# How many messages of one stream are worked on at a time: enough that the device finds the next ones waiting.
+STREAM_AHEAD = 2
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+class Calls:
+    """Counts calls in flight.
+
+    Attributes:
+      idle: set while no call is in flight.
+    """
+
+    def __init__(self) -> None:
+        self.idle = asyncio.Event()
+        self.idle.set()
+        self.in_flight = 0
+
+    @contextlib.contextmanager
+    def call(self) -> Iterator[None]:
+        self.in_flight += 1
+        self.idle.clear()
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+            if not self.in_flight:
+                self.idle.set()
+
+
+class ClassifierService(ClassifierServicer):
+    """`classer.v1.Classifier` over the models of a server, on one event loop.
+
+    Attributes:
+      calls: those in flight.
+      ready: False until the models are warm; every call is then UNAVAILABLE.
+    """
+
+    def __init__(self, models: Models, scheduler: Scheduler) -> None:
+        self._models = models
+        self._classifying = Classifying(models, scheduler)
+        self.calls = Calls()
+        self.ready = False
+
+    async def Classify(self, request: pb.ClassifyRequest, context: grpc.aio.ServicerContext) -> pb.ClassifyResponse:
+        with self.calls.call():
+            self._check_ready()
+            asked = self._classifying.ask(request, context.time_remaining())
+            (outcome,) = await self._classifying.classify([request.text], [asked])
+            if isinstance(outcome, ClasserError):
+                raise outcome
+        return outcome
+
+    async def ClassifyBatch(
+        self, request: pb.ClassifyBatchRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ClassifyBatchResponse:
+        with self.calls.call():
+            self._check_ready()
+            outcomes = await self._batch(request, context.time_remaining(), Priority.INTERACTIVE)
+        return _batch_response(outcomes)
+
+    async def ClassifyStream(
+        self, requests: AsyncIterator[pb.ClassifyBatchRequest], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.ClassifyBatchResponse]:
+        with self.calls.call():
+            self._check_ready()
+            answers = in_order(requests, lambda request: self._patient_batch(request, context), STREAM_AHEAD)
+            async with contextlib.aclosing(answers):
+                async for outcomes in answers:
+                    yield _batch_response(outcomes)
+
+    async def ListTasks(self, request: pb.ListTasksRequest, context: grpc.aio.ServicerContext) -> pb.ListTasksResponse:
+        with self.calls.call():
+            self._check_ready()
+            models = [self._models.find(request.model)] if request.model else self._models.defaults
+        tasks = [(task, model) for model in models for task in model.bundle.taxonomy.tasks]
+        return pb.ListTasksResponse(tasks=[task_message(task, model, labels=False) for task, model in tasks])
+
+    async def GetModel(self, request: pb.GetModelRequest, context: grpc.aio.ServicerContext) -> pb.Model:
+        with self.calls.call():
+            self._check_ready()
+            model = self._models.find(request.name, request.version)
+        return model_message(model, self._models, labels=True)
+
+    def _check_ready(self) -> None:
+        if not self.ready:
+            raise Unavailable("The server is still compiling its programs; wait until its health says SERVING.")
+
+    async def _batch(
+        self, request: pb.ClassifyBatchRequest, seconds: float | None, priority: Priority
+    ) -> list[Outcome]:
+        """One outcome a text or request; raises what is wrong with all of them."""
+        if request.texts and request.requests:
+            raise InvalidRequest("A batch holds either `texts` or `requests`, not both.", field="requests")
+        field = "requests" if request.requests else "texts"
+        count = len(request.requests) or len(request.texts)
+        if not 1 <= count <= MAX_TEXTS:
+            raise InvalidRequest(
+                f"The field `{field}` holds {count} {field}; one call takes 1 to {MAX_TEXTS}.", field=field
+            )
+        if request.texts:
+            asked = self._classifying.ask(request, seconds, priority)
+            return await self._classifying.classify(request.texts, [asked] * count)
+        outcomes: dict[int, Outcome] = {}
+        ready: dict[int, Asked] = {}
+        for i, one in enumerate(request.requests):
+            try:
+                ready[i] = self._classifying.ask(one, seconds, priority)
+            except ClasserError as error:
+                outcomes[i] = error
+        texts = [request.requests[i].text for i in ready]
+        outcomes.update(zip(ready, await self._classifying.classify(texts, list(ready.values())), strict=True))
+        return [outcomes[i] for i in range(count)]
+
+    async def _patient_batch(
+        self, request: pb.ClassifyBatchRequest, context: grpc.aio.ServicerContext
+    ) -> list[Outcome]:
+        """A batch of a stream: what is refused because too much waits is tried again, until the call ends."""
+        outcomes = await self._batch(request, context.time_remaining(), Priority.BULK)
+        while refused := {i: one for i, one in enumerate(outcomes) if isinstance(one, Overloaded)}:
+            await asyncio.sleep(max(one.retry_seconds or 0.0 for one in refused.values()) or 0.1)
+            again = pb.ClassifyBatchRequest()
+            again.CopyFrom(request)
+            for field in ("texts", "requests"):
+                if left := [value for i, value in enumerate(getattr(request, field)) if i in refused]:
+                    again.ClearField(field)
+                    getattr(again, field).extend(left)
+            retried = await self._batch(again, context.time_remaining(), Priority.BULK)
+            for i, outcome in zip(refused, retried, strict=True):
+                outcomes[i] = outcome
+        return outcomes
+
+
+async def in_order(
+    requests: AsyncIterable[T], work: Callable[[T], Awaitable[U]], ahead: int
+) -> AsyncGenerator[U, None]:
+    """What `work` makes of each request, in their order, each as soon as it and all before it are done.
+
+    Up to `ahead` are worked on at a time, and meanwhile no more are read. What `work` or `requests` raises ends it,
+    after the answers before that.
+    """
+    room = asyncio.Semaphore(ahead)
+    begun: asyncio.Queue[asyncio.Future[U] | None] = asyncio.Queue()
+
+    async def read() -> None:
+        try:
+            await room.acquire()
+            async for request in requests:
+                begun.put_nowait(asyncio.ensure_future(work(request)))
+                await room.acquire()
+        finally:
+            begun.put_nowait(None)
+
+    reading = asyncio.create_task(read())
+    try:
+        while (working := await begun.get()) is not None:
+            answer = await working
+            room.release()
+            yield answer
+        await reading
+    finally:
+        left: list[asyncio.Future] = [reading]
+        while not begun.empty():
+            if (working := begun.get_nowait()) is not None:
+                left.append(working)
+        for one in left:
+            one.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+
+
+def _batch_response(outcomes: Sequence[Outcome]) -> pb.ClassifyBatchResponse:
+    # Texts that are refused together share their error, which is written once.
+    distinct = {id(one): one for one in outcomes if isinstance(one, ClasserError)}
+    errors = {key: to_status(one) for key, one in distinct.items()}
+    return pb.ClassifyBatchResponse(
+        items=[
+            pb.ClassifyBatchItem(error=errors[id(one)])
+            if isinstance(one, ClasserError)
+            else pb.ClassifyBatchItem(response=one)
+            for one in outcomes
+        ]
+    )

@@ -1,0 +1,1 @@
+"""Errors, limits and statuses: what both ends of a connection share."""

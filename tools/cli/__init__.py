@@ -1,0 +1,1 @@
+"""The command `classer`: one file a command."""

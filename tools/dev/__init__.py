@@ -1,0 +1,1 @@
+"""Scripts for the people who develop Classer. Not part of the wheel."""

@@ -1,0 +1,1 @@
+"""Launchers of distributed training: this machine, Slurm, Kubernetes."""

@@ -1,0 +1,137 @@
+"""A job on Kubernetes: a headless service and an Indexed Job, one pod a process."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import signal
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from classer.data.errors import InputError
+from classer.tools.launching.job import Launch, where
+from classer.train.place import COORDINATOR, STOPPED_CODE
+
+if TYPE_CHECKING:
+    from classer.train.config import TrainJob
+
+PORT = 8476
+SECONDS_TO_SAVE = 120
+USER_ERROR = 2  # the exit code of what would only fail again
+# That of a pod which had to go (a drained node, say) and saved: were it 0, Kubernetes would take its work for done.
+STOPPED = 128 + signal.SIGTERM
+
+
+def manifests(launch: Launch, command: Sequence[str], out: Path) -> list[dict[str, Any]]:
+    """The service, by which pods find the first one, and the job. Kubernetes gives each pod JOB_COMPLETION_INDEX."""
+    name = launch.called(out)
+    metadata = {"name": name, "labels": {"app": "classer"}} | (
+        {"namespace": launch.namespace} if launch.namespace else {}
+    )
+    service = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": metadata,
+        "spec": {
+            "clusterIP": "None",
+            "publishNotReadyAddresses": True,  # the pods look for one another before any of them is ready
+            "selector": {"job-name": name},
+            "ports": [{"name": "coordinator", "port": PORT}],
+        },
+    }
+    variables = launch.environment() | {
+        COORDINATOR: f"{name}-0.{name}:{PORT}",
+        STOPPED_CODE: str(STOPPED),
+        "PYTHONUNBUFFERED": "1",
+    }
+    resources = {
+        "cpu": str(launch.cpus) if launch.cpus else None,
+        "memory": f"{launch.memory}i" if launch.memory else None,
+        "nvidia.com/gpu": str(launch.devices_per_process) if launch.gpu else None,
+    }
+    container = {
+        "name": "train",
+        "image": launch.image,
+        "command": list(command),
+        "env": [{"name": key, "value": value} for key, value in variables.items()],
+        "ports": [{"containerPort": PORT}],
+        "resources": {"limits": {key: value for key, value in resources.items() if value}},
+        "volumeMounts": [{"name": "claim", "mountPath": launch.mount}, {"name": "shm", "mountPath": "/dev/shm"}],
+    }
+    volumes = [
+        {"name": "claim", "persistentVolumeClaim": {"claimName": launch.claim}},
+        {"name": "shm", "emptyDir": {"medium": "Memory"}},
+    ]
+    pod = {
+        "subdomain": name,
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": SECONDS_TO_SAVE,
+        "containers": [container],
+        "volumes": volumes,
+    }
+    failures = [
+        {"action": "FailJob", "onExitCodes": {"containerName": "train", "operator": "In", "values": [USER_ERROR]}},
+        # Started again, and not counted.
+        {"action": "Ignore", "onExitCodes": {"containerName": "train", "operator": "In", "values": [STOPPED]}},
+        {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+    ]
+    job = {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": metadata,
+        "spec": {
+            "completionMode": "Indexed",
+            "completions": launch.processes,
+            "parallelism": launch.processes,
+            # When one pod dies all lose it, end too, and start again.
+            "backoffLimit": launch.restarts * launch.processes,
+            "podFailurePolicy": {"rules": failures},
+            "template": {"metadata": {"labels": {"app": "classer"}}, "spec": pod},
+        },
+    }
+    return [service, job]
+
+
+def describe(launch: Launch, command: Sequence[str], out: Path) -> str:
+    """The manifests in YAML."""
+    return yaml.safe_dump_all(manifests(launch, command, out), sort_keys=False)
+
+
+def start(launch: Launch, command: Sequence[str], job: TrainJob) -> int:
+    """Applies the manifests with kubectl."""
+    if shutil.which("kubectl") is None:
+        raise InputError(
+            "--target kubernetes needs the command kubectl on this machine; --dry-run prints the manifests."
+        )
+    name = launch.called(job.out)
+    within = ["--namespace", launch.namespace] if launch.namespace else []
+    # A job cannot be changed; one that failed or was stopped makes place for the one that goes on.
+    old = subprocess.run(
+        ["kubectl", *within, "get", "job", name, "--output", "jsonpath={.status.active}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if old.returncode == 0:
+        if old.stdout.strip() not in ("", "0"):
+            raise InputError(f"The Kubernetes job '{name}' is running already; name another with --name.")
+        subprocess.run(["kubectl", *within, "delete", "job", name], check=False)
+    done = subprocess.run(
+        ["kubectl", "apply", "--filename", "-"],
+        input=describe(launch, command, job.out),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise InputError(f"kubectl refused the job: {done.stderr.strip()}")
+    kubectl = shlex.join(["kubectl", *within])
+    print(
+        f"Applied as Kubernetes job '{name}': {launch.processes} pods. Watch it: {kubectl} get pods -l job-name={name}"
+    )
+    print(where(job, logs=f"{kubectl} logs -f -l job-name={name} --prefix", stop=f"{kubectl} delete job {name}"))
+    return 0

@@ -1,0 +1,169 @@
+"""A job's processes on this machine: started, watched, and ended together."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from classer.tools.launching.job import Launch, where
+from classer.train.place import COORDINATOR, LAUNCHER, LOGS, PROCESS_ID
+
+if TYPE_CHECKING:
+    from classer.train.config import TrainJob
+
+SECONDS_BETWEEN_LOOKS = 0.1
+LAST_LINES = 20
+GRACE = 600.0  # seconds that workers get to save after a stop
+
+
+def describe(launch: Launch, command: Sequence[str], out: Path) -> str:
+    """What `start` would run; of one process what runs in this one."""
+    alone = launch.processes == 1
+    variables = environment(launch, rank=0) if alone else _environment(launch, rank=None, port=None)
+    words = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
+    line = " ".join([*words, shlex.join(_python(command))])
+    return line if alone else f"# {launch.processes} times, RANK from 0:\n{line}"
+
+
+def start(launch: Launch, command: Sequence[str], job: TrainJob) -> int:
+    """Runs the job of several processes to its end.
+
+    The first process's output is shown; all outputs are in `out/logs`. When a process dies the others are ended and its
+    last lines are shown. SIGTERM and Ctrl-C stop the job: every process saves.
+
+    Returns:
+      The exit code: 0 if the job is finished or was stopped.
+    """
+    logs = job.out / LOGS
+    logs.mkdir(parents=True, exist_ok=True)
+    print(f"{launch.processes} processes on this machine.")
+    print(where(job, logs=f"{logs}/worker-*.log", stop=f"Ctrl-C, or kill {os.getpid()}"), flush=True)
+    port = _free_port()
+    workers = []
+    with contextlib.ExitStack() as stack:
+        stack.callback(lambda: [worker.kill() for worker in workers])
+        for rank in range(launch.processes):
+            variables = os.environ | _environment(launch, rank, port)
+            workers.append(_Worker(logs / f"worker-{rank}.log", _python(command), variables))
+        return _watch(workers)
+
+
+class _Worker:
+    def __init__(self, log: Path, command: Sequence[str], environment: dict[str, str]) -> None:
+        self.log = log
+        self.shown = self._begin = log.stat().st_size if log.exists() else 0
+        with log.open("ab") as file:
+            # A session of its own: Ctrl-C reaches the launcher alone, which tells all workers once.
+            self._process = subprocess.Popen(
+                command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
+            )
+
+    @property
+    def code(self) -> int | None:
+        return self._process.poll()
+
+    def stop(self) -> None:
+        self._process.terminate()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def news(self) -> str:
+        """What it has written since the last call."""
+        with self.log.open("rb") as file:
+            file.seek(self.shown)
+            new = file.read()
+        self.shown += len(new)
+        lines = new.decode(errors="replace").splitlines(keepends=True)
+        return "".join(line for line in lines if not line.startswith("[Gloo]"))  # how the CPU's collectives say hello
+
+    def last_lines(self) -> list[str]:
+        with self.log.open("rb") as file:
+            file.seek(self._begin)
+            return file.read().decode(errors="replace").splitlines()[-LAST_LINES:]
+
+
+def _watch(workers: list[_Worker]) -> int:
+    stops = 0
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal stops
+        stops += 1
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    deadline = None
+    while True:
+        codes = [worker.code for worker in workers]
+        print(workers[0].news(), end="", flush=True)
+        if dead := [worker for worker, code in zip(workers, codes, strict=True) if code]:
+            return _bury(workers, min(dead, key=lambda worker: _suspicion(worker.code or 0)))
+        if all(code == 0 for code in codes):
+            return 0
+        if stops > 1 or (deadline is not None and time.monotonic() > deadline):
+            print("Stopped without saving.", file=sys.stderr)
+            return 128 + signal.SIGINT
+        if stops and deadline is None:
+            print("Stopping: the processes save first; once more stops at once.", file=sys.stderr, flush=True)
+            deadline = time.monotonic() + GRACE
+            for worker in workers:
+                worker.stop()
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def _suspicion(code: int) -> int:
+    """Of several that died at once, who is to be shown: who said why; who was killed; whoever failed; who gave up."""
+    return 0 if code == 2 else 1 if code < 0 and code != -signal.SIGABRT else 2 if code > 0 else 3
+
+
+def _bury(workers: list[_Worker], dead: _Worker) -> int:
+    code = dead.code or 0
+    for worker in workers:
+        worker.kill()
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    print(f"\nProcess {workers.index(dead)} {how}, so the job ends. Its last lines ({dead.log}):", file=sys.stderr)
+    for line in dead.last_lines():
+        print(f"  | {line}", file=sys.stderr)
+    print("The same command goes on from the last checkpoint.", file=sys.stderr, flush=True)
+    return code if code > 0 else 128 - code
+
+
+def environment(launch: Launch, rank: int | None) -> dict[str, str]:
+    """`Launch.environment` beside the XLA_FLAGS that are set already, and the GPUs of this rank (None: of any)."""
+    variables = launch.environment()
+    if "XLA_FLAGS" in variables and (flags := os.environ.get("XLA_FLAGS")):
+        variables["XLA_FLAGS"] = f"{flags} {variables['XLA_FLAGS']}"
+    if launch.gpu:
+        devices = range((rank or 0) * launch.devices_per_process, ((rank or 0) + 1) * launch.devices_per_process)
+        variables["CUDA_VISIBLE_DEVICES"] = "ITS SHARE" if rank is None else ",".join(map(str, devices))
+    return variables
+
+
+def _environment(launch: Launch, rank: int | None, port: int | None) -> dict[str, str]:
+    variables = environment(launch, rank)
+    variables[COORDINATOR] = f"127.0.0.1:{'PORT' if port is None else port}"
+    variables[PROCESS_ID] = "RANK" if rank is None else str(rank)
+    if rank is not None:
+        variables[LAUNCHER] = str(os.getpid())
+    return variables
+
+
+def _python(command: Sequence[str]) -> list[str]:
+    return [sys.executable, "-m", "classer.tools.cli.main", *command[1:]]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
