@@ -22,11 +22,16 @@ COMPILED = {"jax_persistent_cache_min_compile_time_secs": 0.0, "jax_persistent_c
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Makes a folder of compiled programs for this run; what is started from here has it from the environment."""
+    """Sets up the folder of compiled programs: $JAX_COMPILATION_CACHE_DIR, or a new one for this run.
+
+    Processes that tests start find it in their environment.
+    """
     if hasattr(config, "workerinput"):  # one of pytest-xdist's, which has the folder of the run
         return
-    folder = tempfile.mkdtemp(prefix="classer-compiled-")
-    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if folder is None:
+        folder = tempfile.mkdtemp(prefix="classer-compiled-")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
     for name, value in (COMPILED | {"jax_compilation_cache_dir": folder}).items():
         os.environ[name.upper()] = str(value)
         jax.config.update(name, value)

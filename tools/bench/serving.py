@@ -69,7 +69,7 @@ class EngineBench:
 
 NULL_ENGINE = """
 import asyncio, sys
-from classer.serve.listening import make_server
+from classer.serve.ops.listening import make_server
 from classer.serve.proto import classifier_pb2 as pb
 from classer.serve.proto.classifier_pb2_grpc import ClassifierServicer, add_ClassifierServicer_to_server
 

@@ -21,14 +21,14 @@ from classer.serve.proto.classifier_pb2_grpc import ClassifierStub
 TIMEOUT = 90
 CODE = """
 import sys
-from classer.serve.server import ServeConfig, serve
+from classer.serve.rpc.server import ServeConfig, serve
 serve(ServeConfig(bundles=(sys.argv[1],), port=0, precision="float32"))
 """
 
 # The device says when it has a batch, and runs it when it is told to.
 HELD = """
 import sys
-from classer.serve.engine import Engine
+from classer.serve.core.engine import Engine
 from classer.tools.cli import main
 launch = Engine.launch
 def held(*arguments):

@@ -32,7 +32,7 @@ from classer.train.config import CurriculumStage, Recipe, TrainJob
 from classer.train.place import Place
 from classer.train.processes import Pace, Stopped
 
-from .conftest import LAUNCHER, Classer
+from ..conftest import LAUNCHER, Classer
 
 TIMEOUT = 280
 COMMAND = ("classer", "train", "--data", "my texts.csv", "--out", "runs/x", "--restartable")

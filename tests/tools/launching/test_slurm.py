@@ -18,7 +18,7 @@ from classer.data.taxonomy import TaskKind
 from classer.tests.helpers import write_toy_data
 
 from ..conftest import LAUNCHER
-from ..test_launch import steps_logged
+from .test_launch import steps_logged
 
 TIMEOUT = 400
 
