@@ -351,9 +351,7 @@ def _why_unreachable(server: str, details: str) -> str:
     if "handshake failed" in details.lower() or "peer certificate" in details.lower():
         return f"The TLS handshake with the server at {server} failed; is it the host of its certificate? ({details})"
     if "Socket closed" in details:
-        return (
-            f"The connection to the server at {server} was closed; is it running, and does it expect TLS? ({details})"
-        )
+        return f"The server at {server} closed the connection; does it stop, or expect TLS? ({details})"
     return f"No server answers at {server}; is it running, and is the address right? ({details})"
 
 
