@@ -124,7 +124,8 @@ def test_tls_answers_those_who_trust_it_and_nobody_in_the_clear(certificates: Pa
 def test_a_tls_client_of_a_server_without_tls_is_told(certificates: Path) -> None:
     trusting = Tls(ca=certificates / "ca.pem")
     with guarded() as running, Client(running.address, tls=trusting) as client:
-        error = pytest.raises(Unavailable, client.classify, "a", timeout=3)
+        with pytest.raises(Unavailable) as error:
+            client.classify("a", timeout=3)
         assert "does not speak TLS" in str(error.value)
 
 
