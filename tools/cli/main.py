@@ -59,20 +59,22 @@ COMMANDS: dict[str, Command] = {
     "focus-report": Command("Measure a bundle at several focus budgets: accuracy, speed, latency.", "train"),
     "focus-plan": Command("Find the share that each layer keeps, for --max-loss or --speedup.", "train"),
     "prepare": Command("Turn labelled texts into cleaned, deduplicated, tokenised training shards.", "prepare"),
-    "upcycle": Command("Turn a pretrained encoder of the BERT family into the native architecture.", "train"),
+    "convert": Command("Turn a pretrained encoder of the BERT family into the native architecture.", "train"),
     "aot": Command(
         "Compile for GPUs and TPUs that are not attached: memory, FLOPs, traffic.",
         "train",
         "classer.tools.aot.aot",
     ),
 }
+# A command's former name → its name. Works for one more version.
+RENAMED = {"upcycle": "convert"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. What the user can mend is one sentence on stderr and exit code 2."""
     if argv is None:
         argv = sys.argv[1:]
-        if argv[:1] in (["train"], ["upcycle"]):
+        if argv[:1] in (["train"], ["convert"], ["upcycle"]):
             tune_allocator()
     return run(dispatch, argv)
 
@@ -83,6 +85,10 @@ def dispatch(argv: Sequence[str]) -> None:
     Raises:
       InputError: there is no such command, or its packages are not installed.
     """
+    if argv and argv[0] in RENAMED:
+        new = RENAMED[argv[0]]
+        print(f"classer: `classer {argv[0]}` is deprecated and will be removed; use `classer {new}`.", file=sys.stderr)
+        argv = [new, *argv[1:]]
     if argv[:1] == ["--version"]:
         print(f"classer {__version__}")
     elif not argv or argv[0] in ("-h", "--help"):
