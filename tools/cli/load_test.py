@@ -140,7 +140,7 @@ def run_load_test(arguments: LoadTestArguments) -> None:
 
     Raises:
       InputError: the texts cannot be read, or it would make more calls than --max-calls.
-      ClasserError: no healthy server answers there, or it refuses the first call.
+      ServeError: no healthy server answers there, or it refuses the first call.
     """
     from classer.data.readers import data_file, read_texts
 
@@ -212,7 +212,7 @@ def make_call(
     clients: Sequence[AsyncClient], texts: Sequence[str], a: LoadTestArguments, rng: np.random.Generator
 ) -> Call:
     """What makes the call of a number: with its own texts, over one of the connections."""
-    from classer.serve.wire.errors import ClasserError
+    from classer.serve.wire.errors import ServeError
     from classer.serve.wire.status import code_of
 
     from .load_runner import OK
@@ -227,7 +227,7 @@ def make_call(
             await client.classify(own[0], a.task, timeout=a.timeout)
             return (OK,)
         outcomes = await client.classify_batch(own, a.task, timeout=a.timeout)
-        return [code_of(one).name if isinstance(one, ClasserError) else OK for one in outcomes]
+        return [code_of(one).name if isinstance(one, ServeError) else OK for one in outcomes]
 
     return call
 

@@ -10,13 +10,13 @@ import sys
 from collections.abc import Callable, Sequence
 
 from classer import __version__
-from classer.data.errors import InputError
+from classer.data.errors import ClasserError, InputError
 from classer.data.fetch import cache_folder
 from classer.serve.ops.cache import check_private
-from classer.serve.wire.errors import ClasserError
 from classer.tools.aot.aot import aot
 
 from .classify import classify
+from .convert import convert
 from .evaluate import evaluate
 from .export import export, verify_export
 from .focus_plan import focus_plan
@@ -31,7 +31,6 @@ from .quantize import quantize
 from .serve import serve
 from .teach import teach
 from .train import train
-from .upcycle import upcycle
 
 # In the order in which a newcomer meets them.
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
@@ -51,16 +50,18 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "focus-report": focus_report,
     "focus-plan": focus_plan,
     "prepare": prepare,
-    "upcycle": upcycle,
+    "convert": convert,
     "aot": aot,
 }
+# A command's former name → its name. Works for one more version.
+RENAMED = {"upcycle": "convert"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. What the user can mend is one sentence on stderr and exit code 2."""
     if argv is None:
         argv = sys.argv[1:]
-        if argv[:1] in (["train"], ["upcycle"]):
+        if argv[:1] in (["train"], ["convert"], ["upcycle"]):
             tune_allocator()
     return run(dispatch, argv)
 
@@ -71,6 +72,10 @@ def dispatch(argv: Sequence[str]) -> None:
     Raises:
       InputError: there is no such command.
     """
+    if argv and argv[0] in RENAMED:
+        new = RENAMED[argv[0]]
+        print(f"classer: `classer {argv[0]}` is deprecated and will be removed; use `classer {new}`.", file=sys.stderr)
+        argv = [new, *argv[1:]]
     if argv[:1] == ["--version"]:
         print(f"classer {__version__}")
     elif not argv or argv[0] in ("-h", "--help"):
@@ -95,7 +100,7 @@ def run(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
             command(list(argv))
         finally:
             sys.stdout.flush()  # here, where a reader that left can be caught
-    except (InputError, ClasserError) as e:
+    except ClasserError as e:
         return _fail(str(e))
     except BrokenPipeError:
         # Who read the output wants no more of it (`| head`). What is left in the buffer goes nowhere.

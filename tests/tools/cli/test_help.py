@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from classer.tools.cli.main import COMMANDS, main
+from classer.tools.cli.main import COMMANDS, RENAMED, main
 
 from ..conftest import LAUNCHER, Classer
 
@@ -44,6 +44,14 @@ def test_the_list_of_commands(capsys: pytest.CaptureFixture[str]) -> None:
         assert re.search(rf"^  {name} +[A-Z].{{10,}}\.$", usage, re.MULTILINE)
     assert main(["--version"]) == 0
     assert re.fullmatch(r"classer \d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
+
+
+def test_a_former_name_of_a_command_still_works_and_says_its_new_one(capsys: pytest.CaptureFixture[str]) -> None:
+    for old, new in RENAMED.items():
+        assert main([old, "--data", "nothing.csv", "--out", "nowhere", "--tokens", "1"]) == 2
+        deprecation, error = capsys.readouterr().err.splitlines()
+        assert deprecation == f"classer: `classer {old}` is deprecated and will be removed; use `classer {new}`."
+        assert error.startswith("classer: error: tokens is 1; conversion needs")
 
 
 def test_help_of_the_launcher_names_its_targets_and_points_to_train(classer: Classer) -> None:
