@@ -183,7 +183,7 @@ def test_concatenated_zstd_frames_are_one_file(tmp_path: Path):
 
 def test_standard_input_is_json_lines(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'{"text": "x", "label": "y"}\n{"text": 1}\n')))
-    with pytest.raises(InputError, match="^standard input, line 2: no column 'label'"):
+    with pytest.raises(InputError, match=r"^standard input, line 2: no column 'label'"):
         read(PIPE)
 
 
