@@ -14,14 +14,16 @@ from .measured import MeasureArguments, load_measured
 
 @dataclasses.dataclass(frozen=True)
 class FocusPlanArguments(MeasureArguments):
-    __doc__ = f"""{MeasureArguments.__doc__}
+    """
+    Attributes:
+      split: which split of a folder.
       max_loss: points of accuracy that may be lost; the plan is the fastest within them.
       speedup: how many times as fast as the dense classifier the plan is to be, instead of `max_loss`.
       texts: at most so many texts of the split, drawn at random; 0 is all.
       compute_dtype: of activations, between the products.
     """
 
-    split: str = "dev"
+    split: str = dataclasses.field(default="dev", kw_only=True)
     max_loss: float | None = None
     speedup: float | None = None
     texts: int = 2000

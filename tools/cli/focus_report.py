@@ -15,7 +15,8 @@ from .measured import MeasureArguments, load_measured
 
 @dataclasses.dataclass(frozen=True)
 class FocusReportArguments(MeasureArguments):
-    __doc__ = f"""{MeasureArguments.__doc__}
+    """
+    Attributes:
       focuses: the budgets to measure beside the dense classifier, each as `classer evaluate --focus` takes it.
       texts: at most so many texts of the split, drawn at random, are measured; 0 is all.
       timed_texts: how many of them the time is measured on.

@@ -12,11 +12,10 @@ import sys
 from collections.abc import Callable, Sequence
 
 from classer import __version__
-from classer.data.errors import InputError
+from classer.data.errors import ClasserError, InputError
 from classer.data.extras import missing_packages
 from classer.data.fetch import cache_folder
 from classer.serve.ops.cache import check_private
-from classer.serve.wire.errors import ClasserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +122,7 @@ def run(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
             command(list(argv))
         finally:
             sys.stdout.flush()  # here, where a reader that left can be caught
-    except (InputError, ClasserError) as e:
+    except ClasserError as e:
         return _fail(str(e))
     except BrokenPipeError:
         # Who read the output wants no more of it (`| head`). What is left in the buffer goes nowhere.
