@@ -93,7 +93,7 @@ class UpcycleJob:
             raise InputError(f"learning_rate is {self.learning_rate}; it must be above 0.")
 
 
-class Likeness(NamedTuple):
+class Similarity(NamedTuple):
     """The mean cosine between student and teacher on held-out texts: of tokens, and of the texts' mean vectors."""
 
     tokens: float
@@ -103,7 +103,7 @@ class Likeness(NamedTuple):
         return f"cosine to the teacher {self.tokens:.4f} (tokens), {self.texts:.4f} (mean of a text)"
 
 
-def run_upcycle(job: UpcycleJob, say: Callable[[str], object] = print) -> Likeness:
+def run_upcycle(job: UpcycleJob, say: Callable[[str], object] = print) -> Similarity:
     """Runs a job; `job.out` is then an encoder folder, to name as `--encoder`, with `metrics.jsonl` beside it.
 
     Raises:
@@ -134,7 +134,7 @@ def run_upcycle(job: UpcycleJob, say: Callable[[str], object] = print) -> Likene
         if total >= FITTED_TOKENS:
             break
     fitted = upcycle(teacher, teacher_weights, *_pad(some))
-    compare = functools.partial(_likeness, teacher, teacher_weights, fitted.config, held_out)
+    compare = functools.partial(_similarity, teacher, teacher_weights, fitted.config, held_out)
     before = compare(fitted.weights, fitted.bias_ID[-1])
     say(f"Fitted in closed form to {total:,} tokens: {before}.")
 
@@ -275,14 +275,14 @@ def _layer_outputs(
     return [layers[f"layer_{i}"]["__call__"][0][0] for i in range(config.num_layers)]
 
 
-def _likeness(
+def _similarity(
     teacher: EncoderConfig,
     teacher_weights: Weights,
     student: EncoderConfig,
     texts: Sequence[np.ndarray],
     weights: Weights,
     bias_D: np.ndarray,
-) -> Likeness:
+) -> Similarity:
     @functools.partial(jax.jit, static_argnums=0)
     def hidden(config: EncoderConfig, params: Any, tokens_BS: jax.Array, lengths_B: jax.Array) -> jax.Array:
         return cast(Any, Encoder(config).apply({"params": params}, tokens_BS, lengths_B)).hidden_BKD
@@ -295,7 +295,7 @@ def _likeness(
     )
     read_BSD = read_BSD + bias_D
     means = [(x * real_BS[..., None]).sum(axis=1) for x in (wanted_BSD, read_BSD)]
-    return Likeness(_cosine(wanted_BSD[real_BS], read_BSD[real_BS]), _cosine(*means))
+    return Similarity(_cosine(wanted_BSD[real_BS], read_BSD[real_BS]), _cosine(*means))
 
 
 def _cosine(x_ND: np.ndarray, y_ND: np.ndarray) -> float:
