@@ -103,10 +103,10 @@ def refusal(call: Callable[[], object]) -> tuple[grpc.StatusCode, str, dict[str,
 def test_tasks_and_models_are_listed(stub: ClassifierStub) -> None:
     tasks = stub.ListTasks(pb.ListTasksRequest(), timeout=TIMEOUT).tasks
     assert [(task.model, task.name, task.kind, task.num_labels) for task in tasks] == [
-        ("one", "topic", "multiclass", 7),
-        ("one", "tags", "multilabel", 3),
-        ("three", "colour", "multiclass", 7),
-        ("three", "tags", "multilabel", 3),
+        ("one", "topic", pb.TASK_KIND_MULTICLASS, 7),
+        ("one", "tags", pb.TASK_KIND_MULTILABEL, 3),
+        ("three", "colour", pb.TASK_KIND_MULTICLASS, 7),
+        ("three", "tags", pb.TASK_KIND_MULTILABEL, 3),
     ]
     assert not tasks[0].labels
     assert len(stub.ListTasks(pb.ListTasksRequest(model="three"), timeout=TIMEOUT).tasks) == 2
@@ -114,7 +114,7 @@ def test_tasks_and_models_are_listed(stub: ClassifierStub) -> None:
     assert (model.is_default, model.state, model.precision, model.max_length) == (
         True,
         pb.MODEL_STATE_READY,
-        "float32",
+        pb.PRECISION_FLOAT32,
         48,
     )
     assert list(model.focuses) == ["1", "0.6"]
@@ -125,7 +125,9 @@ def test_tasks_and_models_are_listed(stub: ClassifierStub) -> None:
     assert {(program.bucket, program.focus) for program in model.programs} == {
         (bucket, focus) for bucket in (16, 32, 48) for focus in ("1", "0.6")
     }
-    assert all(program.run_micros > 0 and program.precision == "float32" for program in model.programs)
+    assert all(program.run_duration.ToNanoseconds() > 0 for program in model.programs)
+    assert {program.precision for program in model.programs} == {pb.PRECISION_FLOAT32}
+    assert 0 <= time.time() - model.load_time.ToNanoseconds() / 1e9 < 3600
 
 
 def test_a_request_goes_to_the_model_that_has_its_task(stub: ClassifierStub) -> None:

@@ -247,7 +247,7 @@ def test_a_batch_of_none_or_too_many_is_refused(running, texts: list[str]) -> No
         )
     code, details = code_and_details(refused.value)
     assert code is grpc.StatusCode.INVALID_ARGUMENT
-    assert f"holds {len(texts)} texts" in details
+    assert f"has {len(texts)} entries" in details
 
 
 def test_the_largest_batch_is_taken(client: Client) -> None:
