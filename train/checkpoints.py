@@ -19,6 +19,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from ..data.errors import InputError
+from ..data.files import atomic_write, disk_error
 from .processes import all_say, first_says, is_first
 from .step import TrainState
 
@@ -213,11 +214,10 @@ class Checkpoints:
             pass
         try:
             if folder.is_dir():
-                part = file.with_suffix(".part")
-                part.write_text(json.dumps(_checksums(folder), indent=1), encoding="utf-8")
-                part.rename(file)
+                with atomic_write(file) as part:
+                    part.write_text(json.dumps(_checksums(folder), indent=1), encoding="utf-8")
             self._drop_checksums()
-        except OSError:
+        except (OSError, InputError):
             file.unlink(missing_ok=True)  # a full disk, or a checkpoint that made way for a newer one meanwhile
 
     def _drop_checksums(self) -> None:
@@ -271,15 +271,8 @@ class _NamingFailures:
         if not isinstance(error, Exception) or isinstance(error, InputError):
             return
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        known = (
-            "No space left",
-            "Disk quota",
-            "File too large",
-            "Read-only",
-            "Permission denied",
-            "RESOURCE_EXHAUSTED",
-        )
-        reason = next((name for name in known if name in str(error)), None)
+        known = ("Permission denied", "RESOURCE_EXHAUSTED")
+        reason = disk_error(error) or next((name for name in known if name in str(error)), None)
         if reason is None and not isinstance(error, OSError):
             return
         free = shutil.disk_usage(self._folder).free / 1e6

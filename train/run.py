@@ -11,6 +11,7 @@ from typing import Any
 
 from .. import __version__
 from ..data.errors import InputError
+from ..data.files import atomic_write
 from ..data.soft_labels import read_teachers
 from ..model.bundle import Bundle, quantize, save_bundle
 from ..model.focus import is_gate
@@ -262,12 +263,11 @@ def _job_json(job: TrainJob) -> dict[str, Any]:
 
 def _write_job(job: TrainJob) -> None:
     job.out.mkdir(parents=True, exist_ok=True)
-    unfinished = job.out / UNFINISHED
     told = _job_json(job)
     if job.soft_labels is not None:
         told["teachers"] = list(map(dataclasses.asdict, read_teachers(job.soft_labels)))
-    unfinished.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    unfinished.rename(job.out / JOB_FILE)
+    with atomic_write(job.out / JOB_FILE) as part:
+        part.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
 def _model_card(job: TrainJob, inputs: Inputs, fitted: Fitted, bundle: Bundle, metrics: dict[str, Metrics]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ from typing import Any, TextIO
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from ..data.files import atomic_write
 from .processes import is_first
 
 SECONDS_BETWEEN_LINES = 10.0  # where there is no terminal to draw a bar on
@@ -185,6 +185,5 @@ def _drop_after(path: Path, step: int) -> None:
             continue
         if isinstance(record, dict) and record.get("step", 0) <= step and line.endswith("\n"):
             kept.append(line)
-    scratch = path.with_suffix(".partial")
-    scratch.write_text("".join(kept), encoding="utf-8")
-    os.replace(scratch, path)
+    with atomic_write(path) as part:
+        part.write_text("".join(kept), encoding="utf-8")
