@@ -175,7 +175,7 @@ def run_phase(phase: Phase, context: TrainContext, weights: Weights, train_step:
     model = _classifier(context)
     execution = context.execution
     layout = context.layout
-    layout.rows(recipe.batch_size)  # raises where it cannot be divided
+    layout.check_divides(recipe.batch_size)
     train_step = train_step or make_step(phase, context)
     iterator = iter(batches)
     progress = Progress(0, iterator.get_state(), -1.0, -1.0, 0, 0)

@@ -290,7 +290,7 @@ class Engine:
         if golden is None:
             return max_error
         fitting = [i for i, ids in enumerate(golden.ids) if len(ids) <= bucket]
-        # Of the empty text INT8 may make something else than float (see `bundle.quantize`): it is for want of others.
+        # INT8 may answer the empty text differently (see `bundle.quantize_bundle`): it is used if there are no others.
         fitting = [i for i in fitting if len(golden.ids[i]) > EMPTY] or fitting
         for start in range(0, len(fitting), size):
             some = fitting[start : start + size]
