@@ -17,11 +17,11 @@ from ..proto import classifier_pb2 as pb
 from ..wire.enums import value_of
 from ..wire.errors import InternalError, InvalidRequest, UnknownTask
 from ..wire.limits import DEFAULT_TOP_K
-from .tokenizing import Tokens
+from .tokenizing import TokenizedText
 from .work import Scored
 
 
-class Answers:
+class AnswerDecoder:
     """Turns what the device said into responses, for one model.
 
     Args:
@@ -63,7 +63,7 @@ class Answers:
     def answer(
         self,
         task: Task,
-        tokens: Sequence[Tokens],
+        tokens: Sequence[TokenizedText],
         scored: Sequence[Scored],
         top_k: int,
         *,

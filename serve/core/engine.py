@@ -20,7 +20,7 @@ from ...model.evidence import Kept
 from .work import Output
 
 # Few programs, so that a server starts in well under a minute on two cores: each takes one to three seconds to compile.
-BUCKETS = (16, 32, 64, 128, 256, 512)
+PROGRAM_LENGTHS = (16, 32, 64, 128, 256, 512)
 BATCH_SIZES = (1, 8, 32)
 # Beyond this a larger batch gains nothing, and those who wait for the device wait too long.
 MAX_BATCH_TOKENS = 8192
@@ -54,7 +54,7 @@ class CompilerProtocol(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Golden:
+class GoldenCheck:
     """Texts whose outputs are known, to tell a precision that computes something else.
 
     Attributes:
@@ -113,9 +113,9 @@ class Engine:
         *,
         max_length: int,
         pad_id: int,
-        golden: Golden | None = None,
+        golden: GoldenCheck | None = None,
         plan: Mapping[int, str] | None = None,
-        buckets: Sequence[int] = BUCKETS,
+        buckets: Sequence[int] = PROGRAM_LENGTHS,
         batch_sizes: Sequence[int] = BATCH_SIZES,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:

@@ -28,8 +28,8 @@ from ...model.focus import Focus
 from ...model.predict import Executables, Predictor, Program
 from ...model.variants import AGREEMENT, VARIANTS, Variant, disagreement, golden_ids, native, variant_predictor
 from ..wire.errors import InvalidRequest, NotPossible, UnknownTask
-from .answers import Answers
-from .engine import Engine, Golden, TimedProgram
+from .answers import AnswerDecoder
+from .engine import Engine, GoldenCheck, TimedProgram
 from .tokenizing import TokenizerStage
 
 # What a name may be: it stands in URLs, in metrics and in log lines.
@@ -83,7 +83,7 @@ class Model:
         self.engines: dict[str, Engine] = {}
         self.executables: list[Executables] = []
         self.tokenizer = TokenizerStage(bundle.tokenizer, bundle.max_length)
-        self.answers = Answers(bundle.taxonomy, bundle.calibration, name, bundle.version)
+        self.answers = AnswerDecoder(bundle.taxonomy, bundle.calibration, name, bundle.version)
         self.state = State.LOADING
         self.in_flight = 0
         self.loaded_at = time.time()
@@ -385,7 +385,7 @@ def _shapes(bundle: Bundle) -> tuple[EncoderConfig, int, int]:
     return bundle.encoder, bundle.taxonomy.num_labels, bundle.max_length
 
 
-def _golden(bundle: Bundle, predictor: Predictor) -> Golden:
+def _golden(bundle: Bundle, predictor: Predictor) -> GoldenCheck:
     """What the bundle's own precision gives: at full focus the golden outputs, as `load_bundle` has just found."""
     ids = golden_ids(bundle)
     length = min(GOLDEN_LENGTH, bundle.max_length)
@@ -394,7 +394,7 @@ def _golden(bundle: Bundle, predictor: Predictor) -> Golden:
     def max_error(texts: Sequence[int], logits_NL: np.ndarray) -> float:
         return disagreement(bundle, logits_NL, reference_NL[list(texts)])
 
-    return Golden(ids, max_error, AGREEMENT)
+    return GoldenCheck(ids, max_error, AGREEMENT)
 
 
 def _settle() -> None:

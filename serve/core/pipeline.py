@@ -7,39 +7,40 @@ import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any
 
-from ...data.readers import MAX_TEXT_CHARS
 from ...data.taxonomy import Task
 from ..proto import classifier_pb2 as pb
 from ..wire.errors import DeadlineExceeded, InvalidRequest, ServeError
 from ..wire.limits import MAX_REQUEST_ID
+from .deadlines import LatencyEstimate, divide
 from .engine import Engine
 from .models import Model, Models
 from .scheduler import Scheduler
-from .tokenizing import Tokens
+from .tokenizing import TokenizedText, check_length
 from .work import Priority, Scored, Work
 
-# How an answer's way from the device to its caller is foreseen, as TCP does with round trips (RFC 6298 §2): by a smooth
-# mean and four times a smooth deviation. Also the part of a deadline that it may take at most: whatever it says, a
-# text that finds the device free is run, and mends it. And so many seconds, or so much of a shorter deadline, at least:
-# what an answer takes from here to its caller is not seen.
-MEAN_RATE, SPREAD_RATE, SPREADS = 1 / 8, 1 / 4, 4
-MAX_WAY_BACK_SHARE = 0.5
-MIN_WAY_BACK, MIN_WAY_BACK_SHARE = 0.04, 0.1
-
-Outcome = pb.ClassifyResponse | ServeError
+ResponseOrError = pb.ClassifyResponse | ServeError
 
 
 @dataclasses.dataclass(frozen=True)
 class ResolvedRequest:
-    """What the options of a request come to. Texts of equal ones are decoded together.
+    """A request's options after validation and model lookup.
 
     Attributes:
-      deadline: when the device must be done with it: the caller's, less what the way back takes at most.
-      give_up: when the call is answered without it: half of that way before the caller's deadline; without one, never.
+      model: the model that answers.
+      task: the task of the model.
+      engine: the model's programs at the requested focus.
+      focus: that focus, as responses name it.
+      top_k: how many labels to return; 0 for the default.
+      threshold: the score from which a label is chosen; None for the model's own.
+      evidence: whether to return the tokens that the model kept.
+      priority: of the device's queue.
+      deadline: when the device must be done, on the scheduler's clock; None for never.
+      give_up: when the call is answered without the text; infinite if there is no deadline.
+      request_id: the caller's name for the request, returned with the response.
     """
 
     model: Model
@@ -54,48 +55,49 @@ class ResolvedRequest:
     give_up: float
     request_id: str
 
-
-@dataclasses.dataclass
-class LatencyEstimate:
-    """Seconds that vary: how many they will be at most, nearly always."""
-
-    mean: float = 0.0
-    spread: float = 0.0
-
     @property
-    def most(self) -> float:
-        return self.mean + SPREADS * self.spread
+    def decoding(self) -> Hashable:
+        """Equal for requests whose texts are decoded together."""
+        return self.model, self.task.name, self.focus, self.top_k, self.threshold, self.evidence
 
-    def add(self, seconds: float) -> None:
-        self.spread += SPREAD_RATE * (abs(seconds - self.mean) - self.spread)
-        self.mean += MEAN_RATE * (seconds - self.mean)
+
+@dataclasses.dataclass(eq=False, slots=True)
+class _Item:
+    """One text on its way through the pipeline, which ends with its `outcome`."""
+
+    text: str
+    request: ResolvedRequest
+    tokens: TokenizedText | None = None
+    scored: Scored | None = None
+    outcome: ResponseOrError | None = None
 
 
 class Pipeline:
-    """Classifies texts with whatever models there are.
+    """Classifies texts, each with the model that its request names.
 
     Args:
-      models: who answers.
-      scheduler: runs them.
+      models: the models that are served.
+      scheduler: runs texts on the device.
     """
 
     def __init__(self, models: Models, scheduler: Scheduler) -> None:
         self._models = models
         self._scheduler = scheduler
-        self._way_back = LatencyEstimate()  # seconds from the device's answer until it can be sent
+        self._way_back = LatencyEstimate()  # seconds from the device's result until the response can be sent
 
-    def ask(
+    def resolve(
         self, options: pb.ClassifyOptions, seconds: float | None, priority: Priority = Priority.INTERACTIVE
     ) -> ResolvedRequest:
-        """Checks the options of a request.
+        """Checks the options of a request and finds its model.
 
         Args:
-          options: those of the request.
-          seconds: how long the caller will wait; None for ever.
-          priority: what it is if the request does not say.
+          options: the request's options.
+          seconds: until the caller's deadline; None if there is none.
+          priority: used if the options name none.
 
         Raises:
-          InvalidRequest, UnknownTask: what is wrong with them.
+          InvalidRequest: an option is out of range, or the model cannot be told.
+          UnknownTask: there is no such task, model or version.
         """
         model, task = self._models.resolve(options.task, options.model, options.model_version)
         engine = model.engine(options.focus)
@@ -127,12 +129,7 @@ class Pipeline:
             if own <= 0:
                 raise InvalidRequest("The field `timeout` must be above 0.", field="timeout")
             seconds = own if seconds is None else min(own, seconds)
-        deadline, give_up = None, math.inf
-        if seconds is not None:
-            least, most = min(MIN_WAY_BACK, MIN_WAY_BACK_SHARE * seconds), MAX_WAY_BACK_SHARE * seconds
-            way_back = min(max(self._way_back.most, least), most)
-            deadline = self._scheduler.clock() + seconds - way_back
-            give_up = deadline + way_back / 2
+        deadline, give_up = divide(self._scheduler.clock(), seconds, self._way_back)
         return ResolvedRequest(
             model,
             task,
@@ -147,124 +144,128 @@ class Pipeline:
             options.request_id,
         )
 
-    async def classify(self, texts: Sequence[str], asked: Sequence[ResolvedRequest]) -> list[Outcome]:
-        """One outcome for each text, in order. Cancelling it takes the texts out of the device's queue."""
+    async def classify(self, texts: Sequence[str], requests: Sequence[ResolvedRequest]) -> list[ResponseOrError]:
+        """The outcome of each text, in order. Cancelling the call takes its texts out of the device's queue.
+
+        Args:
+          texts: N texts.
+          requests: the request of each text.
+        """
+        items = [_Item(text, request) for text, request in zip(texts, requests, strict=True)]
         with contextlib.ExitStack() as stack:
-            for model in {id(one.model): one.model for one in asked}.values():
+            for model in {id(request.model): request.model for request in requests}.values():
                 stack.enter_context(model.using())
-            outcomes: dict[int, Outcome] = {}
-            for i, text in enumerate(texts):
-                if len(text) > MAX_TEXT_CHARS:
-                    outcomes[i] = InvalidRequest(
-                        f"The text has {len(text)} characters; at most {MAX_TEXT_CHARS} are taken. Split or "
-                        "shorten it.",
-                        field="text",
-                    )
+            for item in items:
+                try:
+                    check_length(item.text)
+                except InvalidRequest as error:
+                    item.outcome = error.with_traceback(None)
             # What cannot be answered in time is refused before anything is spent on it.
-            expected: list[int] = []
-            announced: list[tuple[int, Priority]] = []
-            rest = [i for i in range(len(texts)) if i not in outcomes]
-            for _, group in _grouped(rest, [id(asked[i]) for i in rest]):
-                one = asked[group[0]]
-                fit, error = self._scheduler.reserve(len(group), one.deadline, one.priority)
-                announced.append((fit, one.priority))
-                expected += group[:fit]
-                if error is not None:
-                    outcomes.update(dict.fromkeys(group[fit:], error))
-            tokens: dict[int, Tokens] = {}
-            try:
-                groups = _grouped(expected, [(asked[i].model, asked[i].evidence) for i in expected])
-                await asyncio.gather(
-                    *(self._tokenize(model, spans, group, texts, tokens, outcomes) for (model, spans), group in groups)
-                )
-                order = sorted(tokens)
+            with self._reserved([item for item in items if item.outcome is None]) as accepted:
+                groups = _grouped(accepted, lambda item: (item.request.model, item.request.evidence))
+                await asyncio.gather(*map(self._tokenize, groups))
                 submitted = self._scheduler.clock()
-                futures = self._scheduler.submit_all(
-                    Work(asked[i].engine, tokens[i].ids, asked[i].deadline, asked[i].priority) for i in order
-                )
-            finally:
-                for count, priority in announced:
-                    self._scheduler.release(count, priority)
-            # One batch that takes longer than was predicted does not take a call's other answers with it.
-            latest = max((asked[i].give_up for i in order), default=math.inf)
-            await finished(futures, latest - self._scheduler.clock() if latest < math.inf else None)
-            scored = _sorted_out(order, futures, outcomes)
-            # Where some are not, the time since includes the wait for these.
-            if scored and len(scored) == len(order):
-                on_device = max(one.queue_seconds + one.compute_seconds for one in scored.values())
-                self._way_back.add(max(self._scheduler.clock() - submitted - on_device, 0.0))
-            self._decode(asked, tokens, scored, outcomes)
-            return [outcomes[i] for i in range(len(texts))]
-
-    async def _tokenize(
-        self,
-        model: Model,
-        spans: bool,
-        group: list[int],
-        texts: Sequence[str],
-        tokens: dict[int, Tokens],
-        outcomes: dict[int, Outcome],
-    ) -> None:
-        try:
-            encoded = await model.tokenizer.tokenize([texts[i] for i in group], spans=spans)
-        except ServeError as error:
-            outcomes.update(dict.fromkeys(group, error))
-            return
-        for i, one in zip(group, encoded, strict=True):
-            if isinstance(one, Tokens):
-                tokens[i] = one
-            else:
-                outcomes[i] = one
-
-    def _decode(
-        self,
-        asked: Sequence[ResolvedRequest],
-        tokens: dict[int, Tokens],
-        scored: dict[int, Scored],
-        outcomes: dict[int, Outcome],
-    ) -> None:
-        done = list(scored)
-        keys = [
-            (one.model, one.task.name, one.focus, one.top_k, one.threshold, one.evidence)
-            for one in (asked[i] for i in done)
-        ]
-        for (model, _, focus, top_k, threshold, evidence), group in _grouped(done, keys):
-            answers = model.answers.answer(
-                asked[group[0]].task,
-                [tokens[i] for i in group],
-                [scored[i] for i in group],
-                top_k,
-                threshold=threshold,
-                evidence=evidence,
-                focus=focus,
+                pending = list(self._submit(items))
+            latest = max((item.request.give_up for item, _ in pending), default=math.inf)
+            # A batch that takes longer than predicted must not hold up the call's other answers.
+            await finished(
+                [future for _, future in pending], latest - self._scheduler.clock() if latest < math.inf else None
             )
-            for i, answer in zip(group, answers, strict=True):
-                if isinstance(answer, pb.ClassifyResponse):
-                    answer.request_id = asked[i].request_id
-                outcomes[i] = answer
+            _collect(pending)
+            # Only where all texts were run: else the time includes the wait for those that were not.
+            if pending and all(item.scored is not None for item, _ in pending):
+                on_device = max(
+                    item.scored.queue_seconds + item.scored.compute_seconds for item, _ in pending if item.scored
+                )
+                self._way_back.add(max(self._scheduler.clock() - submitted - on_device, 0.0))
+            for group in _grouped((item for item in items if item.scored is not None), lambda it: it.request.decoding):
+                _decode(group)
+        outcomes = [item.outcome for item in items if item.outcome is not None]
+        if len(outcomes) < len(items):
+            raise RuntimeError("A text left the pipeline without an outcome.")
+        return outcomes
+
+    @contextlib.contextmanager
+    def _reserved(self, items: Sequence[_Item]) -> Iterator[list[_Item]]:
+        """Reserves device time; yields the texts that have it, and gives the others their error."""
+        reserved: list[tuple[int, Priority]] = []
+        accepted: list[_Item] = []
+        try:
+            for group in _grouped(items, lambda item: id(item.request)):
+                request = group[0].request
+                count, error = self._scheduler.reserve(len(group), request.deadline, request.priority)
+                reserved.append((count, request.priority))
+                accepted += group[:count]
+                for item in group[count:]:
+                    item.outcome = error
+            yield accepted
+        finally:
+            for count, priority in reserved:
+                self._scheduler.release(count, priority)
+
+    async def _tokenize(self, group: Sequence[_Item]) -> None:
+        """Gives texts of one model their tokens, or their error."""
+        request = group[0].request
+        try:
+            results = await request.model.tokenizer.tokenize([item.text for item in group], spans=request.evidence)
+        except ServeError as error:
+            results = [error.with_traceback(None)] * len(group)  # whose frames hold the items
+        for item, result in zip(group, results, strict=True):
+            if isinstance(result, TokenizedText):
+                item.tokens = result
+            else:
+                item.outcome = result
+
+    def _submit(self, items: Sequence[_Item]) -> Iterator[tuple[_Item, Future[Scored]]]:
+        """Queues the texts that have tokens, all together."""
+        ready = [(item, item.tokens) for item in items if item.tokens is not None]
+        futures = self._scheduler.submit_all(
+            Work(item.request.engine, tokens.ids, item.request.deadline, item.request.priority)
+            for item, tokens in ready
+        )
+        return zip((item for item, _ in ready), futures, strict=True)
 
 
-def _sorted_out(
-    order: Sequence[int], futures: Sequence[Future[Scored]], outcomes: dict[int, Outcome]
-) -> dict[int, Scored]:
-    """What the device said of each text; what kept it from others goes to `outcomes`. Raises what is nobody's fault."""
-    scored: dict[int, Scored] = {}
-    for i, future in zip(order, futures, strict=True):
+def _collect(pending: Sequence[tuple[_Item, Future[Scored]]]) -> None:
+    """Gives each text its scores or its error. Re-raises unexpected exceptions."""
+    for item, future in pending:
         if future.cancelled() or not future.done():
-            outcomes[i] = DeadlineExceeded("The deadline was too near when the text had not yet been run to its end.")
+            item.outcome = DeadlineExceeded("The deadline was too near when the text had not yet been run to its end.")
             continue
         error = future.exception()
         if error is None:
-            scored[i] = future.result()
+            item.scored = future.result()
         elif isinstance(error, ServeError):
-            outcomes[i] = error
+            item.outcome = error
         else:
             raise error
-    return scored
+
+
+def _decode(group: Sequence[_Item]) -> None:
+    """Gives texts of equal `ResolvedRequest.decoding` their responses."""
+    request = group[0].request
+    responses = request.model.answers.answer(
+        request.task,
+        [item.tokens for item in group if item.tokens is not None],
+        [item.scored for item in group if item.scored is not None],
+        request.top_k,
+        threshold=request.threshold,
+        evidence=request.evidence,
+        focus=request.focus,
+    )
+    for item, response in zip(group, responses, strict=True):
+        if isinstance(response, pb.ClassifyResponse):
+            response.request_id = item.request.request_id
+        item.outcome = response
 
 
 async def finished(futures: Sequence[Future[Any]], seconds: float | None) -> None:
-    """Waits for all futures, or so long, with one call into the event loop; then, or cancelled, it cancels the rest."""
+    """Waits for all futures, with one call into the event loop; when it ends, it cancels those that are not done.
+
+    Args:
+      futures: futures of other threads.
+      seconds: how long to wait at most; None for as long as it takes.
+    """
     if not futures:
         return
     loop = asyncio.get_running_loop()
@@ -287,12 +288,9 @@ async def finished(futures: Sequence[Future[Any]], seconds: float | None) -> Non
             future.cancel()  # one that is done or running stays so
 
 
-K = TypeVar("K")
-
-
-def _grouped(indices: Sequence[int], keys: Sequence[K]) -> list[tuple[K, list[int]]]:
-    """The indices of equal keys together, in the order of their first."""
-    groups: dict[K, list[int]] = {}
-    for i, key in zip(indices, keys, strict=True):
-        groups.setdefault(key, []).append(i)
-    return list(groups.items())
+def _grouped(items: Iterable[_Item], key: Callable[[_Item], Hashable]) -> list[list[_Item]]:
+    """The items of equal keys together, in the order of the first of each."""
+    groups: dict[Hashable, list[_Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return list(groups.values())

@@ -6,7 +6,7 @@ from .engine import Engine
 from .models import Model
 
 
-def describe(model: Model) -> str:
+def model_summary(model: Model) -> str:
     """A model in a few lines: one a length bucket, with what was measured."""
     engines = model.engines.items()
     programs = [warmed for _, engine in engines for warmed in (*engine.programs, *engine.measured)]

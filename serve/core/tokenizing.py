@@ -15,8 +15,9 @@ from typing import Protocol
 
 import numpy as np
 
+from ...data.readers import MAX_TEXT_CHARS
 from ..ops.log import log_failure
-from ..wire.errors import InternalError, Overloaded, ServeError
+from ..wire.errors import InternalError, InvalidRequest, Overloaded, ServeError
 
 # What may wait, and what is tokenised at once, in characters. A text also counts as one for itself, so that very
 # many empty ones are not free.
@@ -26,7 +27,7 @@ MAX_BATCH_CHARS = 1_000_000
 RETRY_SECONDS = 0.5
 
 
-class Encoded(Protocol):
+class EncodingProtocol(Protocol):
     """What `WordPieceTokenizer.encode` returns for N texts."""
 
     @property
@@ -45,16 +46,16 @@ class Encoded(Protocol):
         ...
 
 
-class Tokenizer(Protocol):
+class TokenizerProtocol(Protocol):
     """What this stage needs of `data.tokenizer.WordPieceTokenizer`."""
 
-    def encode(self, texts: Sequence[str], max_length: int) -> Encoded: ...
+    def encode(self, texts: Sequence[str], max_length: int) -> EncodingProtocol: ...
 
-    def encode_with_offsets(self, texts: Sequence[str], max_length: int) -> Encoded: ...
+    def encode_with_offsets(self, texts: Sequence[str], max_length: int) -> EncodingProtocol: ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Tokens:
+class TokenizedText:
     """One text for the device.
 
     Attributes:
@@ -75,13 +76,15 @@ class _Group:
     texts: Sequence[str]
     chars: int
     spans: bool
-    future: asyncio.Future[list[Tokens | ServeError]]
+    future: asyncio.Future[list[TokenizedText | ServeError]]
 
 
 class TokenizerStage:
     """Tokenises texts in one worker thread. Use it from one event loop, and `close` it at the end."""
 
-    def __init__(self, tokenizer: Tokenizer, max_length: int, *, max_waiting_chars: int = MAX_WAITING_CHARS) -> None:
+    def __init__(
+        self, tokenizer: TokenizerProtocol, max_length: int, *, max_waiting_chars: int = MAX_WAITING_CHARS
+    ) -> None:
         self._tokenizer = tokenizer
         self._max_length = max_length
         self._max_waiting_chars = max_waiting_chars
@@ -90,7 +93,7 @@ class TokenizerStage:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="classer-tokenizer")
         self._worker: asyncio.Task[None] | None = None
 
-    async def tokenize(self, texts: Sequence[str], *, spans: bool = False) -> list[Tokens | ServeError]:
+    async def tokenize(self, texts: Sequence[str], *, spans: bool = False) -> list[TokenizedText | ServeError]:
         """The tokens of each text, with their `spans` if asked; or the InternalError of one that it failed on.
 
         Raises:
@@ -140,16 +143,25 @@ class TokenizerStage:
                 chars += group.chars
         return groups
 
-    def _encode(self, texts: list[str], spans: bool) -> list[Tokens | ServeError]:
+    def _encode(self, texts: list[str], spans: bool) -> list[TokenizedText | ServeError]:
         """Runs in the worker thread. One text's failure is not its batch-mates'."""
         try:
             encode = self._tokenizer.encode_with_offsets if spans else self._tokenizer.encode
             encoded = encode(texts, self._max_length)
             spans_N = encoded.spans or [None] * len(texts)
             rows = zip(encoded.ids, encoded.truncated, spans_N, strict=True)
-            return [Tokens(ids, bool(cut), spans_S2) for ids, cut, spans_S2 in rows]
+            return [TokenizedText(ids, bool(cut), spans_S2) for ids, cut, spans_S2 in rows]
         except Exception as error:
             if len(texts) > 1:
                 return [outcome for text in texts for outcome in self._encode([text], spans)]
             log_failure("The tokenizer failed on a text", error)
             return [InternalError("The server could not tokenize this text; its log says why.")]
+
+
+def check_length(text: str) -> None:
+    """Raises InvalidRequest: the text has more than `MAX_TEXT_CHARS` characters."""
+    if len(text) > MAX_TEXT_CHARS:
+        raise InvalidRequest(
+            f"The text has {len(text)} characters; at most {MAX_TEXT_CHARS} are taken. Split or shorten it.",
+            field="text",
+        )

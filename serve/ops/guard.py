@@ -29,7 +29,7 @@ from .keys import Allowance, KeyRing
 from .log import access_logger, audit_logger, log_failure, log_fields
 from .metrics import CallMetrics, Stages
 from .security import KEY_HEADER, KEY_SCHEME
-from .tracing import Tracing, end, trace_id
+from .tracing import Tracing, end_span, trace_id
 
 if TYPE_CHECKING:
     from .tracing import Span
@@ -267,7 +267,7 @@ class Guard(grpc.aio.ServerInterceptor):
                 if call.stages is None
                 else {"classer.queue": call.stages.queue, "classer.compute": call.stages.compute}
             )
-            end(call.span, code, {"classer.texts": sum(texts.values()), **staged})
+            end_span(call.span, code, {"classer.texts": sum(texts.values()), **staged})
         fields = {"method": call.method, "code": code, "ms": round(seconds * 1e3, 2), "peer": call.peer}
         for name, value in (
             ("reason", reason),

@@ -24,7 +24,7 @@ from ...data.files import atomic_write
 from ..wire.errors import Overloaded, Unauthenticated
 from .log import logger
 
-PREFIX = "ck"
+KEY_PREFIX = "ck"
 _DAY = 86_400
 # How often a server looks whether the file has changed.
 _LOOK_SECONDS = 1.0
@@ -71,7 +71,7 @@ def make_key(
         raise InputError(f"--per-day is {per_day}; give at least 1 text a day.")
     key_id, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
     entry = ApiKey(name, key_id, _digest(secret), rate, per_day, admin, time.strftime("%Y-%m-%d", time.gmtime()))
-    return entry, f"{PREFIX}_{key_id}_{secret}"
+    return entry, f"{KEY_PREFIX}_{key_id}_{secret}"
 
 
 def read_keys(path: Path) -> list[ApiKey]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable, Coroutine, Sequence
+from typing import TypeVar
 
 import grpc.aio
 
 from ...data.errors import InputError
 from ..wire.limits import MAX_MESSAGE_BYTES, MAX_PENDING_CALLS
 
+T = TypeVar("T")
 # A peer that connects must speak HTTP/2 within so many seconds; one that is silent for so long is sent a ping, and
 # dropped if it does not answer it. By default gRPC asks after two hours, and only those that have a call.
 HANDSHAKE_SECONDS = 20.0
@@ -61,37 +63,63 @@ def make_server(
     return grpc.aio.server(options=options, interceptors=interceptors)
 
 
-def listen(
+def bind_server(
     server: grpc.aio.Server,
     host: str,
     port: int,
     option: str,
+    *,
+    host_option: str | None = "--host",
     add_port: Callable[[grpc.aio.Server, str], int] = lambda server, address: server.add_insecure_port(address),
 ) -> str:
-    """Binds the server's port, by `add_port`; the real address.
+    """Binds a port of a gRPC server, by `add_port`; returns its real address. For arguments and errors see `bind`."""
+    own = bind(host, port, option, lambda *_: add_port(server, join(host, port)), host_option=host_option)
+    return join(host, own)
+
+
+def bind(host: str, port: int, option: str, make: Callable[[str, int], T], *, host_option: str | None = "--host") -> T:
+    """Binds an address.
+
+    Args:
+      host: the address.
+      port: its port; 0 picks a free one.
+      option: the option that gives the port, for the error.
+      make: binds them; it raises an OSError, or, as gRPC does, a RuntimeError if it cannot.
+      host_option: the option that gives the address; None if it is fixed.
+
+    Returns:
+      What `make` returns.
 
     Raises:
-      InputError: it cannot be bound.
+      InputError: the port is out of range, or the address cannot be bound.
     """
     if not 0 <= port <= 65535:
         raise InputError(f"{option} is {port}; a port is a number from 0 (pick a free one) to 65535.")
-    name = f"[{host}]" if ":" in host else host
     try:
-        return f"{name}:{add_port(server, f'{name}:{port}')}"
-    except RuntimeError:
-        raise InputError(
-            f"Cannot listen on {name}:{port}: {_why_not(host, port)}. "
-            f"Choose another {option} (0 picks a free one) or --host."
-        ) from None
+        return make(host, port)
+    except (OSError, RuntimeError) as error:
+        reason = (error.strerror or str(error)).lower() if isinstance(error, OSError) else _why_not(host, port)
+        other = f"{option} (0 picks a free one)" + (f" or {host_option}" if host_option else "")
+        raise InputError(f"Cannot listen on {join(host, port)}: {reason}. Choose another {other}.") from None
+
+
+def join(host: str, port: int) -> str:
+    """`host:port`, with brackets around an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def check_free(host: str, port: int) -> None:
+    """Raises OSError if the address cannot be bound."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(address)
 
 
 def _why_not(host: str, port: int) -> str:
     """The operating system's reason why an address cannot be bound, which gRPC only logs."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
+        check_free(host, port)
     except OSError as error:
         return (error.strerror or str(error)).lower()
     return "gRPC refused it"

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from ...data.errors import InputError
 from ...data.extras import missing_packages
+from .listening import bind
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
-class Batch(Protocol):
+class BatchProtocol(Protocol):
     """What the metrics need of `scheduler.BatchRun`."""
 
     @property
@@ -157,7 +157,7 @@ class DeviceMetrics:
         )
         living.set_function(lambda: float(alive()))
 
-    def ran(self, batch: Batch) -> None:
+    def ran(self, batch: BatchProtocol) -> None:
         """Counts a batch; a scheduler's `on_batch`."""
         bucket = str(batch.bucket)
         self._batches.labels(bucket).inc()
@@ -185,11 +185,13 @@ class MetricsServer:
     def __init__(self, registry: CollectorRegistry, host: str, port: int) -> None:
         from prometheus_client import start_http_server
 
-        try:
-            self._server, self._thread = start_http_server(port, host, registry)
-        except (OSError, OverflowError) as error:
-            reason = (getattr(error, "strerror", None) or str(error)).lower()
-            raise InputError(f"Cannot listen on {host}:{port} for metrics: {reason}. Choose another port.") from None
+        self._server, self._thread = bind(
+            host,
+            port,
+            "--metrics-port",
+            lambda host, port: start_http_server(port, host, registry),
+            host_option="--metrics-host",
+        )
         self.port = self._server.server_port
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from .guard import MAX_IN_FLIGHT_BYTES, MAX_IN_FLIGHT_CALLS, Guard
 from .keys import KeyRing
 from .listening import make_server
 from .log import LogFormat
-from .metrics import Batch, CallMetrics, DeviceMetrics, MetricsServer, new_registry
+from .metrics import BatchProtocol, CallMetrics, DeviceMetrics, MetricsServer, new_registry
 from .security import Tls
 from .tracing import Tracing
 
@@ -143,7 +143,7 @@ class Operations:
                 self.registry, waiting_tokens=waiting_tokens, max_waiting_tokens=max_waiting_tokens, alive=alive
             )
 
-    def batch_ran(self, batch: Batch) -> None:
+    def batch_ran(self, batch: BatchProtocol) -> None:
         """A scheduler's `on_batch`."""
         if self._device is not None:
             self._device.ran(batch)

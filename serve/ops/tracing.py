@@ -60,7 +60,7 @@ class Tracing:
         self._provider.shutdown()
 
 
-def end(span: Span, code: str, attributes: Mapping[str, float | int]) -> None:
+def end_span(span: Span, code: str, attributes: Mapping[str, float | int]) -> None:
     """Ends a call's span with its gRPC status."""
     from opentelemetry.trace import Status, StatusCode
 

@@ -12,23 +12,21 @@ from ..ops.guard import audit
 from ..ops.log import log_failure, logger
 from ..proto import classifier_pb2 as pb
 from ..proto.classifier_pb2_grpc import ModelAdminServicer
-from ..wire.errors import NotPossible, Unavailable
+from ..wire.errors import NotPossible
 from .describe import model_message
-from .service import Calls
+from .lifecycle import Lifecycle
 
 
 class ModelAdminService(ModelAdminServicer):
     """`classer.v1.ModelAdmin`, on the event loop of its `Models`.
 
     Attributes:
-      calls: those in flight.
-      ready: False until the first models are warm; every call is then UNAVAILABLE.
+      calls: the calls that run; ready once the first models are warm.
     """
 
     def __init__(self, models: Models) -> None:
         self._models = models
-        self.calls = Calls()
-        self.ready = False
+        self.calls = Lifecycle(ready=False)
         self._tasks: set[asyncio.Task[Model]] = set()
 
     async def ListBundles(
@@ -38,7 +36,6 @@ class ModelAdminService(ModelAdminServicer):
 
     async def LoadModel(self, request: pb.LoadModelRequest, context: grpc.aio.ServicerContext) -> pb.Model:
         with self.calls.call():
-            self._check_ready()
             self._audit(bundle=request.bundle, model=request.name or request.bundle)
             # To the end, even if the caller has gone: half a swap is none.
             task = asyncio.create_task(self._load(request))
@@ -52,7 +49,6 @@ class ModelAdminService(ModelAdminServicer):
         self, request: pb.UnloadModelRequest, context: grpc.aio.ServicerContext
     ) -> pb.UnloadModelResponse:
         with self.calls.call():
-            self._check_ready()
             self._audit(model=request.name, version=request.version)
             self._models.unload(request.name, request.version)
             logger.info("unloaded model %s version %s", request.name, request.version)
@@ -62,15 +58,10 @@ class ModelAdminService(ModelAdminServicer):
         self, request: pb.SetDefaultVersionRequest, context: grpc.aio.ServicerContext
     ) -> pb.Model:
         with self.calls.call():
-            self._check_ready()
             self._audit(model=request.name, version=request.version)
             model = self._models.set_default(request.name, request.version)
             logger.info("model %s answers with version %s", request.name, request.version)
         return model_message(model, self._models, labels=True)
-
-    def _check_ready(self) -> None:
-        if not self.ready:
-            raise Unavailable("The server is still compiling its programs; wait until its health says SERVING.")
 
     def _audit(self, **given: str) -> None:
         """Says what a call is about, where that is the name of something; else it is a caller's own words."""

@@ -15,9 +15,8 @@ import dataclasses
 import json
 import math
 import os
-import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +29,16 @@ from grpc_health.v1.health import aio as health_aio  # pyright: ignore[reportAtt
 from grpc_reflection.v1alpha import reflection
 
 from ...data.errors import InputError
-from ...data.readers import MAX_TEXT_CHARS
-from ..ops.listening import listen, run_loop
+from ..core.tokenizing import check_length
+from ..ops.listening import bind_server, run_loop
 from ..ops.log import configure_logging
 from ..ops.operations import Operations, OperationsConfig
 from ..ops.security import Tls, aio_channel
 from ..proto import classifier_pb2 as pb
-from ..wire.errors import InvalidRequest, Overloaded, ServeError
+from ..wire.errors import Overloaded, ServeError
 from ..wire.limits import MAX_TEXTS, RETRY_SECONDS
 from ..wire.status import error_of, error_of_call, from_status
+from .lifecycle import Lifecycle, stop_signal
 
 Health = health_pb2.HealthCheckResponse
 CLASSIFIER = pb.DESCRIPTOR.services_by_name["Classifier"]
@@ -50,7 +50,6 @@ GATHER_REQUESTS = 64
 MAX_WAITING_BYTES = 64 << 20
 # Bytes of one batch; with the largest request (4 MB of text) on top still below what a message may be.
 MAX_BATCH_BYTES = 4 << 20
-_SEND_SECONDS = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +211,7 @@ class FrontEnd:
         self._config = config
         self._operations = Operations(config.operations, share=config.share)
         self._server = self._operations.make_server(reuse_port=config.shared)
-        self.address = listen(self._server, config.host, config.port, "--port", self._operations.add_port)
+        self.address = bind_server(self._server, config.host, config.port, "--port", add_port=self._operations.add_port)
         tls = Tls.of_files(config.engine_tls_cert, config.engine_tls_key, config.engine_tls_ca)
         # Windows that grow with the traffic would let one who reads no answers have megabytes of them worked out.
         options = [("grpc.max_receive_message_length", -1), ("grpc.http2.bdp_probe", 0)]
@@ -224,9 +223,7 @@ class FrontEnd:
         )
         self._coalescer = Coalescer(batch)
         self._health = health_aio.HealthServicer()
-        self._in_flight = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._calls = Lifecycle(ready=True)
         self._watching: asyncio.Task[None] | None = None
         self._server.add_generic_rpc_handlers((self._handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -243,11 +240,7 @@ class FrontEnd:
         if self._watching is not None:
             self._watching.cancel()
         await self._health.enter_graceful_shutdown()
-        stopping = asyncio.create_task(self._server.stop(self._config.drain_seconds))
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), self._config.drain_seconds)
-        await self._server.stop(_SEND_SECONDS)
-        await stopping
+        await self._calls.stop([self._server], self._config.drain_seconds)
         await self._channel.close()
         self._operations.close()
 
@@ -270,14 +263,8 @@ class FrontEnd:
         return grpc.method_handlers_generic_handler(CLASSIFIER.full_name, handlers)
 
     async def _classify(self, request: pb.ClassifyRequest, context: grpc.aio.ServicerContext) -> pb.ClassifyResponse:
-        self._begin()
-        try:
-            if len(request.text) > MAX_TEXT_CHARS:
-                raise InvalidRequest(
-                    f"The text has {len(request.text)} characters; at most {MAX_TEXT_CHARS} are taken. Split or "
-                    "shorten it.",
-                    field="text",
-                )
+        with self._calls.call(), _engine_errors():
+            check_length(request.text)
             if (seconds := context.time_remaining()) is not None:
                 options = request.options
                 own = options.timeout.ToNanoseconds() / 1e9 if options.HasField("timeout") else math.inf
@@ -286,46 +273,25 @@ class FrontEnd:
             if item.HasField("error"):
                 raise from_status(item.error)
             return item.response
-        except grpc.aio.AioRpcError as error:
-            raise _error_of(error) from None
-        finally:
-            self._end()
 
     def _unary(self, call: Any) -> Callable[[bytes, grpc.aio.ServicerContext], Awaitable[bytes]]:
         async def handle(request: bytes, context: grpc.aio.ServicerContext) -> bytes:
-            self._begin()
-            try:
+            with self._calls.call(), _engine_errors():
                 return await call(request, timeout=context.time_remaining())
-            except grpc.aio.AioRpcError as error:
-                raise _error_of(error) from None
-            finally:
-                self._end()
 
         return handle
 
     def _stream(self, call: Any) -> Callable[[AsyncIterator[bytes], grpc.aio.ServicerContext], AsyncIterator[bytes]]:
         async def handle(requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
-            self._begin()
-            answers = call(requests, timeout=context.time_remaining())
-            try:
-                async for response in answers:
-                    yield response
-            except grpc.aio.AioRpcError as error:
-                raise _error_of(error) from None
-            finally:
-                answers.cancel()  # where the caller has gone before the end
-                self._end()
+            with self._calls.call(), _engine_errors():
+                answers = call(requests, timeout=context.time_remaining())
+                try:
+                    async for response in answers:
+                        yield response
+                finally:
+                    answers.cancel()  # where the caller has gone before the end
 
         return handle
-
-    def _begin(self) -> None:
-        self._in_flight += 1
-        self._idle.clear()
-
-    def _end(self) -> None:
-        self._in_flight -= 1
-        if not self._in_flight:
-            self._idle.set()
 
     async def _watch(self) -> None:
         """Says what the engine's health says, and that it is not well while it does not answer."""
@@ -340,6 +306,15 @@ class FrontEnd:
     async def _say(self, status: Health.ServingStatus) -> None:
         for name in ("", CLASSIFIER.full_name):
             await self._health.set(name, status)
+
+
+@contextlib.contextmanager
+def _engine_errors() -> Iterator[None]:
+    """Makes a failed call to the engine the error that the engine meant."""
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        raise _error_of(error) from None
 
 
 def _error_of(failure: grpc.aio.AioRpcError) -> ServeError:
@@ -367,10 +342,8 @@ def run_front_end(config: FrontEndConfig, *, orphaned: bool = False) -> None:
 
 
 async def _run(config: FrontEndConfig, orphaned: bool) -> None:
-    stop = asyncio.Event()
+    stop = stop_signal()
     loop = asyncio.get_running_loop()
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signum, stop.set)
     if orphaned:
         loop.add_reader(sys.stdin.fileno(), lambda: stop.set() if not os.read(sys.stdin.fileno(), 1024) else None)
     front_end = FrontEnd(config)

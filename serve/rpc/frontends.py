@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 from ...data.errors import InputError
+from ..ops.listening import bind, check_free, join
 from ..ops.log import logger
 from ..ops.operations import OperationsConfig
 from .frontend import FrontEndConfig
@@ -49,9 +50,9 @@ class FrontEnds:
         self._count = count
         self._drain_seconds = drain_seconds
         # Held, but not listened on, so that the port stays ours while front ends come and go.
-        self._held = _hold(host, port)
+        self._held = bind(host, port, "--port", _hold)
         port = self._held.getsockname()[1]
-        self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self.address = join(host, port)
         self._folder = Path(tempfile.mkdtemp(prefix="classer-"))  # made with mode 0700
         self.engine = f"unix:{self._folder / 'engine.sock'}"
         self._config = FrontEndConfig(self.engine, host, port, drain_seconds, shared=True, share=1 / count)
@@ -134,26 +135,11 @@ class FrontEnds:
 
 
 def _hold(host: str, port: int) -> socket.socket:
-    """Binds a port that processes of ours may share, and nobody else has.
-
-    Raises:
-      InputError: it cannot be bound.
-    """
-    if not 0 <= port <= 65535:
-        raise InputError(f"--port is {port}; a port is a number from 0 (pick a free one) to 65535.")
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        if port:  # with SO_REUSEPORT alone a second server would be let in
-            with socket.socket(family, kind, protocol) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(address)
-        held = socket.socket(family, kind, protocol)
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        held.bind(address)
-    except OSError as error:
-        name = f"[{host}]" if ":" in host else host
-        raise InputError(
-            f"Cannot listen on {name}:{port}: {(error.strerror or str(error)).lower()}. Choose another --port (0 picks "
-            "a free one) or --host."
-        ) from None
+    """A socket bound to a port that our processes may share, and nobody else has. Raises OSError."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    if port:  # with SO_REUSEPORT alone a second server would be let in
+        check_free(host, port)
+    held = socket.socket(family, kind, protocol)
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    held.bind(address)
     return held

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import os
-import signal
 import sys
 import threading
 from pathlib import Path
@@ -22,11 +20,11 @@ from tqdm import tqdm
 from ...data.errors import InputError
 from ..core.engine import TimedProgram
 from ..core.models import AUTO, Model, Models, ModelSettings, named_folders
-from ..core.report import describe
+from ..core.report import model_summary
 from ..core.scheduler import MAX_WAITING_TOKENS, Scheduler
 from ..ops.cache import check_private
 from ..ops.guard import Guard
-from ..ops.listening import listen, make_server, run_loop
+from ..ops.listening import bind_server, make_server, run_loop
 from ..ops.log import configure_logging, logger
 from ..ops.operations import Operations, OperationsConfig
 from ..proto import classifier_pb2 as pb
@@ -34,13 +32,12 @@ from ..proto.classifier_pb2_grpc import add_ClassifierServicer_to_server, add_Mo
 from ..wire.errors import NotPossible
 from .admin import ModelAdminService
 from .frontends import MAX_FRONT_ENDS, FrontEnds
+from .lifecycle import stop_signal
 from .service import ClassifierService
 
 CLASSIFIER_NAME = pb.DESCRIPTOR.services_by_name["Classifier"].full_name
 ADMIN_NAME = pb.DESCRIPTOR.services_by_name["ModelAdmin"].full_name
 Health = health_pb2.HealthCheckResponse
-# How long the last answers may take onto the wire, once they are given.
-_SEND_SECONDS = 0.5
 # How long the loop of the calls may keep the device's thread from going on (Python's own default is 5 ms, and a batch
 # takes some tens of them).
 SWITCH_SECONDS = 0.0005
@@ -126,10 +123,7 @@ def _yield_to_calls() -> None:
 
 
 async def _serve(config: ServeConfig) -> None:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signum, stop.set)
+    stop = stop_signal()
     server = Server(config)
     await server.start()
     try:
@@ -167,11 +161,13 @@ class Server:
             self._grpc.add_insecure_port(self._front_ends.engine)
         else:
             self._grpc = self.operations.make_server()
-            self.address = listen(self._grpc, config.host, config.port, "--port", add_port)
+            self.address = bind_server(self._grpc, config.host, config.port, "--port", add_port=add_port)
         self._admin_grpc = self.operations.make_server()
         self.admin_address = None
         if config.admin_port is not None:
-            self.admin_address = listen(self._admin_grpc, "127.0.0.1", config.admin_port, "--admin-port", add_port)
+            self.admin_address = bind_server(
+                self._admin_grpc, "127.0.0.1", config.admin_port, "--admin-port", host_option=None, add_port=add_port
+            )
         if cache := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
             check_private(Path(cache))
         self._first = list(named_folders(config.bundles))
@@ -222,9 +218,9 @@ class Server:
                     raise
             if stop.is_set():
                 return False
-            print(describe(model), flush=True)
+            print(model_summary(model), flush=True)
         self.scheduler.start()
-        self._service.ready = self._admin.ready = True
+        self._service.calls.ready = self._admin.calls.ready = True
         self._watching = asyncio.create_task(self._watch())
         await self._say(Health.SERVING)
         if self.operations.metrics_port is not None:
@@ -244,13 +240,7 @@ class Server:
         await self._health.enter_graceful_shutdown()
         if self._front_ends is not None:
             await self._front_ends.stop()  # they are let finish what they have taken on, which the engine answers
-        stopping = [asyncio.create_task(one.stop(self._config.drain_seconds)) for one in (self._grpc, self._admin_grpc)]
-        # gRPC would wait for those who watch the health too, and they never leave: only calls to classify count.
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._service.calls.idle.wait(), self._config.drain_seconds)
-        for one in (self._grpc, self._admin_grpc):
-            await one.stop(_SEND_SECONDS)
-        await asyncio.gather(*stopping)
+        await self._service.calls.stop((self._grpc, self._admin_grpc), self._config.drain_seconds)
         await asyncio.to_thread(self.scheduler.close, self._config.drain_seconds)
         self.models.close()
         self.operations.close()
