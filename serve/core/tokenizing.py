@@ -1,6 +1,6 @@
-"""The stage before the device: texts to token ids, off the event loop, all that wait together.
+"""The pipeline's tokenizer stage: texts to token ids, in batches, in a thread beside the event loop.
 
-Like the scheduler it has no timer: while the worker thread tokenises one batch the next one gathers. No gRPC.
+Like the scheduler it has no timer: while the worker thread tokenises one batch, the next one gathers. No gRPC.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from ...data.readers import MAX_TEXT_CHARS
 from ..ops.log import log_failure
 from ..wire.errors import InternalError, InvalidRequest, Overloaded, ServeError
 
-# What may wait, and what is tokenised at once, in characters. A text also counts as one for itself, so that very
-# many empty ones are not free.
+# Characters that may be queued, and characters of a batch. Each text counts one more than it has, so that many empty
+# texts are bounded too.
 MAX_WAITING_CHARS = 64_000_000
 MAX_BATCH_CHARS = 1_000_000
-# A refusal's hint: about what so many take, after which there is room again.
+# The retry hint of a refusal: about the time that a full queue takes.
 RETRY_SECONDS = 0.5
 
 
@@ -47,7 +47,7 @@ class EncodingProtocol(Protocol):
 
 
 class TokenizerProtocol(Protocol):
-    """What this stage needs of `data.tokenizer.WordPieceTokenizer`."""
+    """The part of `data.tokenizer.WordPieceTokenizer` that this stage uses."""
 
     def encode(self, texts: Sequence[str], max_length: int) -> EncodingProtocol: ...
 
@@ -56,11 +56,11 @@ class TokenizerProtocol(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class TokenizedText:
-    """One text for the device.
+    """The token ids of one text.
 
     Attributes:
       ids: int32 (S,).
-      truncated: whether the text had more than the model reads.
+      truncated: whether the text has more tokens than the model reads.
       spans: int32 (S, 2), the characters that each token covers; None unless asked for.
     """
 
@@ -71,7 +71,7 @@ class TokenizedText:
 
 @dataclasses.dataclass(eq=False)
 class _Group:
-    """The texts of one request, and where its caller waits for them."""
+    """The texts of one call, and the future of their tokens."""
 
     texts: Sequence[str]
     chars: int
@@ -80,7 +80,7 @@ class _Group:
 
 
 class TokenizerStage:
-    """Tokenises texts in one worker thread. Use it from one event loop, and `close` it at the end."""
+    """Tokenises texts in one worker thread. Used from one event loop; `close` ends the thread."""
 
     def __init__(
         self, tokenizer: TokenizerProtocol, max_length: int, *, max_waiting_chars: int = MAX_WAITING_CHARS
@@ -94,10 +94,10 @@ class TokenizerStage:
         self._worker: asyncio.Task[None] | None = None
 
     async def tokenize(self, texts: Sequence[str], *, spans: bool = False) -> list[TokenizedText | ServeError]:
-        """The tokens of each text, with their `spans` if asked; or the InternalError of one that it failed on.
+        """The tokens of each text, with spans if `spans`; an InternalError for a text that the tokenizer fails on.
 
         Raises:
-          Overloaded: too much waits already.
+          Overloaded: too many characters are queued already.
         """
         chars = sum(len(text) + 1 for text in texts)
         if self._waiting_chars + chars > self._max_waiting_chars:
@@ -114,11 +114,11 @@ class TokenizerStage:
         return await group.future
 
     def close(self) -> None:
-        """Ends the worker thread, once no request is in flight any more."""
+        """Ends the worker thread. No call may be in flight."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _work(self) -> None:
-        """Empties the queue, then ends; the next text starts it anew."""
+        """Runs until the queue is empty; the next call starts it again."""
         loop = asyncio.get_running_loop()
         try:
             while groups := self._take():
@@ -127,7 +127,7 @@ class TokenizerStage:
                 outcomes = iter(await loop.run_in_executor(self._thread, self._encode, texts, spans))
                 for group in groups:
                     own = list(itertools.islice(outcomes, len(group.texts)))
-                    if not group.future.done():  # else its caller has gone
+                    if not group.future.done():  # else the call was cancelled
                         group.future.set_result(own)
         finally:
             self._worker = None
@@ -144,7 +144,7 @@ class TokenizerStage:
         return groups
 
     def _encode(self, texts: list[str], spans: bool) -> list[TokenizedText | ServeError]:
-        """Runs in the worker thread. One text's failure is not its batch-mates'."""
+        """Runs in the worker thread. After a failure texts are tried one by one, so that none fails another."""
         try:
             encode = self._tokenizer.encode_with_offsets if spans else self._tokenizer.encode
             encoded = encode(texts, self._max_length)
