@@ -1,114 +1,131 @@
-"""The policy for deadlines: how a caller's deadline is divided, and which texts can be answered within theirs.
+"""The deadline policy: what is left of a deadline for the device, when a text's turn comes, and what is refused.
 
-It rests on two estimates: how long an answer takes from the device to its caller (`LatencyEstimate`, `divide`), and how
-long the device takes over a batch (`BatchTimes`). No threads and no clock; all times are seconds.
+`ResponsePath` estimates the seconds that an answer takes from the device to its caller and takes them off deadlines.
+`RunTimes` predicts what the device needs, from the warm-up's measurements and what the last batches really took. Both
+only compute: they have no clock and no lock. All times are seconds.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import NamedTuple
 
-# `LatencyEstimate` estimates as TCP does for round trips (RFC 6298 §2): a moving mean plus four moving deviations.
-MEAN_RATE, DEVIATION_RATE, DEVIATIONS = 1 / 8, 1 / 4, 4
-# The largest part of a deadline that is set aside for the answer's way back. Whatever the estimate, a text that finds
-# the device free is run, and its measurement corrects the estimate.
-MAX_WAY_BACK_SHARE = 0.5
-# The smallest: so many seconds, or this part of a short deadline. The network's part of the way is not measured here.
-MIN_WAY_BACK, MIN_WAY_BACK_SHARE = 0.04, 0.1
-# How fast predictions follow the batches that run, and the range of the factor on the warm-up's measurements.
+from ..wire.errors import DeadlineExceeded
+
+# A moving mean plus four moving deviations bounds nearly all values, as TCP bounds round trips (RFC 6298, section 2).
+MEAN_RATE, SPREAD_RATE, SPREADS = 1 / 8, 1 / 4, 4
+# The response path's bounds. At most this share of a deadline: a text that finds the device free is then always run,
+# and its measurement corrects the estimate. At least so many seconds, or this share of a shorter deadline: the part of
+# the path that lies outside this process is not measured.
+MAX_RESPONSE_SHARE = 0.5
+MIN_RESPONSE_SECONDS, MIN_RESPONSE_SHARE = 0.04, 0.1
+# The rate of the moving ratio between real and measured run times, and the range that one batch's ratio is clipped to.
 DRIFT_RATE = 0.1
 DRIFT_RANGE = (0.25, 8.0)
-# How fast the mean text follows those that are queued.
+# The rate of the moving mean of a text's run time.
 TEXT_RATE = 0.05
-# A text is taken on if its deadline leaves this factor of the predicted time.
+# A deadline is accepted if it leaves this many times the predicted wait.
 MARGIN = 1.4
+# The shortest hint of a refusal: a caller who comes back sooner finds the same queue.
+MIN_RETRY_SECONDS = 0.02
 
 
 @dataclasses.dataclass
 class LatencyEstimate:
-    """A running estimate of a latency that varies.
-
-    Attributes:
-      mean: the moving mean.
-      deviation: the moving mean of the distance from it.
-    """
+    """A moving mean and deviation of seconds."""
 
     mean: float = 0.0
-    deviation: float = 0.0
+    spread: float = 0.0
 
     @property
     def upper(self) -> float:
-        """What the latency exceeds only rarely."""
-        return self.mean + DEVIATIONS * self.deviation
+        """An upper bound that nearly all values keep."""
+        return self.mean + SPREADS * self.spread
 
     def add(self, seconds: float) -> None:
-        """Takes a measurement into the estimate."""
-        self.deviation += DEVIATION_RATE * (abs(seconds - self.mean) - self.deviation)
+        self.spread += SPREAD_RATE * (abs(seconds - self.mean) - self.spread)
         self.mean += MEAN_RATE * (seconds - self.mean)
 
 
-class DeadlineParts(NamedTuple):
-    """A caller's deadline, divided.
+class ResponsePath:
+    """The seconds from the device's answer until the response can be sent, and the deadlines that follow from them."""
+
+    def __init__(self, estimate: LatencyEstimate | None = None) -> None:
+        self.estimate = LatencyEstimate() if estimate is None else estimate
+
+    def limits(self, seconds: float | None, now: float) -> tuple[float | None, float]:
+        """The device's deadline, and the time at which the call is answered without the texts that are not done.
+
+        Args:
+          seconds: how long the caller waits; None has no deadline.
+          now: the present time.
+
+        Returns:
+          The caller's deadline less the response path, and less half of it; (None, infinity) without a deadline.
+        """
+        if seconds is None:
+            return None, math.inf
+        least = min(MIN_RESPONSE_SECONDS, MIN_RESPONSE_SHARE * seconds)
+        path = min(max(self.estimate.upper, least), MAX_RESPONSE_SHARE * seconds)
+        deadline = now + seconds - path
+        return deadline, deadline + path / 2
+
+    def add(self, total: float, on_device: float) -> None:
+        """Records a call that took `total` seconds, `on_device` of them in the queue and on the device."""
+        self.estimate.add(max(total - on_device, 0.0))
+
+
+class RunTimes:
+    """Predictions of the device's run times.
 
     Attributes:
-      device: when the device must be done: the caller's deadline less the way back; None if there is no deadline.
-      give_up: when the call is answered without the text: half of the way back later; infinite if there is no deadline.
+      drift: the moving ratio of what batches take to what the warm-up measured.
     """
 
-    device: float | None
-    give_up: float
-
-
-def divide(now: float, seconds: float | None, way_back: LatencyEstimate) -> DeadlineParts:
-    """Divides a deadline that is `seconds` away (None: there is none) between the device and the answer's way back."""
-    if seconds is None:
-        return DeadlineParts(None, math.inf)
-    least = min(MIN_WAY_BACK, MIN_WAY_BACK_SHARE * seconds)
-    reserved = min(max(way_back.upper, least), MAX_WAY_BACK_SHARE * seconds)
-    device = now + seconds - reserved
-    return DeadlineParts(device, device + reserved / 2)
-
-
-class BatchTimes:
-    """Predicts how long the device takes: the warm-up's measurements times a factor that follows the last batches."""
-
     def __init__(self) -> None:
-        self._drift = 1.0
-        self._text_seconds = 0.0  # moving mean over texts of each one's share of a full batch, as the warm-up measured
-
-    def predict(self, measured: float) -> float:
-        """The time of what took `measured` at warm-up."""
-        return measured * self._drift
+        self.drift = 1.0
+        self._text_seconds = 0.0
 
     @property
     def per_text(self) -> float:
-        """The predicted time of a text whose length is not known yet; 0 before the first text."""
-        return self.predict(self._text_seconds)
+        """The predicted seconds of one more text, its share of a full batch; 0 before the first."""
+        return self._text_seconds * self.drift
 
-    def queued(self, measured: float) -> None:
-        """Takes in a text's share of a full batch, as the warm-up measured it."""
-        self._text_seconds += TEXT_RATE * (measured - self._text_seconds)
+    def add_text(self, seconds: float) -> None:
+        """Records a queued text by its share of the measured time of a full batch."""
+        self._text_seconds += TEXT_RATE * (seconds - self._text_seconds)
 
-    def ran(self, measured: float, seconds: float) -> None:
-        """Takes in that a batch which took `measured` at warm-up has now taken `seconds`."""
+    def add_batch(self, seconds: float, measured: float) -> None:
+        """Records a batch that took `seconds` where the warm-up measured `measured`."""
         low, high = DRIFT_RANGE
-        self._drift += DRIFT_RATE * (min(max(seconds / max(measured, 1e-9), low), high) - self._drift)
+        ratio = seconds / max(measured, 1e-9)
+        self.drift += DRIFT_RATE * (min(max(ratio, low), high) - self.drift)
 
-    def in_time(self, count: int, left: float, wait: float) -> int:
-        """How many of `count` texts of unknown length have their turn before a deadline.
+    def fitting(self, count: int, left: float, wait: float) -> int:
+        """How many of `count` texts meet a deadline `left` seconds away, with `wait` seconds of work before them.
+
+        With nothing before it the first text always fits: predictions can be wrong, and only runs correct them.
+        """
+        each = self.per_text
+        if each <= 0:
+            return count
+        before_last = math.floor((left / MARGIN - wait) / each)
+        return min(count, max(before_last + 1, 1 if wait == 0 else 0))
+
+    def misses(self, left: float, wait: float, measured: float) -> bool:
+        """Whether a text misses a deadline `left` seconds away.
 
         Args:
-          count: the texts.
-          left: until the deadline.
-          wait: predicted until the first one's turn; if it is 0 the device is free, and at least one text is tried.
+          left: seconds until the deadline.
+          wait: the predicted seconds until the text's batch begins.
+          measured: the warm-up's time of that batch, with which the text is answered.
         """
-        if self.per_text <= 0:
-            return count
-        turns = math.floor((left / MARGIN - wait) / self.per_text) + 1
-        return min(count, max(turns, 1 if wait == 0 else 0))
+        return MARGIN * (wait + self.drift * measured) > left
 
-    def fits(self, left: float, wait: float, measured: float) -> bool:
-        """Whether a batch that took `measured` at warm-up, and starts after `wait`, ends before a deadline."""
-        return MARGIN * (wait + self.predict(measured)) <= left
+
+def too_late(left: float, wait: float) -> DeadlineExceeded:
+    """The refusal of a text whose deadline is `left` seconds away and whose turn comes in `wait`."""
+    return DeadlineExceeded(
+        f"The deadline is {left:.3f} seconds away, but the text's turn would come in about {wait:.3f}; it was not run.",
+        retry_seconds=max(wait, MIN_RETRY_SECONDS),
+    )

@@ -1,4 +1,4 @@
-"""From requests to responses: resolve → check → tokenise → schedule → decode. On one event loop, without gRPC."""
+"""The request pipeline: resolve → check → tokenise → schedule → decode. Runs on one event loop; no gRPC."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -15,11 +15,11 @@ from ...data.taxonomy import Task
 from ..proto import classifier_pb2 as pb
 from ..wire.errors import DeadlineExceeded, InvalidRequest, ServeError
 from ..wire.limits import MAX_REQUEST_ID
-from .deadlines import LatencyEstimate, divide
+from .deadlines import ResponsePath
 from .engine import Engine
 from .models import Model, Models
 from .scheduler import Scheduler
-from .tokenizing import TokenizedText, check_length
+from .tokenizing import TokenizedText, length_error
 from .work import Priority, Scored, Work
 
 ResponseOrError = pb.ClassifyResponse | ServeError
@@ -30,17 +30,8 @@ class ResolvedRequest:
     """A request's options after validation and model lookup.
 
     Attributes:
-      model: the model that answers.
-      task: the task of the model.
-      engine: the model's programs at the requested focus.
-      focus: that focus, as responses name it.
-      top_k: how many labels to return; 0 for the default.
-      threshold: the score from which a label is chosen; None for the model's own.
-      evidence: whether to return the tokens that the model kept.
-      priority: of the device's queue.
-      deadline: when the device must be done, on the scheduler's clock; None for never.
-      give_up: when the call is answered without the text; infinite if there is no deadline.
-      request_id: the caller's name for the request, returned with the response.
+      deadline: the device's deadline, None for none; see `deadlines.ResponsePath.limits`.
+      give_up: the time at which the call is answered without the texts that are not done; infinity for never.
     """
 
     model: Model
@@ -55,15 +46,10 @@ class ResolvedRequest:
     give_up: float
     request_id: str
 
-    @property
-    def decoding(self) -> Hashable:
-        """Equal for requests whose texts are decoded together."""
-        return self.model, self.task.name, self.focus, self.top_k, self.threshold, self.evidence
 
-
-@dataclasses.dataclass(eq=False, slots=True)
-class _Item:
-    """One text on its way through the pipeline, which ends with its `outcome`."""
+@dataclasses.dataclass(eq=False)
+class _Record:
+    """One text on its way through the pipeline; `outcome` ends it."""
 
     text: str
     request: ResolvedRequest
@@ -73,31 +59,30 @@ class _Item:
 
 
 class Pipeline:
-    """Classifies texts, each with the model that its request names.
+    """Classifies texts with the loaded models.
 
     Args:
-      models: the models that are served.
-      scheduler: runs texts on the device.
+      models: the loaded models, by name and task.
+      scheduler: queues texts and runs them on the device.
     """
 
     def __init__(self, models: Models, scheduler: Scheduler) -> None:
         self._models = models
         self._scheduler = scheduler
-        self._way_back = LatencyEstimate()  # seconds from the device's result until the response can be sent
+        self._responses = ResponsePath()
 
     def resolve(
         self, options: pb.ClassifyOptions, seconds: float | None, priority: Priority = Priority.INTERACTIVE
     ) -> ResolvedRequest:
-        """Checks the options of a request and finds its model.
+        """Checks the options of a request.
 
         Args:
-          options: the request's options.
-          seconds: until the caller's deadline; None if there is none.
-          priority: used if the options name none.
+          options: those of the request.
+          seconds: how long the caller will wait; None for ever.
+          priority: what it is if the request does not say.
 
         Raises:
-          InvalidRequest: an option is out of range, or the model cannot be told.
-          UnknownTask: there is no such task, model or version.
+          InvalidRequest, UnknownTask: what is wrong with them.
         """
         model, task = self._models.resolve(options.task, options.model, options.model_version)
         engine = model.engine(options.focus)
@@ -129,7 +114,7 @@ class Pipeline:
             if own <= 0:
                 raise InvalidRequest("The field `timeout` must be above 0.", field="timeout")
             seconds = own if seconds is None else min(own, seconds)
-        deadline, give_up = divide(self._scheduler.clock(), seconds, self._way_back)
+        deadline, give_up = self._responses.limits(seconds, self._scheduler.clock())
         return ResolvedRequest(
             model,
             task,
@@ -145,127 +130,131 @@ class Pipeline:
         )
 
     async def classify(self, texts: Sequence[str], requests: Sequence[ResolvedRequest]) -> list[ResponseOrError]:
-        """The outcome of each text, in order. Cancelling the call takes its texts out of the device's queue.
+        """Classifies N texts, each with the options of its own request.
 
-        Args:
-          texts: N texts.
-          requests: the request of each text.
+        Cancelling the coroutine takes the texts that are not running out of the device's queue.
+
+        Returns:
+          N outcomes in order: a response, or the error of that text.
+
+        Raises:
+          Exception: a failure that is not one of the texts', from the device's futures.
         """
-        items = [_Item(text, request) for text, request in zip(texts, requests, strict=True)]
+        records = [_Record(text, request) for text, request in zip(texts, requests, strict=True)]
         with contextlib.ExitStack() as stack:
-            for model in {id(request.model): request.model for request in requests}.values():
+            for model in {id(one.model): one.model for one in requests}.values():
                 stack.enter_context(model.using())
-            for item in items:
-                try:
-                    check_length(item.text)
-                except InvalidRequest as error:
-                    item.outcome = error.with_traceback(None)
-            # What cannot be answered in time is refused before anything is spent on it.
-            with self._reserved([item for item in items if item.outcome is None]) as accepted:
-                groups = _grouped(accepted, lambda item: (item.request.model, item.request.evidence))
-                await asyncio.gather(*map(self._tokenize, groups))
+            for record in records:
+                record.outcome = length_error(record.text)
+            reserved = self._reserve(_open(records))
+            try:
+                await self._tokenize(_open(records))
                 submitted = self._scheduler.clock()
-                pending = list(self._submit(items))
-            latest = max((item.request.give_up for item, _ in pending), default=math.inf)
-            # A batch that takes longer than predicted must not hold up the call's other answers.
-            await finished(
-                [future for _, future in pending], latest - self._scheduler.clock() if latest < math.inf else None
-            )
-            _collect(pending)
-            # Only where all texts were run: else the time includes the wait for those that were not.
-            if pending and all(item.scored is not None for item, _ in pending):
-                on_device = max(
-                    item.scored.queue_seconds + item.scored.compute_seconds for item, _ in pending if item.scored
-                )
-                self._way_back.add(max(self._scheduler.clock() - submitted - on_device, 0.0))
-            for group in _grouped((item for item in items if item.scored is not None), lambda it: it.request.decoding):
-                _decode(group)
-        outcomes = [item.outcome for item in items if item.outcome is not None]
-        if len(outcomes) < len(items):
-            raise RuntimeError("A text left the pipeline without an outcome.")
-        return outcomes
+                running = _open(records)
+                futures = self._scheduler.submit_all(map(_work, running))
+            finally:
+                for count, priority in reserved:
+                    self._scheduler.release(count, priority)
+            # One batch that takes longer than was predicted does not take a call's other answers with it.
+            latest = max((record.request.give_up for record in running), default=math.inf)
+            await finished(futures, latest - self._scheduler.clock() if latest < math.inf else None)
+            _take_results(running, futures)
+            scored = [record.scored for record in running if record.scored is not None]
+            # Where some texts are not done, the time since includes the wait for them.
+            if scored and len(scored) == len(running):
+                on_device = max(one.queue_seconds + one.compute_seconds for one in scored)
+                self._responses.add(self._scheduler.clock() - submitted, on_device)
+            _decode(_open(records))
+        return [record.outcome for record in records if record.outcome is not None]
 
-    @contextlib.contextmanager
-    def _reserved(self, items: Sequence[_Item]) -> Iterator[list[_Item]]:
-        """Reserves device time; yields the texts that have it, and gives the others their error."""
-        reserved: list[tuple[int, Priority]] = []
-        accepted: list[_Item] = []
-        try:
-            for group in _grouped(items, lambda item: id(item.request)):
-                request = group[0].request
-                count, error = self._scheduler.reserve(len(group), request.deadline, request.priority)
-                reserved.append((count, request.priority))
-                accepted += group[:count]
-                for item in group[count:]:
-                    item.outcome = error
-            yield accepted
-        finally:
-            for count, priority in reserved:
-                self._scheduler.release(count, priority)
+    def _reserve(self, records: Sequence[_Record]) -> list[tuple[int, Priority]]:
+        """Reserves device time, and refuses what cannot be answered in time before anything is spent on it.
 
-    async def _tokenize(self, group: Sequence[_Item]) -> None:
-        """Gives texts of one model their tokens, or their error."""
-        request = group[0].request
-        try:
-            results = await request.model.tokenizer.tokenize([item.text for item in group], spans=request.evidence)
-        except ServeError as error:
-            results = [error.with_traceback(None)] * len(group)  # whose frames hold the items
-        for item, result in zip(group, results, strict=True):
-            if isinstance(result, TokenizedText):
-                item.tokens = result
-            else:
-                item.outcome = result
+        Returns:
+          The numbers of texts reserved and their priorities, to be released.
+        """
+        reserved = []
+        for group in _grouped(records, lambda record: id(record.request)):
+            request = group[0].request
+            fit, error = self._scheduler.reserve(len(group), request.deadline, request.priority)
+            reserved.append((fit, request.priority))
+            for record in group[fit:]:
+                record.outcome = error
+        return reserved
 
-    def _submit(self, items: Sequence[_Item]) -> Iterator[tuple[_Item, Future[Scored]]]:
-        """Queues the texts that have tokens, all together."""
-        ready = [(item, item.tokens) for item in items if item.tokens is not None]
-        futures = self._scheduler.submit_all(
-            Work(item.request.engine, tokens.ids, item.request.deadline, item.request.priority)
-            for item, tokens in ready
-        )
-        return zip((item for item, _ in ready), futures, strict=True)
+    async def _tokenize(self, records: Sequence[_Record]) -> None:
+        async def tokenize(group: Sequence[_Record]) -> None:
+            request = group[0].request
+            try:
+                texts = [record.text for record in group]
+                encoded = await request.model.tokenizer.tokenize(texts, spans=request.evidence)
+            except ServeError as error:
+                # Its traceback holds this frame, and so the records: a reference cycle, for Python's collector.
+                encoded = [error.with_traceback(None)] * len(group)
+            for record, one in zip(group, encoded, strict=True):
+                if isinstance(one, TokenizedText):
+                    record.tokens = one
+                else:
+                    record.outcome = one
+
+        groups = _grouped(records, lambda record: (record.request.model, record.request.evidence))
+        await asyncio.gather(*map(tokenize, groups))
 
 
-def _collect(pending: Sequence[tuple[_Item, Future[Scored]]]) -> None:
-    """Gives each text its scores or its error. Re-raises unexpected exceptions."""
-    for item, future in pending:
+def _open(records: Sequence[_Record]) -> list[_Record]:
+    """The records without an outcome."""
+    return [record for record in records if record.outcome is None]
+
+
+def _work(record: _Record) -> Work:
+    request, tokens = record.request, record.tokens
+    assert tokens is not None
+    return Work(request.engine, tokens.ids, request.deadline, request.priority)
+
+
+def _take_results(records: Sequence[_Record], futures: Sequence[Future[Scored]]) -> None:
+    """Moves the futures' results and refusals into the records. Raises any other exception of a future."""
+    for record, future in zip(records, futures, strict=True):
         if future.cancelled() or not future.done():
-            item.outcome = DeadlineExceeded("The deadline was too near when the text had not yet been run to its end.")
+            record.outcome = DeadlineExceeded(
+                "The deadline was too near when the text had not yet been run to its end."
+            )
             continue
         error = future.exception()
         if error is None:
-            item.scored = future.result()
+            record.scored = future.result()
         elif isinstance(error, ServeError):
-            item.outcome = error
+            record.outcome = error
         else:
             raise error
 
 
-def _decode(group: Sequence[_Item]) -> None:
-    """Gives texts of equal `ResolvedRequest.decoding` their responses."""
-    request = group[0].request
-    responses = request.model.answers.answer(
-        request.task,
-        [item.tokens for item in group if item.tokens is not None],
-        [item.scored for item in group if item.scored is not None],
-        request.top_k,
-        threshold=request.threshold,
-        evidence=request.evidence,
-        focus=request.focus,
-    )
-    for item, response in zip(group, responses, strict=True):
-        if isinstance(response, pb.ClassifyResponse):
-            response.request_id = item.request.request_id
-        item.outcome = response
+def _decode(records: Sequence[_Record]) -> None:
+    """Decodes scored texts into responses; texts of equal options together."""
+
+    def options(record: _Record) -> tuple[Any, ...]:
+        one = record.request
+        return one.model, one.task.name, one.focus, one.top_k, one.threshold, one.evidence
+
+    for group in _grouped(records, options):
+        request = group[0].request
+        answers = request.model.answers.answer(
+            request.task,
+            [record.tokens for record in group if record.tokens is not None],
+            [record.scored for record in group if record.scored is not None],
+            request.top_k,
+            threshold=request.threshold,
+            evidence=request.evidence,
+            focus=request.focus,
+        )
+        for record, answer in zip(group, answers, strict=True):
+            if isinstance(answer, pb.ClassifyResponse):
+                answer.request_id = record.request.request_id
+            record.outcome = answer
 
 
 async def finished(futures: Sequence[Future[Any]], seconds: float | None) -> None:
-    """Waits for all futures, with one call into the event loop; when it ends, it cancels those that are not done.
-
-    Args:
-      futures: futures of other threads.
-      seconds: how long to wait at most; None for as long as it takes.
-    """
+    """Waits for all futures, or so long, with one call into the event loop; then, or cancelled, it cancels the rest."""
     if not futures:
         return
     loop = asyncio.get_running_loop()
@@ -288,9 +277,9 @@ async def finished(futures: Sequence[Future[Any]], seconds: float | None) -> Non
             future.cancel()  # one that is done or running stays so
 
 
-def _grouped(items: Iterable[_Item], key: Callable[[_Item], Hashable]) -> list[list[_Item]]:
-    """The items of equal keys together, in the order of the first of each."""
-    groups: dict[Hashable, list[_Item]] = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
+def _grouped(records: Sequence[_Record], key: Callable[[_Record], Hashable]) -> list[list[_Record]]:
+    """The records of equal keys together, in the order of their first."""
+    groups: dict[Hashable, list[_Record]] = {}
+    for record in records:
+        groups.setdefault(key(record), []).append(record)
     return list(groups.values())

@@ -8,7 +8,7 @@ Order. A text's rank is its arrival time; a bulk text ranks as if it had arrived
 texts of a lower rank, texts that share a batch with one, and texts that fill otherwise empty rows are run before it. So
 neither long nor short nor bulk texts starve.
 
-Deadlines (`deadlines.BatchTimes`). A text whose deadline would pass before its turn is refused at once; with `reserve`
+Deadlines (`deadlines.RunTimes`). A text whose deadline would pass before its turn is refused at once; with `reserve`
 even before it is tokenised. A text whose deadline has passed, or is nearer than its batch would take, is not run.
 
 All times are seconds of the scheduler's clock.
@@ -19,6 +19,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import math
 import threading
 import time
 import weakref
@@ -28,7 +29,7 @@ from concurrent.futures import Future
 from ...data.buckets import bucket_for
 from ..ops.log import log_failure
 from ..wire.errors import DeadlineExceeded, InternalError, InvalidRequest, Overloaded, ServeError, Unavailable
-from .deadlines import BatchTimes
+from .deadlines import MIN_RETRY_SECONDS, RunTimes, too_late
 from .queues import Entry, Queues
 from .work import BatchRun, Device, Output, Priority, Scored, Work
 
@@ -39,8 +40,6 @@ MAX_WAITING_TOKENS = 1 << 20
 BULK_SHARE = 0.5
 # How many seconds later a bulk text ranks; also the longest that a stream of interactive texts can delay it.
 BULK_PATIENCE = 2.0
-# The shortest retry hint of a refusal: a caller that retries sooner finds the same queue.
-MIN_RETRY_SECONDS = 0.02
 
 
 @dataclasses.dataclass(eq=False)
@@ -85,10 +84,10 @@ class Scheduler:
         self._on_death = on_death
         self._on_batch = on_batch
         self._queues = Queues()
-        self._reserved = dict.fromkeys(Priority, 0)  # texts with a reservation that are not queued yet
-        self._times = BatchTimes()
+        self._reserved = dict.fromkeys(Priority, 0)  # texts that are not tokenised yet
         self._running: collections.deque[_Batch] = collections.deque()
         self._answered: list[tuple[Entry, Scored]] = []  # of the last batch, not handed out yet
+        self._times = RunTimes()
         self._collected = clock()
         self._orders = itertools.count()
         self._refusal: str | None = None  # why nothing more is taken on: closing, or dead
@@ -151,13 +150,14 @@ class Scheduler:
                 return 0, Unavailable(self._refusal)
             if self.waiting_tokens >= self._max_waiting_tokens:
                 return 0, self._no_room(self.waiting_tokens, self._max_waiting_tokens, "tokens", now)
+            each = self._times.per_text
             ahead = sum(texts for other, texts in self._reserved.items() if other <= priority)
-            wait = self._backlog(priority, now) + ahead * self._times.per_text
+            wait = self._backlog(priority, now) + ahead * each
             fit, error = count, None
             if deadline is not None:
-                fit = self._times.in_time(count, deadline - now, wait)
+                fit = self._times.fitting(count, deadline - now, wait)
                 if fit < count:
-                    error = _too_late(deadline - now, wait + fit * self._times.per_text)
+                    error = too_late(deadline - now, wait + fit * each)
             self._reserved[priority] += fit
             return fit, error
 
@@ -241,17 +241,17 @@ class Scheduler:
         seconds = work.device.seconds(bucket, full) / full
         busy = self._running or self.waiting_tokens
         wait = self._backlog(work.priority, now)
-        # An idle device tries any text: predictions can be wrong, and only runs correct them.
-        if work.deadline is not None and busy:
-            # A text is answered with its batch, not before.
-            mates = min(full, 1 + self._queues.count([(work.device, bucket, work.priority)]))
-            if not self._times.fits(work.deadline - now, wait, work.device.seconds(bucket, mates)):
-                raise _too_late(work.deadline - now, wait)
+        # A text is answered with its batch, not before. An idle device tries any text: predictions can be wrong, and
+        # only runs correct them.
+        mates = min(full, 1 + self._queues.count([(work.device, bucket, work.priority)]))
+        left = math.inf if work.deadline is None else work.deadline - now
+        if busy and self._times.misses(left, wait, work.device.seconds(bucket, mates)):
+            raise too_late(left, wait)
         order = next(self._orders)
         rank = (now + (BULK_PATIENCE if work.priority is Priority.BULK else 0.0), order)
         entry = Entry(work, bucket, now, order, rank, seconds, future)
         self._queues.add(entry)
-        self._times.queued(seconds)
+        self._times.add_text(seconds)
         # A future keeps its callbacks, and the entry refers to the future. A strong reference would make a cycle, which
         # only Python's garbage collector frees; under load its runs stop the process for a tenth of a second.
         queued = weakref.ref(entry)
@@ -273,10 +273,10 @@ class Scheduler:
 
     def _backlog(self, priority: Priority, now: float) -> float:
         """Predicted seconds until the turn of a text that is queued now."""
-        running = self._times.predict(sum(batch.expected for batch in self._running))
+        running = sum(batch.expected for batch in self._running) * self._times.drift
         if self._running:
             running = max(running - (now - max(self._running[0].started, self._collected)), 0.0)
-        return running + self._times.predict(self._queues.seconds_before(priority))
+        return running + self._queues.seconds_before(priority) * self._times.drift
 
     def _forget(self, entry: Entry | None) -> None:
         """Removes a cancelled text from its queue, unless it has left it already."""
@@ -297,7 +297,7 @@ class Scheduler:
             count = device.batch_for(bucket, self._queues.count(own))
             rows = device.rows(bucket, count)
             now = self._clock()
-            ready = now + self._times.predict(device.seconds(bucket, count))
+            ready = now + self._times.drift * device.seconds(bucket, count)
             shorter = [(device, b, priority) for b in device.buckets if b < bucket for priority in Priority]
             # Shorter texts fill the rows that would stay empty, at no cost.
             for keys, most in ((own, count), (shorter, rows)):
@@ -339,7 +339,7 @@ class Scheduler:
         with self._changed:
             self._running.popleft()
             self._collected = now
-            self._times.ran(batch.expected, cost)
+            self._times.add_batch(cost, batch.expected)
         self._answered += [
             (entry, Scored(output, began - entry.enqueued, now - began))
             for entry, output in zip(batch.entries, outputs, strict=True)
@@ -402,13 +402,6 @@ class Scheduler:
             if entry.future.set_running_or_notify_cancel():
                 _deliver(entry, Unavailable(self._refusal))
         self._on_death()
-
-
-def _too_late(left: float, wait: float) -> DeadlineExceeded:
-    return DeadlineExceeded(
-        f"The deadline is {left:.3f} seconds away, but the text's turn would come in about {wait:.3f}; it was not run.",
-        retry_seconds=max(wait, MIN_RETRY_SECONDS),
-    )
 
 
 def _raising(error: Exception) -> Callable[[], Sequence[Output]]:

@@ -69,6 +69,15 @@ class TokenizedText:
     spans: np.ndarray | None = None
 
 
+def length_error(text: str) -> InvalidRequest | None:
+    """The refusal of a text of more than `MAX_TEXT_CHARS` characters; None for a shorter one."""
+    if len(text) <= MAX_TEXT_CHARS:
+        return None
+    return InvalidRequest(
+        f"The text has {len(text)} characters; at most {MAX_TEXT_CHARS} are taken. Split or shorten it.", field="text"
+    )
+
+
 @dataclasses.dataclass(eq=False)
 class _Group:
     """The texts of one call, and the future of their tokens."""
@@ -156,12 +165,3 @@ class TokenizerStage:
                 return [outcome for text in texts for outcome in self._encode([text], spans)]
             log_failure("The tokenizer failed on a text", error)
             return [InternalError("The server could not tokenize this text; its log says why.")]
-
-
-def check_length(text: str) -> None:
-    """Raises InvalidRequest: the text has more than `MAX_TEXT_CHARS` characters."""
-    if len(text) > MAX_TEXT_CHARS:
-        raise InvalidRequest(
-            f"The text has {len(text)} characters; at most {MAX_TEXT_CHARS} are taken. Split or shorten it.",
-            field="text",
-        )

@@ -1,4 +1,4 @@
-"""Where gRPC servers are made, bound and run: `classer serve`, its admin port, and front ends. Loads no JAX."""
+"""Event loop, gRPC server options and ports, for servers, front ends and the gateway. Loads no JAX."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from ...data.errors import InputError
 from ..wire.limits import MAX_MESSAGE_BYTES, MAX_PENDING_CALLS
 
 T = TypeVar("T")
-# A peer that connects must speak HTTP/2 within so many seconds; one that is silent for so long is sent a ping, and
-# dropped if it does not answer it. By default gRPC asks after two hours, and only those that have a call.
+# A peer must begin HTTP/2 within HANDSHAKE_SECONDS. A peer that is silent for KEEPALIVE_SECONDS is sent a ping, and
+# dropped if it does not answer in PING_SECONDS. By default gRPC sends one after two hours, and only during a call.
 HANDSHAKE_SECONDS = 20.0
 KEEPALIVE_SECONDS = 60.0
 PING_SECONDS = 20.0
-# How much of a stream gRPC reads ahead of the service. By default that grows with the traffic, to many megabytes for
-# each caller who sends and reads no answer.
+# How much of a stream gRPC reads ahead. By default that grows with the traffic, to many megabytes for each caller that
+# sends and reads no response.
 READ_AHEAD_BYTES = 1024 * 1024
 
 
 def run_loop(main: Coroutine[None, None, None]) -> None:
-    """`asyncio.run`, on uvloop where there is one."""
+    """`asyncio.run`, on uvloop if it is installed."""
     try:
         import uvloop
     except ImportError:  # not on every platform; it is only faster
@@ -39,14 +39,14 @@ def make_server(
     interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
     max_pending: int = MAX_PENDING_CALLS,
 ) -> grpc.aio.Server:
-    """A server without services, not bound yet.
+    """A gRPC server without services and ports.
 
     Args:
-      reuse_port: whether several processes share its port. Two servers that do not know of each other would then share
-        requests at random, so it is off by default: the second one is refused.
-      interceptors: what every call passes through.
-      max_pending: how many calls may wait in gRPC until the event loop comes to them. From half of it on gRPC refuses
-        the more of them the more wait, beyond it all, at no cost to the event loop (see `status.error_of_call`).
+      reuse_port: whether several processes may share its port. Two unrelated servers would then split requests at
+        random; without it the second one cannot start.
+      interceptors: interceptors of every call.
+      max_pending: how many calls may wait in gRPC for the event loop. From half of it on gRPC refuses a growing share
+        of new calls, and beyond it all, at no cost to the event loop (see `wire.status.error_of_call`).
     """
     options = [
         ("grpc.so_reuseport", int(reuse_port)),

@@ -1,4 +1,4 @@
-"""The gRPC service `classer.v1.ModelAdmin`: which models a server answers with, changed while it runs."""
+"""The gRPC service `classer.v1.ModelAdmin`: changes the models of a running server."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ModelAdminService(ModelAdminServicer):
     async def LoadModel(self, request: pb.LoadModelRequest, context: grpc.aio.ServicerContext) -> pb.Model:
         with self.calls.call():
             self._audit(bundle=request.bundle, model=request.name or request.bundle)
-            # To the end, even if the caller has gone: half a swap is none.
+            # Shielded: a swap ends even if the caller has gone.
             task = asyncio.create_task(self._load(request))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -64,7 +64,7 @@ class ModelAdminService(ModelAdminServicer):
         return model_message(model, self._models, labels=True)
 
     def _audit(self, **given: str) -> None:
-        """Says what a call is about, where that is the name of something; else it is a caller's own words."""
+        """Adds known names to the call's audit line; others, which may hold anything, are logged as "unknown"."""
         bundles = self._models.folders.keys()
         known = {"bundle": bundles, "model": bundles, "version": {model.version for model in self._models}}
         audit(**{field: value if value in known[field] else "unknown" for field, value in given.items()})
@@ -75,7 +75,7 @@ class ModelAdminService(ModelAdminServicer):
                 request.bundle, request.name, default=not request.keep_default, keep_old=request.keep_old
             )
         except InputError as error:
-            # Its sentence names files of this machine: that is for the log, not for the caller.
+            # The sentence names files of this machine: it belongs in the log, not in the response.
             logger.error("The bundle '%s' cannot be used: %s", request.bundle, error)
             raise NotPossible(
                 "The bundle cannot be used; the server's log says why. What was served before still is."

@@ -22,7 +22,7 @@ from ..wire.status import to_status
 from .describe import model_message, task_message
 from .lifecycle import Lifecycle
 
-# How many messages of one stream are worked on at a time: enough that the device finds the next ones waiting.
+# How many messages of a stream are processed at a time: enough to keep the device busy.
 STREAM_AHEAD = 2
 T = TypeVar("T")
 U = TypeVar("U")
@@ -85,7 +85,7 @@ class ClassifierService(ClassifierServicer):
     async def _batch(
         self, request: pb.ClassifyBatchRequest, seconds: float | None, priority: Priority
     ) -> list[ResponseOrError]:
-        """One outcome a text or request; raises what is wrong with all of them."""
+        """One outcome a text or request. Raises errors that concern the whole batch."""
         kind = request.WhichOneof("batch")
         if kind is None:
             raise InvalidRequest("A batch needs `text_batch` or `request_batch`; it has neither.", field="batch")
@@ -116,7 +116,7 @@ class ClassifierService(ClassifierServicer):
     async def _patient_batch(
         self, request: pb.ClassifyBatchRequest, context: grpc.aio.ServicerContext
     ) -> list[ResponseOrError]:
-        """A batch of a stream: what is refused because too much waits is tried again, until the call ends."""
+        """A batch of a stream. Texts that are refused as Overloaded are retried until the call ends."""
         outcomes = await self._batch(request, context.time_remaining(), Priority.BULK)
         while refused := {i: one for i, one in enumerate(outcomes) if isinstance(one, Overloaded)}:
             await asyncio.sleep(max(one.retry_seconds or 0.0 for one in refused.values()) or 0.1)
@@ -135,10 +135,10 @@ class ClassifierService(ClassifierServicer):
 async def in_order(
     requests: AsyncIterable[T], work: Callable[[T], Awaitable[U]], ahead: int
 ) -> AsyncGenerator[U, None]:
-    """What `work` makes of each request, in their order, each as soon as it and all before it are done.
+    """The results of `work` on each request, in the order of the requests, each as soon as it can be given.
 
-    Up to `ahead` are worked on at a time, and meanwhile no more are read. What `work` or `requests` raises ends it,
-    after the answers before that.
+    Up to `ahead` requests are processed at a time, and no more are read meanwhile. An exception of `work` or `requests`
+    is raised after the results before it.
     """
     room = asyncio.Semaphore(ahead)
     begun: asyncio.Queue[asyncio.Future[U] | None] = asyncio.Queue()
@@ -170,7 +170,7 @@ async def in_order(
 
 
 def _batch_response(outcomes: Sequence[ResponseOrError]) -> pb.ClassifyBatchResponse:
-    # Texts that are refused together share their error, which is written once.
+    # Texts that are refused together share one error object, which is converted once.
     distinct = {id(one): one for one in outcomes if isinstance(one, ServeError)}
     errors = {key: to_status(one) for key, one in distinct.items()}
     return pb.ClassifyBatchResponse(
