@@ -26,6 +26,7 @@ from .gateway import gateway
 from .info import info
 from .keys import keys
 from .load_test import load_test
+from .predict import predict
 from .prepare import prepare
 from .quantize import quantize
 from .serve import serve
@@ -37,6 +38,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "serve": serve,
     "classify": classify,
+    "predict": predict,
     "evaluate": evaluate,
     "info": info,
     "export": export,

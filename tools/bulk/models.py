@@ -1,0 +1,244 @@
+"""What predicts in bulk: a bundle in this process, or a server. Axes: `N` texts, `L` labels of the task."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from classer.data.errors import InputError
+from classer.serve.wire.errors import InternalError, InvalidRequest
+
+from .predictions import Predictions
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from classer.serve.client.client import Client
+    from classer.serve.client.results import Classification
+    from classer.serve.core.work import Output
+
+# Batches that are started before the first of them is waited for.
+IN_FLIGHT = 2
+
+PrecisionOf = Callable[[int, str | None], str | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class BulkOptions:
+    """What to ask of each text.
+
+    Attributes:
+      task: the task's name; None where the model has one only.
+      threshold: the score from which a label is chosen, instead of the model's own.
+      focus: the share of tokens to keep.
+      all_scores: whether the scores of all labels are wanted.
+    """
+
+    task: str | None = None
+    threshold: float | None = None
+    focus: str | None = None
+    all_scores: bool = False
+
+
+class BulkModel(Protocol):
+    """Predicts chunks of texts.
+
+    Attributes:
+      version: a hash of the model.
+      multilabel: whether a text may have several labels or none.
+      labels: those that `Predictions.probs_NL` has columns of.
+    """
+
+    version: str
+    multilabel: bool
+    labels: tuple[str, ...]
+
+    def prepare(self, texts: Sequence[str]) -> Any:
+        """What can be done beside the device, on another thread: tokenising."""
+        ...
+
+    def predict(self, prepared: Any) -> Predictions:
+        """The predictions of what was prepared."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class BundleModel:
+    """A bundle in this process, through Turbine's programs and choice of precision.
+
+    Each bucket's programs are compiled when the first text of that length comes.
+
+    Args:
+      path: the bundle.
+      options: what to ask.
+      precision: one of `VARIANTS`, or `AUTO`.
+      precision_of: called with a bucket and the precision that was found fastest for it (None before), returns the one
+        to use; it lets a run that goes on compute as before.
+
+    Raises:
+      InputError: the bundle cannot be used, or has no such task or focus.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        options: BulkOptions,
+        precision: str = "auto",
+        precision_of: PrecisionOf = lambda bucket, chosen: chosen,
+    ) -> None:
+        from classer.data.buckets import BUCKETS
+        from classer.model.bundle import load_bundle
+        from classer.model.focus import Focus
+        from classer.serve.core.answers import Answers
+        from classer.serve.core.models import ModelSettings, make_engine
+
+        settings = ModelSettings((options.focus or "1",), precision)
+        bundle = load_bundle(path)
+        names = [task.name for task in bundle.taxonomy.tasks]
+        if options.task is None and len(names) > 1:
+            raise InputError(f"{path} has several tasks; name one with --task: {', '.join(names)}.")
+        self._task = bundle.taxonomy.task(options.task or names[0])
+        self._answers = Answers(bundle.taxonomy, bundle.calibration, path.name, bundle.version)
+        focus = Focus.parse(settings.focuses[0], bundle.encoder.num_layers)
+        plan = {bucket: found for bucket in (*BUCKETS, bundle.max_length) if (found := precision_of(bucket, None))}
+        self._make_engine = functools.partial(make_engine, bundle, focus, settings.precision, [])
+        self._engine = self._make_engine(plan)
+        self._options, self._precision_of = options, precision_of
+        self._ready: dict[int, int] = {}
+        self._tokenizer, self._max_length = bundle.tokenizer, bundle.max_length
+        self.version = bundle.version
+        self.multilabel = not self._task.kind.exclusive
+        self.labels = tuple(self._task.label_names)
+
+    def prepare(self, texts: Sequence[str]) -> Any:
+        return self._tokenizer.encode(texts, self._max_length)
+
+    def predict(self, prepared: Any) -> Predictions:
+        from classer.serve.core.answers import not_finite
+        from classer.serve.core.work import Scored
+
+        if not prepared.ids:
+            empty = np.zeros(0, np.float32)
+            return Predictions([], empty, empty.astype(bool), np.zeros((0, len(self.labels)), np.float32))
+        scored = [Scored(output, 0.0, 0.0) for output in self.outputs(prepared.ids)]
+        probs_NL, chosen_NL, finite_N = self._answers.decode(self._task, scored, self._options.threshold)
+        names = self.labels
+        chosen = [tuple(names[label] for label in np.flatnonzero(chosen_L)) for chosen_L in chosen_NL]
+        rank_by_NL = np.where(chosen_NL, probs_NL + 2.0, np.where(self._task.leaves_L, probs_NL, -1.0))
+        scores_N = probs_NL[np.arange(len(probs_NL)), rank_by_NL.argmax(axis=1)]
+        failed = dict.fromkeys(np.flatnonzero(~finite_N).tolist(), str(not_finite()))
+        all_NL = probs_NL if self._options.all_scores else None
+        return Predictions(chosen, scores_N, np.asarray(prepared.truncated), all_NL, failed)
+
+    def outputs(self, ids: Sequence[np.ndarray]) -> list[Output]:
+        """The device's outputs for N texts, in batches of like length; the next starts before one is waited for."""
+        from classer.data.buckets import bucket_for
+
+        by_bucket: dict[int, list[int]] = {}
+        for i in sorted(range(len(ids)), key=lambda i: len(ids[i])):
+            by_bucket.setdefault(bucket_for(len(ids[i]), self._engine.buckets), []).append(i)
+        outputs: dict[int, Output] = {}
+        started: collections.deque[tuple[list[int], Callable[[], list[Output]]]] = collections.deque()
+
+        def collect() -> None:
+            batch, wait = started.popleft()
+            outputs.update(zip(batch, wait(), strict=True))
+
+        for bucket, texts in by_bucket.items():
+            size = self._ready.get(bucket) or self._warm_up(bucket)
+            for start in range(0, len(texts), size):
+                batch = texts[start : start + size]
+                started.append((batch, self._engine.launch([ids[i] for i in batch], bucket)))
+                if len(started) == IN_FLIGHT:
+                    collect()
+        while started:
+            collect()
+        return [outputs[i] for i in range(len(ids))]
+
+    def close(self) -> None:
+        """Has nothing to close."""
+
+    def _warm_up(self, bucket: int) -> int:
+        """Compiles the largest program of a bucket, the only one that runs it; returns its rows."""
+        self._engine.ensure(bucket, sys.maxsize)
+        chosen = self._engine.plan[bucket]
+        decided = self._precision_of(bucket, chosen)
+        if decided not in (None, chosen):  # by another process of this job, which was first
+            self._engine = self._make_engine({**self._engine.plan, bucket: decided})
+            self._ready.clear()
+            return self._warm_up(bucket)
+        self._ready[bucket] = self._engine.rows(bucket, sys.maxsize)
+        return self._ready[bucket]
+
+
+class ServerModel:
+    """A running server.
+
+    Args:
+      client: the connection; closed with the model.
+      options: what to ask.
+
+    Raises:
+      InputError: the server has no such task, or several and none was named.
+      ClasserError: the server cannot be asked.
+    """
+
+    def __init__(self, client: Client, options: BulkOptions) -> None:
+        self._client, self._options = client, options
+        tasks = client.tasks()
+        found = [task for task in tasks if options.task in (None, task.name)]
+        if len(found) != 1:
+            names = ", ".join(task.name for task in tasks)
+            said = f"has no task '{options.task}'" if not found else "has several tasks"
+            raise InputError(f"The server {said}; name one with --task: {names}.")
+        self._task = found[0]
+        self.version = self._task.model_version
+        self.multilabel = self._task.kind == "multilabel"
+        self.labels: tuple[str, ...] = ()
+        if options.all_scores:
+            (answer,) = self._ask([""])
+            if not hasattr(answer, "labels"):
+                raise answer  # pyright: ignore[reportGeneralTypeIssues]
+            self.labels = tuple(sorted(label.name for label in answer.labels))  # pyright: ignore
+
+    def prepare(self, texts: Sequence[str]) -> Any:
+        return texts
+
+    def predict(self, prepared: Any) -> Predictions:
+        answers = self._ask(prepared)
+        count = len(answers)
+        chosen: list[tuple[str, ...]] = [()] * count
+        scores_N, truncated_N = np.zeros(count, np.float32), np.zeros(count, bool)
+        probs_NL = np.zeros((count, len(self.labels)), np.float32) if self._options.all_scores else None
+        failed: dict[int, str] = {}
+        for i, answer in enumerate(answers):
+            if isinstance(answer, InvalidRequest | InternalError):
+                failed[i] = str(answer)
+            elif isinstance(answer, Exception):
+                raise answer
+            else:
+                chosen[i], scores_N[i], truncated_N[i] = answer.chosen, self._score(answer), answer.truncated
+                if probs_NL is not None:
+                    scores = {label.name: label.score for label in answer.labels}
+                    probs_NL[i] = [scores.get(label, 0.0) for label in self.labels]
+        return Predictions(chosen, scores_N, truncated_N, probs_NL, failed)
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _score(self, answer: Classification) -> float:
+        return next((label.score for label in answer.labels if label.chosen), answer.best.score)
+
+    def _ask(self, texts: Sequence[str]) -> list[Any]:
+        options: dict[str, Any] = {"top_k": self._task.num_labels if self._options.all_scores else 1}
+        for name in ("threshold", "focus"):
+            if (value := getattr(self._options, name)) is not None:
+                options[name] = value
+        return list(self._client.classify_stream(texts, self._task.name, **options))
