@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from classer.data.errors import InputError
+from classer.data.files import atomic_write
 
 from .chunks import Chunk, Reject
 from .output import Output
@@ -105,16 +105,14 @@ class Parts:
         done = dict(self._read())
         parts = [done[index] for index in sorted(done)]
         whole = self.folder / "whole"
-        rejected = [part for part in parts if part.rejected]
+        rejected = [part.path.with_suffix(".rejects") for part in parts if part.rejected]
         if rejected:
-            with whole.open("wb") as file:
-                for part in rejected:
-                    file.write(part.path.with_suffix(".rejects").read_bytes())
-                _settle(file)
+            with atomic_write(whole) as unfinished, unfinished.open("wb") as file:
+                for path in rejected:
+                    file.write(path.read_bytes())
             whole.replace(self._rejects)
-        with whole.open("wb") as file:
+        with atomic_write(whole) as unfinished, unfinished.open("wb") as file:
             output.assemble((part.path for part in parts), file)
-            _settle(file)
         if self._out.exists():
             raise InputError(f"{self._out} has come to exist and was not touched; the result is {whole}.")
         whole.replace(self._out)
@@ -147,19 +145,11 @@ class Parts:
             yield int(index), Part(path, digest, int(rows), int(rejected))
 
     def _write(self, name: str, data: bytes) -> None:
-        unfinished = self.folder / f"{name}.{os.uname().nodename}-{os.getpid()}"
-        with unfinished.open("wb") as file:
-            file.write(data)
-            _settle(file)
-        unfinished.replace(self.folder / name)
+        with atomic_write(self.folder / name, shared=True) as unfinished:
+            unfinished.write_bytes(data)
 
 
 def _lines(rejects: Sequence[Reject]) -> bytes:
     return "".join(json.dumps(reject._asdict(), ensure_ascii=False) + "\n" for reject in rejects).encode(
         errors="backslashreplace"
     )
-
-
-def _settle(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())

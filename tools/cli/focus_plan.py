@@ -31,7 +31,7 @@ class FocusPlanArguments(MeasureArguments):
 
 
 def focus_plan(argv: Sequence[str]) -> None:
-    """Find what each layer should keep, for a loss of accuracy or a speed; prints it as --focus takes it."""
+    """Find the share that each layer keeps, for --max-loss or --speedup."""
     a = parse(FocusPlanArguments, argv, "classer focus-plan", focus_plan.__doc__)
     bundle, task, split = load_measured(a)
     from classer.train.focus_plan import plan_focus

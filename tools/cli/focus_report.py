@@ -37,7 +37,7 @@ class FocusReportArguments(MeasureArguments):
 
 
 def focus_report(argv: Sequence[str]) -> None:
-    """Measure a bundle at several budgets: accuracy, speed and latency, as a table and a picture."""
+    """Measure a bundle at several focus budgets: accuracy, speed, latency."""
     a = parse(FocusReportArguments, argv, "classer focus-report", focus_report.__doc__)
     bundle, task, split = load_measured(a)
     from classer.model.focus import Focus

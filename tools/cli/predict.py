@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import shlex
 import sys
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from classer.data.errors import InputError
+from classer.data.files import disk_error
 from classer.data.readers import data_file
 from classer.data.tables import CODECS, PIPE, kind_of, name_of, suffix_of
 
@@ -88,7 +88,10 @@ class PredictArguments(TextsArguments, ConnectionArguments):
 
 
 def predict(argv: Sequence[str]) -> None:
-    """Classify a file of texts: every column kept, predictions appended; a killed run goes on with the same command."""
+    """Classify a file of texts: every column is kept, predictions are appended.
+
+    A run that was killed goes on with the same command.
+    """
     a: PredictArguments = parse(PredictArguments, argv, "classer predict", predict.__doc__)
     job = _job(a)
     started = time.monotonic()
@@ -97,12 +100,12 @@ def predict(argv: Sequence[str]) -> None:
     except BrokenPipeError:
         print("classer: the reader of standard output stopped; the rest was not classified.", file=sys.stderr)
         raise
-    except OSError as e:
-        # What is finished stays in OUT.part.
-        if e.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO):
+    except (OSError, InputError) as e:
+        reason = disk_error(e) or disk_error(e.__cause__ or e)
+        if reason is None:
             raise
-        goes_on = "" if job.out == PIPE else f"; finished rows stay in {job.out}.part, and the same command goes on"
-        raise InputError(f"{_shown(job.out)} cannot be written: {(e.strerror or str(e)).lower()}{goes_on}.") from None
+        kept = "" if job.out == PIPE else f" Finished rows stay in {job.out}.part, and the same command goes on."
+        raise InputError(f"{_shown(job.out)} could not be written: {reason[0].lower()}{reason[1:]}.{kept}") from None
     seconds = time.monotonic() - started
     print(f"{counts.rows:,} rows classified in {seconds:,.1f} s: {_shown(job.out)}", file=sys.stderr)
     if counts.rejected:

@@ -350,7 +350,7 @@ def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(
     )
     last = full.stderr.splitlines()[-1]
     assert (full.returncode, full.stdout) == (2, ""), full.stderr
-    assert "cannot be written: file too large; finished rows stay in" in last
+    assert "could not be written: file too large. Finished rows stay in" in last
     assert "Traceback" not in full.stderr
     assert not out.exists()
     assert list((tmp_path / "out.csv.part").glob("*.rows"))
