@@ -129,10 +129,11 @@ class BundleModel:
             return Predictions([], empty, empty.astype(bool), np.zeros((0, len(self.labels)), np.float32))
         scored = [Scored(output, 0.0, 0.0) for output in self.outputs(prepared.ids)]
         probs_NL, chosen_NL, finite_N = self._answers.decode(self._task, scored, self._options.threshold)
-        names = self.labels
-        chosen = [tuple(names[label] for label in np.flatnonzero(chosen_L)) for chosen_L in chosen_NL]
         rank_by_NL = np.where(chosen_NL, probs_NL + 2.0, np.where(self._task.leaves_L, probs_NL, -1.0))
-        scores_N = probs_NL[np.arange(len(probs_NL)), rank_by_NL.argmax(axis=1)]
+        ranked_NL = np.argsort(-rank_by_NL, axis=1, kind="stable")
+        counts_N = chosen_NL.sum(axis=1)
+        chosen = [tuple(self.labels[i] for i in ranked_L[:n]) for ranked_L, n in zip(ranked_NL, counts_N, strict=True)]
+        scores_N = probs_NL[np.arange(len(probs_NL)), ranked_NL[:, 0]]
         failed = dict.fromkeys(np.flatnonzero(~finite_N).tolist(), str(not_finite()))
         all_NL = probs_NL if self._options.all_scores else None
         return Predictions(chosen, scores_N, np.asarray(prepared.truncated), all_NL, failed)
@@ -206,7 +207,7 @@ class ServerModel:
             (answer,) = self._ask([""])
             if not hasattr(answer, "labels"):
                 raise answer  # pyright: ignore[reportGeneralTypeIssues]
-            self.labels = tuple(sorted(label.name for label in answer.labels))  # pyright: ignore
+            self.labels = tuple(sorted(label.label for label in answer.labels))  # pyright: ignore
 
     def prepare(self, texts: Sequence[str]) -> Any:
         return texts
@@ -226,7 +227,7 @@ class ServerModel:
             else:
                 chosen[i], scores_N[i], truncated_N[i] = answer.chosen, self._score(answer), answer.truncated
                 if probs_NL is not None:
-                    scores = {label.name: label.score for label in answer.labels}
+                    scores = {label.label: label.score for label in answer.labels}
                     probs_NL[i] = [scores.get(label, 0.0) for label in self.labels]
         return Predictions(chosen, scores_N, truncated_N, probs_NL, failed)
 

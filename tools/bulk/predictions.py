@@ -19,7 +19,7 @@ class Predictions:
     """What a model says of N texts.
 
     Attributes:
-      chosen: the names of each text's labels: at most one where labels exclude each other.
+      chosen: the names of each text's labels, highest score first; at most one where labels exclude each other.
       scores_N: the score of each text's label, or of its best label where none was chosen.
       truncated_N: whether the model read a text only in part.
       probs_NL: the score of every label, if asked for.
