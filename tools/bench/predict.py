@@ -125,15 +125,15 @@ def bare_program(a: PredictBenchmarkArguments, texts: Sequence[str]) -> tuple[st
     options = BulkOptions(a.task)
     model = BundleModel(a.bundle, options, a.precision or "auto", precision_of)
     ids = [row for start in range(0, len(texts), BATCH) for row in model.prepare(texts[start : start + BATCH]).ids]
-    model.outputs(ids[:BATCH])
+    model.logits(ids[:BATCH])
     lengths = sorted(len(row) for row in ids)
     median = lengths[len(lengths) // 2]
     precision = chosen[min(bucket for bucket in chosen if bucket >= median)]
     model = BundleModel(a.bundle, options, precision)
-    model.outputs(ids[:BATCH])
+    model.logits(ids[:BATCH])
     begin = time.perf_counter()
     for start in range(0, len(ids), BATCH):
-        model.outputs(ids[start : start + BATCH])
+        model.logits(ids[start : start + BATCH])
     return precision, len(ids) / (time.perf_counter() - begin)
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import functools
-import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,10 +18,8 @@ if TYPE_CHECKING:
 
     from classer.serve.client.client import Client
     from classer.serve.client.results import Classification
-    from classer.serve.core.work import Output
 
-# Batches that are started before the first of them is waited for.
-IN_FLIGHT = 2
+NOT_FINITE = "The model's scores for this text are not finite numbers."
 
 PrecisionOf = Callable[[int, str | None], str | None]
 
@@ -93,25 +88,21 @@ class BundleModel:
         precision: str = "auto",
         precision_of: PrecisionOf = lambda bucket, chosen: chosen,
     ) -> None:
-        from classer.data.buckets import BUCKETS
         from classer.model.bundle import load_bundle
         from classer.model.focus import Focus
-        from classer.serve.core.answers import Answers
-        from classer.serve.core.models import ModelSettings, make_engine
+        from classer.model.variants import native, variant_predictor
 
-        settings = ModelSettings((options.focus or "1",), precision)
         bundle = load_bundle(path)
         names = [task.name for task in bundle.taxonomy.tasks]
         if options.task is None and len(names) > 1:
             raise InputError(f"{path} has several tasks; name one with --task: {', '.join(names)}.")
         self._task = bundle.taxonomy.task(options.task or names[0])
-        self._answers = Answers(bundle.taxonomy, bundle.calibration, path.name, bundle.version)
-        focus = Focus.parse(settings.focuses[0], bundle.encoder.num_layers)
-        plan = {bucket: found for bucket in (*BUCKETS, bundle.max_length) if (found := precision_of(bucket, None))}
-        self._make_engine = functools.partial(make_engine, bundle, focus, settings.precision, [])
-        self._engine = self._make_engine(plan)
-        self._options, self._precision_of = options, precision_of
-        self._ready: dict[int, int] = {}
+        focus = Focus.parse(options.focus or "1", bundle.encoder.num_layers)
+        variant = native(bundle) if precision == "auto" else precision
+        self._predictor = variant_predictor(bundle, variant, None if focus.full else focus)  # pyright: ignore
+        self._calibration = bundle.calibration[self._task.name]
+        self._columns = bundle.taxonomy.slice_of(self._task.name)
+        self._options = options
         self._tokenizer, self._max_length = bundle.tokenizer, bundle.max_length
         self.version = bundle.version
         self.multilabel = not self._task.kind.exclusive
@@ -121,62 +112,31 @@ class BundleModel:
         return self._tokenizer.encode(texts, self._max_length)
 
     def predict(self, prepared: Any) -> Predictions:
-        from classer.serve.core.answers import not_finite
-        from classer.serve.core.work import Scored
+        from classer.model.decode import choose_all, probabilities
 
-        if not prepared.ids:
-            empty = np.zeros(0, np.float32)
-            return Predictions([], empty, empty.astype(bool), np.zeros((0, len(self.labels)), np.float32))
-        scored = [Scored(output, 0.0, 0.0) for output in self.outputs(prepared.ids)]
-        probs_NL, chosen_NL, finite_N = self._answers.decode(self._task, scored, self._options.threshold)
+        logits_NL = self.logits(prepared.ids)
+        finite_N = np.isfinite(logits_NL).all(axis=1)
+        probs_NL = probabilities(self._task, np.where(finite_N[:, None], logits_NL, 0.0), self._calibration)
+        threshold = self._options.threshold
+        chosen_NL = choose_all(self._task, probs_NL, self._calibration, threshold)
+        if threshold is not None and self._task.leaves_L.all():
+            reach_NL = probs_NL >= np.float32(threshold)
+            chosen_NL = reach_NL if self.multilabel else chosen_NL & reach_NL
         rank_by_NL = np.where(chosen_NL, probs_NL + 2.0, np.where(self._task.leaves_L, probs_NL, -1.0))
         ranked_NL = np.argsort(-rank_by_NL, axis=1, kind="stable")
         counts_N = chosen_NL.sum(axis=1)
         chosen = [tuple(self.labels[i] for i in ranked_L[:n]) for ranked_L, n in zip(ranked_NL, counts_N, strict=True)]
         scores_N = probs_NL[np.arange(len(probs_NL)), ranked_NL[:, 0]]
-        failed = dict.fromkeys(np.flatnonzero(~finite_N).tolist(), str(not_finite()))
+        failed = dict.fromkeys(np.flatnonzero(~finite_N).tolist(), NOT_FINITE)
         all_NL = probs_NL if self._options.all_scores else None
         return Predictions(chosen, scores_N, np.asarray(prepared.truncated), all_NL, failed)
 
-    def outputs(self, ids: Sequence[np.ndarray]) -> list[Output]:
-        """The device's outputs for N texts, in batches of like length; the next starts before one is waited for."""
-        from classer.data.buckets import bucket_for
-
-        by_bucket: dict[int, list[int]] = {}
-        for i in sorted(range(len(ids)), key=lambda i: len(ids[i])):
-            by_bucket.setdefault(bucket_for(len(ids[i]), self._engine.buckets), []).append(i)
-        outputs: dict[int, Output] = {}
-        started: collections.deque[tuple[list[int], Callable[[], list[Output]]]] = collections.deque()
-
-        def collect() -> None:
-            batch, wait = started.popleft()
-            outputs.update(zip(batch, wait(), strict=True))
-
-        for bucket, texts in by_bucket.items():
-            size = self._ready.get(bucket) or self._warm_up(bucket)
-            for start in range(0, len(texts), size):
-                batch = texts[start : start + size]
-                started.append((batch, self._engine.launch([ids[i] for i in batch], bucket)))
-                if len(started) == IN_FLIGHT:
-                    collect()
-        while started:
-            collect()
-        return [outputs[i] for i in range(len(ids))]
+    def logits(self, ids: Sequence[np.ndarray]) -> np.ndarray:
+        """Logits of the task's labels, (N, L), in batches of texts of like length."""
+        return self._predictor.logits(ids, columns=self._columns)
 
     def close(self) -> None:
         """Has nothing to close."""
-
-    def _warm_up(self, bucket: int) -> int:
-        """Compiles the largest program of a bucket, the only one that runs it; returns its rows."""
-        self._engine.ensure(bucket, sys.maxsize)
-        chosen = self._engine.plan[bucket]
-        decided = self._precision_of(bucket, chosen)
-        if decided not in (None, chosen):  # by another process of this job, which was first
-            self._engine = self._make_engine({**self._engine.plan, bucket: decided})
-            self._ready.clear()
-            return self._warm_up(bucket)
-        self._ready[bucket] = self._engine.rows(bucket, sys.maxsize)
-        return self._ready[bucket]
 
 
 class ServerModel:

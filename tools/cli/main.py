@@ -43,7 +43,7 @@ class Command:
 COMMANDS: dict[str, Command] = {
     "train": Command("Train a classifier on labelled texts; leaves a bundle to serve in OUT/bundle.", "train"),
     "serve": Command("Serve bundles over gRPC.", "serve"),
-    "classify": Command("Show the labels of a text, by a running server or a bundle.", ""),
+    "classify": Command("Ask a running server which labels a text has.", ""),
     "predict": Command("Classify a file of texts: every column is kept, predictions are appended.", "local"),
     "evaluate": Command("Measure a bundle on labelled texts.", "train"),
     "info": Command("Check a bundle and say what is in it.", "local"),
