@@ -115,7 +115,7 @@ class BundleModel:
         from classer.model.decode import choose_all, probabilities
 
         logits_NL = self.logits(prepared.ids)
-        finite_N = np.isfinite(logits_NL).all(axis=1)
+        finite_N = np.asarray(np.isfinite(logits_NL).all(axis=1))
         probs_NL = probabilities(self._task, np.where(finite_N[:, None], logits_NL, 0.0), self._calibration)
         threshold = self._options.threshold
         chosen_NL = choose_all(self._task, probs_NL, self._calibration, threshold)
