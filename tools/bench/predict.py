@@ -107,8 +107,8 @@ def write_rows(file: Path, texts: Sequence[str], count: int, seed: int) -> list[
     first: list[str] = []
     with pq.ParquetWriter(file, schema) as writer:
         for start in range(0, count, 1 << 16):
-            drawn = [texts[i] for i in rng.integers(0, len(texts), min(1 << 16, count - start)).tolist()]
-            first = first or drawn
+            drawn: list[str] = [texts[int(i)] for i in rng.integers(0, len(texts), min(1 << 16, count - start))]
+            first = first or [*drawn]
             writer.write_table(pa.table({"id": range(start, start + len(drawn)), "text": drawn}, schema=schema))
     return first
 
