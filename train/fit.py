@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-from ..data.curriculum import CurriculumBatches
-from ..data.pipeline import TrainBatches, TrainExamples
-from ..data.shards import ShardBatches, ShardCurriculum
+from ..data.curriculum import CurriculumPlan
+from ..data.pipeline import Batches, Source, epoch_batches, stage_batches
+from ..data.plans import ShufflePlan
 from ..model.focus import is_gate
 from ..model.quantize import Weights
 from .curriculum import plan_curriculum, write_curriculum
@@ -129,7 +130,7 @@ def _fit_stages(trainee: Trainee, weights: Weights) -> Fitted:
         fitted = fit_part(part, trainee, weights, train_step)
         weights = fitted.weights
         if is_first():
-            drawn[stage.name] = batches.drawn(plan.num_steps)
+            drawn[stage.name] = batches.plan.drawn(plan.num_steps)
             counts = zip(taxonomy.tasks, drawn[stage.name], strict=True)
             counted = ", ".join(f"{task.name} {count:,}" for task, count in counts if count)
             print(f"Stage '{stage.name}' has trained on so many examples: {counted}.", flush=True)
@@ -138,26 +139,24 @@ def _fit_stages(trainee: Trainee, weights: Weights) -> Fitted:
     return fitted
 
 
-def _stages_of(trainee: Trainee) -> Callable[..., CurriculumBatches | ShardCurriculum]:
+def _stages_of(trainee: Trainee) -> Callable[..., Batches[CurriculumPlan]]:
     """(shares_T, the number of steps, stage=its number) → its batches."""
+    return functools.partial(stage_batches, _source(trainee), **_batch_options(trainee))
+
+
+def _epochs(trainee: Trainee, num_epochs: int) -> Batches[ShufflePlan]:
+    return epoch_batches(_source(trainee), num_epochs=num_epochs, **_batch_options(trainee))
+
+
+def _batch_options(trainee: Trainee) -> dict[str, Any]:
     recipe = trainee.recipe
-    options = {"batch_size": recipe.batch_size, "seed": recipe.seed, "pad_id": trainee.pad_id}
-    if trainee.shards is None:
-        return functools.partial(CurriculumBatches, _join(trainee), **options)
-    rows = trainee.layout.rows(recipe.batch_size)
-    return functools.partial(ShardCurriculum, trainee.shards, rows=rows, **options)
+    rows = None if trainee.shards is None else trainee.layout.rows(recipe.batch_size)
+    return {"batch_size": recipe.batch_size, "seed": recipe.seed, "pad_id": trainee.pad_id, "rows": rows}
 
 
-def _epochs(trainee: Trainee, num_epochs: int) -> TrainBatches | ShardBatches:
-    recipe = trainee.recipe
-    size, seed, pad_id = recipe.batch_size, recipe.seed, trainee.pad_id
-    if trainee.shards is None:
-        return TrainBatches(_join(trainee), batch_size=size, seed=seed, pad_id=pad_id, num_epochs=num_epochs)
-    rows = trainee.layout.rows(size)
-    return ShardBatches(trainee.shards, batch_size=size, seed=seed, pad_id=pad_id, num_epochs=num_epochs, rows=rows)
-
-
-def _join(trainee: Trainee) -> TrainExamples:
+def _source(trainee: Trainee) -> Source:
+    if trainee.shards is not None:
+        return trainee.shards
     recipe = trainee.recipe
     return join(trainee.taxonomy, trainee.train, soft_share=recipe.soft_share, temperature=recipe.soft_temperature)
 
