@@ -30,12 +30,11 @@ MEAN_RATE, SPREAD_RATE, SPREADS = 1 / 8, 1 / 4, 4
 MAX_WAY_BACK_SHARE = 0.5
 MIN_WAY_BACK, MIN_WAY_BACK_SHARE = 0.04, 0.1
 
-Options = pb.ClassifyRequest | pb.ClassifyBatchRequest
 Outcome = pb.ClassifyResponse | ServeError
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class ResolvedRequest:
     """What the options of a request come to. Texts of equal ones are decoded together.
 
     Attributes:
@@ -46,6 +45,7 @@ class Asked:
     model: Model
     task: Task
     engine: Engine
+    focus: str
     top_k: int
     threshold: float | None
     evidence: bool
@@ -56,7 +56,7 @@ class Asked:
 
 
 @dataclasses.dataclass
-class Foreseen:
+class LatencyEstimate:
     """Seconds that vary: how many they will be at most, nearly always."""
 
     mean: float = 0.0
@@ -71,7 +71,7 @@ class Foreseen:
         self.mean += MEAN_RATE * (seconds - self.mean)
 
 
-class Classifying:
+class Pipeline:
     """Classifies texts with whatever models there are.
 
     Args:
@@ -82,13 +82,15 @@ class Classifying:
     def __init__(self, models: Models, scheduler: Scheduler) -> None:
         self._models = models
         self._scheduler = scheduler
-        self._way_back = Foreseen()  # seconds from the device's answer until it can be sent
+        self._way_back = LatencyEstimate()  # seconds from the device's answer until it can be sent
 
-    def ask(self, options: Options, seconds: float | None, priority: Priority = Priority.INTERACTIVE) -> Asked:
+    def ask(
+        self, options: pb.ClassifyOptions, seconds: float | None, priority: Priority = Priority.INTERACTIVE
+    ) -> ResolvedRequest:
         """Checks the options of a request.
 
         Args:
-          options: the request.
+          options: those of the request.
           seconds: how long the caller will wait; None for ever.
           priority: what it is if the request does not say.
 
@@ -97,6 +99,8 @@ class Classifying:
         """
         model, task = self._models.resolve(options.task, options.model, options.model_version)
         engine = model.engine(options.focus)
+        if options.HasField("top_k") and not options.top_k:
+            raise InvalidRequest("The field `top_k` must be at least 1.", field="top_k")
         if options.evidence and not engine.focused:
             raise InvalidRequest(
                 "The field `evidence` is set, but this model reads every token, so that none stands out; ask for a "
@@ -106,18 +110,22 @@ class Classifying:
         threshold = options.threshold if options.HasField("threshold") else None
         if threshold is not None and not 0 <= threshold <= 1:  # also when NaN
             raise InvalidRequest("The field `threshold` must lie between 0 and 1.", field="threshold")
-        if options.priority not in (pb.PRIORITY_UNSPECIFIED, pb.INTERACTIVE, pb.BULK):
-            raise InvalidRequest("The field `priority` is none of INTERACTIVE and BULK.", field="priority")
+        if options.priority not in pb.Priority.values():
+            raise InvalidRequest(
+                "The field `priority` must be PRIORITY_INTERACTIVE or PRIORITY_BULK.", field="priority"
+            )
         if options.priority != pb.PRIORITY_UNSPECIFIED:
-            priority = Priority.BULK if options.priority == pb.BULK else Priority.INTERACTIVE
+            priority = Priority.BULK if options.priority == pb.PRIORITY_BULK else Priority.INTERACTIVE
         name = options.request_id
         if len(name) > MAX_REQUEST_ID or not (name.isascii() and (name.isprintable() or not name)):
             raise InvalidRequest(
                 f"The field `request_id` takes at most {MAX_REQUEST_ID} characters of printable ASCII.",
                 field="request_id",
             )
-        if options.timeout_micros:
-            own = options.timeout_micros / 1e6
+        if options.HasField("timeout"):
+            own = options.timeout.ToNanoseconds() / 1e9
+            if own <= 0:
+                raise InvalidRequest("The field `timeout` must be above 0.", field="timeout")
             seconds = own if seconds is None else min(own, seconds)
         deadline, give_up = None, math.inf
         if seconds is not None:
@@ -125,10 +133,11 @@ class Classifying:
             way_back = min(max(self._way_back.most, least), most)
             deadline = self._scheduler.clock() + seconds - way_back
             give_up = deadline + way_back / 2
-        return Asked(
+        return ResolvedRequest(
             model,
             task,
             engine,
+            options.focus or next(iter(model.engines)),
             options.top_k,
             threshold,
             options.evidence,
@@ -138,7 +147,7 @@ class Classifying:
             options.request_id,
         )
 
-    async def classify(self, texts: Sequence[str], asked: Sequence[Asked]) -> list[Outcome]:
+    async def classify(self, texts: Sequence[str], asked: Sequence[ResolvedRequest]) -> list[Outcome]:
         """One outcome for each text, in order. Cancelling it takes the texts out of the device's queue."""
         with contextlib.ExitStack() as stack:
             for model in {id(one.model): one.model for one in asked}.values():
@@ -157,7 +166,7 @@ class Classifying:
             rest = [i for i in range(len(texts)) if i not in outcomes]
             for _, group in _grouped(rest, [id(asked[i]) for i in rest]):
                 one = asked[group[0]]
-                fit, error = self._scheduler.expect(len(group), one.deadline, one.priority)
+                fit, error = self._scheduler.reserve(len(group), one.deadline, one.priority)
                 announced.append((fit, one.priority))
                 expected += group[:fit]
                 if error is not None:
@@ -175,7 +184,7 @@ class Classifying:
                 )
             finally:
                 for count, priority in announced:
-                    self._scheduler.arrived(count, priority)
+                    self._scheduler.release(count, priority)
             # One batch that takes longer than was predicted does not take a call's other answers with it.
             latest = max((asked[i].give_up for i in order), default=math.inf)
             await finished(futures, latest - self._scheduler.clock() if latest < math.inf else None)
@@ -209,14 +218,17 @@ class Classifying:
 
     def _decode(
         self,
-        asked: Sequence[Asked],
+        asked: Sequence[ResolvedRequest],
         tokens: dict[int, Tokens],
         scored: dict[int, Scored],
         outcomes: dict[int, Outcome],
     ) -> None:
         done = list(scored)
-        keys = [(one.model, one.task.name, one.top_k, one.threshold, one.evidence) for one in (asked[i] for i in done)]
-        for (model, _, top_k, threshold, evidence), group in _grouped(done, keys):
+        keys = [
+            (one.model, one.task.name, one.focus, one.top_k, one.threshold, one.evidence)
+            for one in (asked[i] for i in done)
+        ]
+        for (model, _, focus, top_k, threshold, evidence), group in _grouped(done, keys):
             answers = model.answers.answer(
                 asked[group[0]].task,
                 [tokens[i] for i in group],
@@ -224,6 +236,7 @@ class Classifying:
                 top_k,
                 threshold=threshold,
                 evidence=evidence,
+                focus=focus,
             )
             for i, answer in zip(group, answers, strict=True):
                 if isinstance(answer, pb.ClassifyResponse):
