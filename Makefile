@@ -72,7 +72,7 @@ $(BIN)/pip:
 
 .venv/.stamp-dev: pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "Installing Classer with its development tools into .venv …"
-	$(INSTALL) -e '.[train,serve,dev]'
+	$(INSTALL) -e '.[dev]'
 	@touch .venv/.stamp-run $@
 
 # Apart from .venv, because the accelerators' plugins would be found there by everything that imports JAX. Without

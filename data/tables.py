@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
+from .extras import missing_packages
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".csv.gz", ".tsv.gz", ".jsonl.gz", ".parquet", ".arrow")
 
@@ -155,7 +156,7 @@ def _columnar_rows(path: Path, suffix: str) -> Iterator[Row]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise InputError(f"{path}: reading {kind} needs the package pyarrow (`pip install pyarrow`).") from None
+        raise missing_packages(f"{path}: reading {kind}", "pyarrow", "local") from None
     number = 0
     try:
         with contextlib.ExitStack() as stack:

@@ -28,7 +28,7 @@ TARGETS = {"local": launch_local, "slurm": launch_slurm, "kubernetes": launch_ku
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments(Launch):
+class LaunchArguments(Launch):
     __doc__ = f"""{Launch.__doc__}
       dry_run: print what would be run, and run nothing.
     """
@@ -43,7 +43,7 @@ def launch(argv: Sequence[str]) -> None:
       InputError: the job cannot be run as it is described.
     """
     arguments, training = tyro.cli(
-        Arguments, prog="launch.py", args=list(argv), description=__doc__, return_unknown_args=True
+        LaunchArguments, prog="launch.py", args=list(argv), description=__doc__, return_unknown_args=True
     )
     job = parse_job(training, prog="launch.py")
     command = ("classer", "train", *training, "--restartable")

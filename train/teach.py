@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..data.errors import InputError
+from ..data.extras import missing_packages
 from ..data.readers import infer_task, read_examples, read_task_folder, read_texts
 from ..data.soft_labels import (
     TeacherScore,
@@ -251,7 +252,7 @@ def import_torch(what: str) -> tuple[Any, Any]:
         import torch
         import transformers
     except ImportError:
-        raise InputError(f"{what} needs torch and transformers: pip install 'classer[teachers]'.") from None
+        raise missing_packages(what, "torch and transformers", "teachers") from None
     return torch, transformers
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
+from ..extras import missing_packages
 from ..splits import comparable
 from ..tokenizer import WordPieceTokenizer
 from .contamination import EvaluationIndex
@@ -44,10 +45,7 @@ try:
     from apache_beam.options.pipeline_options import PipelineOptions
     from apache_beam.pvalue import AsSingleton, TaggedOutput
 except ImportError:
-    raise InputError(
-        "Preparing on Beam needs the package apache-beam: pip install 'classer[prepare]'. Without --beam the same is "
-        "done in this process."
-    ) from None
+    raise missing_packages("--beam", "apache-beam (without --beam the same runs in this process)", "prepare") from None
 
 # Beam's default on one machine would download a runner of its own.
 IN_PROCESS = "apache_beam.runners.portability.fn_api_runner.fn_runner.FnApiRunner"

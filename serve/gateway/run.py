@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ...data.errors import InputError
+from ...data.extras import missing_packages
 from ..ops.guard import MAX_IN_FLIGHT_BYTES, MAX_IN_FLIGHT_CALLS
 from ..ops.log import LogFormat, configure_logging
 from ..ops.security import Tls
@@ -76,7 +77,7 @@ def run_gateway(config: GatewayConfig) -> None:
     except ImportError as error:
         if error.name not in ("fastapi", "pydantic", "starlette", "uvicorn"):
             raise
-        raise InputError("The gateway needs FastAPI and uvicorn: pip install 'classer[serve,http]'") from None
+        raise missing_packages("The gateway", "FastAPI and uvicorn", "http") from None
     if config.max_in_flight < 1 or config.max_in_flight_mb <= 0:
         raise InputError("--max-in-flight and --max-in-flight-mb must be above 0.")
     if config.tls_cert is not None or config.tls_key is not None:

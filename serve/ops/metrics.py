@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ...data.errors import InputError
+from ...data.extras import missing_packages
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -49,7 +50,7 @@ def new_registry() -> CollectorRegistry:
     try:
         from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
     except ImportError:
-        raise InputError("Metrics need the package prometheus_client: pip install 'classer[serve]'") from None
+        raise missing_packages("The metrics port", "prometheus_client", "serve") from None
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)

@@ -9,14 +9,13 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ...data.errors import InputError
+from ...data.extras import missing_packages
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
     from opentelemetry.trace import Span
 
 _PARENT = ("traceparent", "tracestate")
-_INSTALL = "Traces need OpenTelemetry: pip install 'classer[otel]'"
 
 
 class Tracing:
@@ -42,7 +41,7 @@ class Tracing:
 
                 exporter = OTLPSpanExporter(endpoint=endpoint)
         except ImportError:
-            raise InputError(_INSTALL) from None
+            raise missing_packages("Tracing", "OpenTelemetry", "otel") from None
         self._provider = TracerProvider(resource=Resource.create({"service.name": service}), shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("classer")

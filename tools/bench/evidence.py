@@ -44,7 +44,7 @@ WAYS = ("kept tokens", "attention weights", "random tokens")
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
+class EvidenceArguments:
     """
     Attributes:
       bundle: a float32 bundle trained for focus.
@@ -66,7 +66,7 @@ class Arguments:
 
 
 def main(argv: Sequence[str]) -> None:
-    a = tyro.cli(Arguments, args=list(argv), description=__doc__)
+    a = tyro.cli(EvidenceArguments, args=list(argv), description=__doc__)
     bundle = load_bundle(a.bundle)
     if bundle.precision != "float32":
         raise InputError(f"{a.bundle} is {bundle.precision}; give the float32 bundle of the run.")

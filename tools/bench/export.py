@@ -54,7 +54,7 @@ BATCH = 32
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
+class ExportBenchmarkArguments:
     """
     Attributes:
       float_bundle: a float32 bundle.
@@ -97,7 +97,7 @@ class Row:
 
 
 def main(argv: Sequence[str]) -> None:
-    a = tyro.cli(Arguments, args=list(argv), description=__doc__)
+    a = tyro.cli(ExportBenchmarkArguments, args=list(argv), description=__doc__)
     bundles = {"float32": load_bundle(a.float_bundle), "int8": load_bundle(a.int8_bundle)}
     ours = {name: own(bundle) for name, bundle in bundles.items()}
     figures: dict[str, dict[str, dict[str, float]]] = {}
@@ -117,7 +117,7 @@ def main(argv: Sequence[str]) -> None:
         a.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
-def drawn_texts(data: Path, a: Arguments) -> list[str]:
+def drawn_texts(data: Path, a: ExportBenchmarkArguments) -> list[str]:
     examples = list(read_task_folder(data, (a.split,)).splits[a.split])
     chosen = np.random.default_rng(a.seed).permutation(len(examples))[: a.texts]
     return [examples[i].text for i in chosen]
@@ -196,7 +196,7 @@ def top_labels(task: Task, probs_NL: np.ndarray) -> np.ndarray:
     return np.where(task.leaves_L, probs_NL, -1.0).argmax(axis=1)
 
 
-def measure_speed(rows: Sequence[Row], a: Arguments) -> dict[int, dict[str, float]]:
+def measure_speed(rows: Sequence[Row], a: ExportBenchmarkArguments) -> dict[int, dict[str, float]]:
     """Median milliseconds a batch, by row and batch size."""
     times: dict[int, dict[str, float]] = {id(row): {} for row in rows}
     rng = np.random.default_rng(0)
@@ -215,7 +215,9 @@ def measure_speed(rows: Sequence[Row], a: Arguments) -> dict[int, dict[str, floa
     return times
 
 
-def print_tables(rows: Sequence[Row], times: dict[int, dict[str, float]], a: Arguments, title: str) -> None:
+def print_tables(
+    rows: Sequence[Row], times: dict[int, dict[str, float]], a: ExportBenchmarkArguments, title: str
+) -> None:
     print(f"\n{title}\n")
     speed = [f"milliseconds at batch {size}" for size in a.batches] if times else []
     head = ["runtime", "precision", "largest difference", "same top label", "MB", "load, s"]

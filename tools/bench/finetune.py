@@ -34,7 +34,7 @@ from classer.train.evaluation import join, tokenize
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
+class FinetuneArguments:
     """
     Attributes:
       data: a folder with task.json and the split `train`.
@@ -61,7 +61,7 @@ class Arguments:
     tuned_allocator: bool = True
 
 
-def main(arguments: Arguments) -> None:
+def main(arguments: FinetuneArguments) -> None:
     folder = fetch_encoder(arguments.encoder)
     task_data = read_task_folder(arguments.data)
     task, tokenizer = task_data.task, WordPieceTokenizer.from_folder(folder)
@@ -104,7 +104,7 @@ def _covering(batches: TrainBatches, count: int) -> list[int]:
     return [*first_of.values(), *range(count)]
 
 
-def classer_side(arguments: Arguments, folder: Path, task: Task) -> Callable[[Batch], float]:
+def classer_side(arguments: FinetuneArguments, folder: Path, task: Task) -> Callable[[Batch], float]:
     """A step of the library's own training code; returns the loss, and so waits for the device."""
     import jax.numpy as jnp
 
@@ -129,7 +129,7 @@ def classer_side(arguments: Arguments, folder: Path, task: Task) -> Callable[[Ba
     return step
 
 
-def torch_side(arguments: Arguments, folder: Path, task: Task) -> Callable[[Batch], float]:
+def torch_side(arguments: FinetuneArguments, folder: Path, task: Task) -> Callable[[Batch], float]:
     """The same with transformers' BertModel."""
     import torch
     import transformers
@@ -167,7 +167,7 @@ def torch_side(arguments: Arguments, folder: Path, task: Task) -> Callable[[Batc
 
 
 if __name__ == "__main__":
-    given = tyro.cli(Arguments, description=__doc__)
+    given = tyro.cli(FinetuneArguments, description=__doc__)
     if given.tuned_allocator:
         tune_allocator()
     sys.exit(run(lambda _: main(given), ()))

@@ -103,7 +103,7 @@ Run = Literal["svm", "single", "curriculum", "mixed", "flat"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
+class MultitaskArguments:
     """
     Attributes:
       data: the folder of the tasks' folders.
@@ -128,7 +128,7 @@ class Arguments:
         return WHOLE if self.whole else FEW
 
 
-def main(a: Arguments) -> None:
+def main(a: MultitaskArguments) -> None:
     if unknown := set(a.tasks) - set(TASKS):
         raise InputError(f"There is no task {', '.join(sorted(unknown))}; there are {', '.join(TASKS)}.")
     if not a.share > 0:
@@ -154,7 +154,7 @@ def main(a: Arguments) -> None:
     print(table)
 
 
-def draw_sample(a: Arguments, sample: Path) -> None:
+def draw_sample(a: MultitaskArguments, sample: Path) -> None:
     """Copies each task's folder, with a sample of its examples in the order of the file."""
     part = sample.with_name("data.part")
     for task in (*TASKS, *TRANSFERS):
@@ -194,7 +194,7 @@ def baseline(folder: Path, out: Path) -> None:
     out.write_text(json.dumps(dataclasses.asdict(score) | {"minutes": seconds / 60}) + "\n", encoding="utf-8")
 
 
-def train(a: Arguments, data: Path, out: Path, *options: Any) -> None:
+def train(a: MultitaskArguments, data: Path, out: Path, *options: Any) -> None:
     if (out / "bundle").exists():
         return
     recipe = (*RECIPE, *a.scale.options, "--batch-size", a.scale.batch_size)
@@ -204,11 +204,11 @@ def train(a: Arguments, data: Path, out: Path, *options: Any) -> None:
     subprocess.run(command, check=True)
 
 
-def epochs(a: Arguments, task: str) -> int:
+def epochs(a: MultitaskArguments, task: str) -> int:
     return max(1, round(a.scale.tasks[task].epochs * a.share))
 
 
-def curriculum(a: Arguments, sample: Path) -> list[dict[str, Any]]:
+def curriculum(a: MultitaskArguments, sample: Path) -> list[dict[str, Any]]:
     """The stages of `STAGES`, each of its tasks' epochs; together as many steps as the models of one task."""
     by_kind = {kind: number for number, (_, kinds, _) in enumerate(STAGES) for kind in kinds}
     rows = np.zeros(len(STAGES))
@@ -224,20 +224,20 @@ def curriculum(a: Arguments, sample: Path) -> list[dict[str, Any]]:
     ]
 
 
-def mixed(a: Arguments, sample: Path) -> list[dict[str, Any]]:
+def mixed(a: MultitaskArguments, sample: Path) -> list[dict[str, Any]]:
     """One stage of all tasks, with as many steps as the curriculum has."""
     steps = sum(stage["steps"] for stage in curriculum(a, sample))
     weights = {task: drawn.epochs for task, drawn in a.scale.tasks.items()}
     return [{"name": "mixed", "weights": weights, "steps": steps}]
 
 
-def num_rows(a: Arguments, sample: Path, task: str) -> int:
+def num_rows(a: MultitaskArguments, sample: Path, task: str) -> int:
     """Training examples of a task times its epochs."""
     with (sample / task / "train.jsonl").open(encoding="utf-8") as lines:
         return sum(1 for _ in lines) * a.scale.tasks[task].epochs
 
 
-def draw_table(a: Arguments, sample: Path) -> str:
+def draw_table(a: MultitaskArguments, sample: Path) -> str:
     """Float32 test scores in %: accuracy, of multilabel tasks macro-F1."""
     several = [f"{name}-{seed}" for name in ("curriculum", "mixed") for seed in range(10)]
     several = [name for name in several if (a.out / name / "bundle").exists()]
@@ -267,7 +267,7 @@ def draw_table(a: Arguments, sample: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def transfer(a: Arguments, folder: Path, name: str) -> dict[str, Any]:
+def transfer(a: MultitaskArguments, folder: Path, name: str) -> dict[str, Any]:
     """The metrics of a task that nothing was trained on."""
     results = a.out / name / "results-float32" / folder.name
     if not results.exists():
@@ -278,4 +278,4 @@ def transfer(a: Arguments, folder: Path, name: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(run(lambda argv: main(tyro.cli(Arguments, args=list(argv), description=__doc__)), sys.argv[1:]))
+    sys.exit(run(lambda argv: main(tyro.cli(MultitaskArguments, args=list(argv), description=__doc__)), sys.argv[1:]))

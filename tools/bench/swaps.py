@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
+class SwapsArguments:
     """Swaps a bundle for one whose head is another, and back, again and again, under load; checks every answer.
 
     Attributes:
@@ -64,7 +64,7 @@ class Swapped:
     seconds: list[float] = dataclasses.field(default_factory=list)
 
 
-def swap(a: Arguments) -> Swapped:
+def swap(a: SwapsArguments) -> Swapped:
     """Prints failed requests, wrong answers and the growth of memory over many swaps."""
     from classer.serve.client.client import Client
     from classer.serve.proto import classifier_pb2 as pb
@@ -198,4 +198,4 @@ def resident_megabytes() -> float:
 
 
 if __name__ == "__main__":
-    swap(tyro.cli(Arguments, description=__doc__))
+    swap(tyro.cli(SwapsArguments, description=__doc__))

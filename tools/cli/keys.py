@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -62,8 +63,13 @@ KeysArguments = (
 )
 
 
-def keys(arguments: New | ListKeys | Revoke) -> None:
-    """Does it; a new key goes to stdout by itself, what is said of it to stderr.
+def keys(argv: Sequence[str]) -> None:
+    """Make, list and revoke the API keys of a server."""
+    run_keys(tyro.cli(KeysArguments, prog="classer keys", args=list(argv), description=keys.__doc__))
+
+
+def run_keys(arguments: New | ListKeys | Revoke) -> None:
+    """Makes, lists or revokes; a new key alone goes to stdout, the note on it to stderr.
 
     Raises:
       InputError: the file cannot be used, or the name is taken (new) or unknown (revoke).

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from classer.data.errors import InputError
 
+from .arguments import parse
 from .connection import ConnectionArguments
 
 if TYPE_CHECKING:
@@ -133,7 +134,12 @@ class LoadTestArguments(ConnectionArguments):
             raise InputError(f"{self.out} exists already and was not touched; name a new folder with --out.")
 
 
-def load_test(arguments: LoadTestArguments) -> None:
+def load_test(argv: Sequence[str]) -> None:
+    """Load a running server with real texts and report its latency and throughput."""
+    run_load_test(parse(LoadTestArguments, argv, "classer load-test", load_test.__doc__))
+
+
+def run_load_test(arguments: LoadTestArguments) -> None:
     """Runs the test, prints what it found, and writes the report if a folder was named.
 
     Raises:

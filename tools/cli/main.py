@@ -15,29 +15,43 @@ from classer.data.fetch import cache_folder
 from classer.serve.ops.cache import check_private
 from classer.serve.wire.errors import ClasserError
 from classer.tools.aot.aot import aot
-from classer.tools.cli import commands, measuring
-from classer.tools.cli import export as export_commands
-from classer.tools.cli import train as training
-from classer.tools.cli.prepare import prepare
 
+from .classify import classify
+from .evaluate import evaluate
+from .export import export, verify_export
+from .focus_plan import focus_plan
+from .focus_report import focus_report
+from .frontend import frontend
+from .gateway import gateway
+from .info import info
+from .keys import keys
+from .load_test import load_test
+from .prepare import prepare
+from .quantize import quantize
+from .serve import serve
+from .teach import teach
+from .train import train
+from .upcycle import upcycle
+
+# In the order in which a newcomer meets them.
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    "train": training.train,
-    "serve": commands.serve,
-    "frontend": commands.frontend,
-    "classify": commands.classify,
-    "gateway": commands.gateway,
-    "load-test": commands.load_test,
-    "keys": commands.keys,
-    "evaluate": measuring.evaluate,
-    "focus-report": measuring.focus_report,
-    "focus-plan": measuring.focus_plan,
-    "teach": commands.teach,
-    "upcycle": commands.upcycle,
-    "quantize": commands.quantize,
-    "export": export_commands.export,
-    "verify-export": export_commands.verify_export,
-    "info": commands.info,
+    "train": train,
+    "serve": serve,
+    "classify": classify,
+    "evaluate": evaluate,
+    "info": info,
+    "export": export,
+    "verify-export": verify_export,
+    "gateway": gateway,
+    "keys": keys,
+    "load-test": load_test,
+    "frontend": frontend,
+    "quantize": quantize,
+    "teach": teach,
+    "focus-report": focus_report,
+    "focus-plan": focus_plan,
     "prepare": prepare,
+    "upcycle": upcycle,
     "aot": aot,
 }
 

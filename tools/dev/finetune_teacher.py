@@ -27,7 +27,7 @@ from classer.train.teach import import_torch, torch_device
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
+class FinetuneTeacherArguments:
     """
     Attributes:
       encoder: a folder of transformers, or a name on the Hugging Face hub.
@@ -50,7 +50,7 @@ class Arguments:
     seed: int = 0
 
 
-def main(a: Arguments) -> None:
+def main(a: FinetuneTeacherArguments) -> None:
     torch, transformers = import_torch("tools/dev/finetune_teacher.py")
     if a.out.exists():
         raise InputError(f"{a.out} exists already and was not touched; name a new folder with --out.")
@@ -115,7 +115,13 @@ def _loss(torch: Any, task: Task, logits_BL: Any, targets_BL: Any) -> Any:
 
 
 def _right(
-    torch: Any, tokenizer: Any, model: Any, task: Task, answers: list[str], dev: list[Example], a: Arguments
+    torch: Any,
+    tokenizer: Any,
+    model: Any,
+    task: Task,
+    answers: list[str],
+    dev: list[Example],
+    a: FinetuneTeacherArguments,
 ) -> int:
     """How many examples get exactly their labels (multilabel: at 0.5)."""
     model.eval()
@@ -131,4 +137,6 @@ def _right(
 
 
 if __name__ == "__main__":
-    sys.exit(run(lambda argv: main(tyro.cli(Arguments, args=list(argv), description=__doc__)), sys.argv[1:]))
+    sys.exit(
+        run(lambda argv: main(tyro.cli(FinetuneTeacherArguments, args=list(argv), description=__doc__)), sys.argv[1:])
+    )

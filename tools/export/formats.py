@@ -8,6 +8,7 @@ import importlib.util
 from types import ModuleType
 
 from classer.data.errors import InputError
+from classer.data.extras import missing_packages
 from classer.model.bundle import Bundle
 from classer.model.focus import Focus
 
@@ -85,7 +86,7 @@ FORMATS: dict[str, Format] = {
 
 def check_installed(packages: tuple[str, ...], extra: str) -> None:
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
-        raise InputError(f"{' and '.join(missing)} must be installed for this format: pip install 'classer[{extra}]'.")
+        raise missing_packages("This format", " and ".join(missing), extra)
 
 
 def format_named(name: str) -> Format:

@@ -9,7 +9,7 @@ import pytest
 
 from classer.model.bundle import Bundle, save_bundle
 from classer.serve.client.results import Classification, ScoredLabel
-from classer.tools.bench.swaps import Arguments, Known, other_version, swap
+from classer.tools.bench.swaps import Known, SwapsArguments, other_version, swap
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def path(tmp_path: Path, tiny_bundle: Bundle) -> Path:
 
 
 def test_nothing_fails_while_two_versions_take_turns(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    done = swap(Arguments(path, swaps=4, callers=2))
+    done = swap(SwapsArguments(path, swaps=4, callers=2))
     assert (done.failed, done.wrong) == ([], [])
     assert len(set(done.answers)) == 2
     assert (len(done.seconds), len(done.megabytes)) == (4, 5)

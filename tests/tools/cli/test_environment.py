@@ -12,19 +12,19 @@ from classer.serve.ops.operations import OperationsConfig
 from classer.serve.rpc import frontend
 from classer.serve.rpc.frontend import FrontEndConfig
 from classer.serve.rpc.server import ServeConfig
-from classer.tools.cli import commands
 from classer.tools.cli.environment import from_environment
+from classer.tools.cli.frontend import frontend as frontend_command
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments(ServeConfig):
+class ServeWithBundles(ServeConfig):
     bundles: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="BUNDLE")] = ()
 
 
-def parsed(argv: list[str], **environment: str) -> Arguments:
-    more, rest = from_environment(Arguments, argv, environment)
-    default: dict[str, Any] = {"default": Arguments(**more)} if more else {}
-    return tyro.cli(Arguments, args=rest, **default)
+def parsed(argv: list[str], **environment: str) -> ServeWithBundles:
+    more, rest = from_environment(ServeWithBundles, argv, environment)
+    default: dict[str, Any] = {"default": ServeWithBundles(**more)} if more else {}
+    return tyro.cli(ServeWithBundles, args=rest, **default)
 
 
 def test_every_option_of_the_server_is_a_variable() -> None:
@@ -68,8 +68,8 @@ def test_every_option_of_a_front_end_is_a_variable(monkeypatch) -> None:
     monkeypatch.setattr(frontend, "run_front_end", found.append)
     for name, (text, _) in given.items():
         monkeypatch.setenv(f"CLASSER_{name.upper()}", text)
-    commands.frontend([])
-    commands.frontend(["--port", "1"])
+    frontend_command([])
+    frontend_command(["--port", "1"])
     for name, (_, value) in given.items():
         assert getattr(found[0] if name in own else found[0].operations, name) == value, name
     assert (found[1].port, found[1].engine) == (1, "h:1")

@@ -327,5 +327,5 @@ def test_what_a_format_cannot_hold_is_refused(
 
 def test_a_missing_runtime_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"onnx.* must be installed for this format: pip install 'classer\[onnx\]'"):
+    with pytest.raises(InputError, match=r"This format needs onnx and .*: pip install 'classer-turbine\[onnx\]'"):
         FORMATS["onnx"].load_module()

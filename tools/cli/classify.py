@@ -1,0 +1,102 @@
+"""The command `classer classify`. It starts without JAX and TensorFlow where a server answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Annotated
+
+import tyro
+
+from classer.data.errors import InputError
+
+from .arguments import parse
+from .connection import ConnectionArguments
+
+MAX_TIMEOUT = 86_400
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifyArguments(ConnectionArguments):
+    """
+    Attributes:
+      texts: the texts; none means one text a line from standard input.
+      server: address of a running `classer serve`, HOST:PORT.
+      task: name of the task; needed only if the model has several.
+      top_k: how many labels to show of each text; chosen ones are shown in any case.
+      threshold: the score from which a label is chosen, 0 to 1, instead of the model's own thresholds; in a tree, an
+        answer that is less sure stops at a label above.
+      timeout: seconds to wait for each answer.
+      evidence: also show what the model read to its last layer; the server must run with --focus below 1.
+      json: print one JSON object a text.
+    """
+
+    texts: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[TEXT …]")] = ()
+    server: str = "localhost:50051"
+    task: str | None = None
+    top_k: int = 3
+    threshold: float | None = None
+    timeout: float = 10.0
+    evidence: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+
+    def __post_init__(self) -> None:
+        if ":" not in self.server:
+            raise InputError(f"--server is '{self.server}'; an address is HOST:PORT, such as localhost:50051.")
+        if self.top_k < 1:
+            raise InputError(f"--top-k is {self.top_k}; at least 1 label is shown.")
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
+            raise InputError(f"--threshold is {self.threshold:g}; a score lies between 0 and 1.")
+        if not 0 < self.timeout <= MAX_TIMEOUT:
+            raise InputError(f"--timeout is {self.timeout:g}; give seconds, above 0 and at most {MAX_TIMEOUT:,}.")
+
+
+def classify(argv: Sequence[str]) -> None:
+    """Ask a running server which labels a text has."""
+    arguments: ClassifyArguments = parse(ClassifyArguments, argv, "classer classify", classify.__doc__)
+    from classer.serve.client.client import Client, Options
+    from classer.serve.wire.errors import InvalidRequest
+
+    options: Options = {"top_k": arguments.top_k, "evidence": arguments.evidence}
+    if arguments.threshold is not None:
+        options["threshold"] = arguments.threshold
+    texts: Iterable[str] = arguments.texts or _lines_of_stdin()
+    tls, key = arguments.connect_with()
+    with Client(arguments.server, tls=tls, key=key) as client:
+        for number, text in enumerate(texts, start=1):
+            started = time.perf_counter()
+            try:
+                answer = client.classify(
+                    text,
+                    arguments.task,
+                    timeout=arguments.timeout,
+                    **options,
+                )
+            except InvalidRequest as e:
+                raise InvalidRequest(f"Text {number}: {e}") from None
+            milliseconds = (time.perf_counter() - started) * 1e3
+            if arguments.json:
+                print(json.dumps({**dataclasses.asdict(answer), "milliseconds": round(milliseconds, 2)}))
+                continue
+            for label in answer.labels:
+                print(f"{'→' if label.chosen else ' '} {label.score:7.2%}  {' › '.join(label.path) or label.name}")
+            if answer.evidence:
+                spans = " · ".join(f"{text[span.start : span.end]} {span.score:.0%}" for span in answer.evidence)
+                print(f"  read to the end: {spans}")
+            cut = ", cut to them" if answer.truncated else ""
+            print(f"  {answer.tokens} tokens{cut}, {milliseconds:.1f} ms, model {answer.model_version}")
+
+
+def _lines_of_stdin() -> Iterator[str]:
+    if sys.stdin.isatty():
+        print("Type texts, one a line; Ctrl-D ends.", file=sys.stderr)
+    for number, line in enumerate(sys.stdin.buffer, start=1):
+        try:
+            yield line.decode().rstrip("\r\n")
+        except UnicodeDecodeError as e:
+            raise InputError(
+                f"Standard input, line {number}: byte 0x{line[e.start]:02x} at its position {e.start} is not UTF-8."
+            ) from None
