@@ -1,4 +1,4 @@
-"""Focused Attention: which tokens a layer keeps. docs/focused-attention.md has the idea, the maths and the figures.
+"""Focused Attention: which tokens a layer keeps. docs/internals/focus.md has the idea, the maths and the figures.
 
 A *focus* is one share a layer; a layer keeps that share of each row's own tokens, by the scores that its gate gives
 them after its attention. Kept tokens stay in order and keep their positions; the others take no part in its
@@ -248,7 +248,7 @@ def keep_bias(scores_BS: jax.Array, kept_B: jax.Array, temperature: jax.Array | 
     Soft, a token is kept to the degree m = σ((s − τ) / temperature), where τ lies midway between the last score kept
     and the first one dropped (soft top-k): log m is added to its attention scores. Hard, the kept tokens take part in
     full and the others not at all. Hard rows send the scores no gradient: a straight-through one hears only of what
-    was kept, and makes gates worse (docs/focused-attention.md).
+    was kept, and makes gates worse (docs/internals/tried-and-rejected.md).
 
     Args:
       scores_BS: from `token_scores`.

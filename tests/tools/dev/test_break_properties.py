@@ -1,4 +1,4 @@
-"""The list of properties that are broken on purpose fits the code; breaking them takes minutes (docs/properties.md)."""
+"""The list of properties that are broken on purpose fits the code; breaking them takes minutes (docs/internals/properties.md)."""
 
 from __future__ import annotations
 
