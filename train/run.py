@@ -107,7 +107,7 @@ def run_job(job: TrainJob) -> TrainResult | None:
             f"max_length is {job.recipe.max_length}, but the encoder has only {encoder.max_positions} positions."
         )
     if not start.weights:
-        say(f"{job.recipe.encoder} begins with random weights; a pretrained or upcycled encoder learns from far fewer.")
+        say(f"{job.recipe.encoder} begins with random weights; a pretrained or converted one learns from far fewer.")
     inputs = load_inputs(job, data, start.tokenizer, say)
     for task in inputs.taxonomy.tasks:
         if sentence := without_thresholds(task, inputs.splits["dev"][task.name].targets):

@@ -38,13 +38,15 @@ class TeachJob:
     Attributes:
       teacher: Classer bundles, or sequence classifiers of Hugging Face transformers (a folder or a name on the hub;
         needs the extra `teachers`); the answers of several are averaged.
-      data: a folder with task.json, whose split is asked about; or a file of texts.
+      data: texts: a CSV, TSV or JSONL file (also with .gz or .zst), a Parquet file, a folder with task.json, or - for
+        JSON Lines from standard input.
       out: the JSON Lines file to write; must not exist. A file beside it that ends in `.teachers.json` says who
         answered, and how well.
       weights: one factor a teacher; none for equal ones.
       split: which split of the folder.
-      text_column: the column of the texts in a file.
-      label_column: of a file, the column of its labels, which say what the task is; by default `label` or `labels`.
+      text_column: the column or field that holds the text.
+      label_column: the column or field that holds the label or labels; by default `label` or `labels`. The labels of a
+        file say what the task is.
       task: name of the bundles' task, if it differs from the data's.
       max_length: tokens that a transformers teacher reads of a text.
       relations: also write the teachers' pooled vectors of each text, in a file beside `out` that ends in
@@ -170,7 +172,7 @@ def _losses(task: Task, probs_NL: np.ndarray, labels_N: Sequence[Sequence[str]])
 def _read(job: TeachJob) -> tuple[Task, list[tuple[str, Sequence[str]]]]:
     """The task, and each text with its labels, none where they are not known."""
     if job.data.is_dir():
-        folder = read_task_folder(job.data, (job.split,))
+        folder = read_task_folder(job.data, (job.split,), text_column=job.text_column, label_column=job.label_column)
         if job.split not in folder.splits:
             raise InputError(f"{job.data} has no split '{job.split}'; it has {', '.join(sorted(folder.there))}.")
         return folder.task, [(example.text, example.labels) for example in folder.splits[job.split]]

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from ...data.readers import MAX_TEXT_CHARS
 from ...data.taxonomy import Task
 from ..proto import classifier_pb2 as pb
-from ..wire.errors import ClasserError, DeadlineExceeded, InvalidRequest
+from ..wire.errors import DeadlineExceeded, InvalidRequest, ServeError
 from ..wire.limits import MAX_REQUEST_ID
 from .engine import Engine
 from .models import Model, Models
@@ -31,7 +31,7 @@ MAX_WAY_BACK_SHARE = 0.5
 MIN_WAY_BACK, MIN_WAY_BACK_SHARE = 0.04, 0.1
 
 Options = pb.ClassifyRequest | pb.ClassifyBatchRequest
-Outcome = pb.ClassifyResponse | ClasserError
+Outcome = pb.ClassifyResponse | ServeError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +198,7 @@ class Classifying:
     ) -> None:
         try:
             encoded = await model.tokenizer.tokenize([texts[i] for i in group], spans=spans)
-        except ClasserError as error:
+        except ServeError as error:
             outcomes.update(dict.fromkeys(group, error))
             return
         for i, one in zip(group, encoded, strict=True):
@@ -243,7 +243,7 @@ def _sorted_out(
         error = future.exception()
         if error is None:
             scored[i] = future.result()
-        elif isinstance(error, ClasserError):
+        elif isinstance(error, ServeError):
             outcomes[i] = error
         else:
             raise error

@@ -29,7 +29,7 @@ from concurrent.futures import Future
 
 from ...data.buckets import bucket_for
 from ..ops.log import log_failure
-from ..wire.errors import ClasserError, DeadlineExceeded, InternalError, InvalidRequest, Overloaded, Unavailable
+from ..wire.errors import DeadlineExceeded, InternalError, InvalidRequest, Overloaded, ServeError, Unavailable
 from .queues import Entry, Queues
 from .work import BatchRun, Device, Output, Priority, Scored, Work
 
@@ -67,7 +67,7 @@ class _Batch:
 class Scheduler:
     """Queues texts and runs them on a device, in a thread of its own after `start` (or by `step`, from one thread).
 
-    Every future it hands out ends: with a `Scored`, with a `ClasserError`, or cancelled by its owner.
+    Every future it hands out ends: with a `Scored`, with a `ServeError`, or cancelled by its owner.
 
     Args:
       max_waiting_tokens: how many tokens (each text counted as its bucket's length) may wait before more is refused.
@@ -147,7 +147,7 @@ class Scheduler:
         if self._thread.ident is not None:
             self._thread.join(timeout)
 
-    def expect(self, count: int, deadline: float | None, priority: Priority) -> tuple[int, ClasserError | None]:
+    def expect(self, count: int, deadline: float | None, priority: Priority) -> tuple[int, ServeError | None]:
         """Announces texts that have still to be tokenised, so that those behind them reckon with them, until `arrived`.
 
         Returns:
@@ -192,14 +192,14 @@ class Scheduler:
         """
         now = self._clock()
         futures: list[Future[Scored]] = []
-        refused: list[tuple[Future[Scored], ClasserError]] = []
+        refused: list[tuple[Future[Scored], ServeError]] = []
         with self._changed:
             for work in works:
                 future: Future[Scored] = Future()
                 futures.append(future)
                 try:
                     self._enqueue(work, now, future)
-                except ClasserError as error:
+                except ServeError as error:
                     # Its traceback has the future that is to hold it: another such ring as `_enqueue` tells of.
                     refused.append((future, error.with_traceback(None)))
             self._changed.notify()
@@ -427,7 +427,7 @@ def _raising(error: Exception) -> Callable[[], Sequence[Output]]:
     return collect
 
 
-def _deliver(entry: Entry, result: Scored | ClasserError) -> None:
+def _deliver(entry: Entry, result: Scored | ServeError) -> None:
     if isinstance(result, Scored):
         entry.future.set_result(result)
     else:

@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from ..ops.log import log_failure
-from ..wire.errors import ClasserError, InternalError, Overloaded
+from ..wire.errors import InternalError, Overloaded, ServeError
 
 # What may wait, and what is tokenised at once, in characters. A text also counts as one for itself, so that very
 # many empty ones are not free.
@@ -75,7 +75,7 @@ class _Group:
     texts: Sequence[str]
     chars: int
     spans: bool
-    future: asyncio.Future[list[Tokens | ClasserError]]
+    future: asyncio.Future[list[Tokens | ServeError]]
 
 
 class TokenizerStage:
@@ -90,7 +90,7 @@ class TokenizerStage:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="classer-tokenizer")
         self._worker: asyncio.Task[None] | None = None
 
-    async def tokenize(self, texts: Sequence[str], *, spans: bool = False) -> list[Tokens | ClasserError]:
+    async def tokenize(self, texts: Sequence[str], *, spans: bool = False) -> list[Tokens | ServeError]:
         """The tokens of each text, with their `spans` if asked; or the InternalError of one that it failed on.
 
         Raises:
@@ -140,7 +140,7 @@ class TokenizerStage:
                 chars += group.chars
         return groups
 
-    def _encode(self, texts: list[str], spans: bool) -> list[Tokens | ClasserError]:
+    def _encode(self, texts: list[str], spans: bool) -> list[Tokens | ServeError]:
         """Runs in the worker thread. One text's failure is not its batch-mates'."""
         try:
             encode = self._tokenizer.encode_with_offsets if spans else self._tokenizer.encode

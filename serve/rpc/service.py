@@ -16,7 +16,7 @@ from ..core.scheduler import Scheduler
 from ..core.work import Priority
 from ..proto import classifier_pb2 as pb
 from ..proto.classifier_pb2_grpc import ClassifierServicer
-from ..wire.errors import ClasserError, InvalidRequest, Overloaded, Unavailable
+from ..wire.errors import InvalidRequest, Overloaded, ServeError, Unavailable
 from ..wire.limits import MAX_TEXTS
 from ..wire.status import to_status
 from .describe import model_message, task_message
@@ -70,7 +70,7 @@ class ClassifierService(ClassifierServicer):
             self._check_ready()
             asked = self._classifying.ask(request, context.time_remaining())
             (outcome,) = await self._classifying.classify([request.text], [asked])
-            if isinstance(outcome, ClasserError):
+            if isinstance(outcome, ServeError):
                 raise outcome
         return outcome
 
@@ -129,7 +129,7 @@ class ClassifierService(ClassifierServicer):
         for i, one in enumerate(request.requests):
             try:
                 ready[i] = self._classifying.ask(one, seconds, priority)
-            except ClasserError as error:
+            except ServeError as error:
                 outcomes[i] = error
         texts = [request.requests[i].text for i in ready]
         outcomes.update(zip(ready, await self._classifying.classify(texts, list(ready.values())), strict=True))
@@ -193,12 +193,12 @@ async def in_order(
 
 def _batch_response(outcomes: Sequence[Outcome]) -> pb.ClassifyBatchResponse:
     # Texts that are refused together share their error, which is written once.
-    distinct = {id(one): one for one in outcomes if isinstance(one, ClasserError)}
+    distinct = {id(one): one for one in outcomes if isinstance(one, ServeError)}
     errors = {key: to_status(one) for key, one in distinct.items()}
     return pb.ClassifyBatchResponse(
         items=[
             pb.ClassifyBatchItem(error=errors[id(one)])
-            if isinstance(one, ClasserError)
+            if isinstance(one, ServeError)
             else pb.ClassifyBatchItem(response=one)
             for one in outcomes
         ]

@@ -2,8 +2,8 @@
 
     .venv/bin/python tools/dev/make_reference.py
 
-The pages are committed, so that they can be read without a build; `tests/docs/test_reference.py` fails where one of them
-differs from what this file writes.
+The pages are committed, so that they can be read without a build; `tests/docs/test_reference.py` fails where one of
+them differs from what this file writes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CONFIGURATION = (
     "train.config:Recipe",
     "train.config:CurriculumStage",
     "train.teach:TeachJob",
-    "train.upcycle:UpcycleJob",
+    "train.convert:ConvertJob",
     "data.prepare.plan:PrepareConfig",
     "model.config:EncoderConfig",
     "serve.rpc.server:ServeConfig",
@@ -209,7 +209,9 @@ def _fields(kind: type) -> str:
         elif field.default_factory is not dataclasses.MISSING:
             default = f"`{_shown(field.default_factory)}`"
         default = re.sub(r"<.*?: '?(.*?)'?>", r"\1", default)  # an enum's member
-        rows.append((f"`{field.name}`", f"`{_type_name(hints[field.name])}`", default, _prose(texts.get(field.name, ""))))
+        rows.append(
+            (f"`{field.name}`", f"`{_type_name(hints[field.name])}`", default, _prose(texts.get(field.name, "")))
+        )
     return _table(("field", "type", "default", "what it is"), rows)
 
 
@@ -317,14 +319,19 @@ def http() -> str:
             body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema")
             if body:
                 parts.append(f"Body: {_schema(body)}.")
-            rows = []
-            for status, answer in sorted(operation["responses"].items()):
-                schema = answer.get("content", {}).get("application/json", {}).get("schema")
-                rows.append((status, _prose(answer["description"]), _schema(schema) if schema else ""))
-            parts.append(_table(("status", "meaning", "body"), rows))
+            answers = operation["responses"]
+            schema = answers["200"].get("content", {}).get("application/json", {}).get("schema")
+            if schema:
+                parts.append(f"Answer: {_schema(schema)}.")
+            failures = [status for status in sorted(answers) if status != "200"]
+            if failures:
+                parts.append(f"Other statuses: {', '.join(failures)}, with a [`Failure`](#failure).")
     for name, schema in sorted(described.get("components", {}).get("schemas", {}).items()):
-        rows = [(f"`{field}`", _schema(value), "yes" if field in schema.get("required", ()) else "",
-                 _prose(value.get("description", ""))) for field, value in schema.get("properties", {}).items()]  # fmt: skip
+        needed = schema.get("required", ())
+        rows = [
+            (f"`{field}`", _schema(value), "yes" if field in needed else "", _prose(value.get("description", "")))
+            for field, value in schema.get("properties", {}).items()
+        ]
         parts += [f"## {name}", *([_prose(schema["description"])] if "description" in schema else [])]
         parts.append(_table(("field", "type", "required", "meaning"), rows) if rows else "No fields.")
     introduction = (
@@ -373,7 +380,7 @@ def metrics() -> str:
         parts += [f"## {title}", _table(("metric", "type", "labels", "meaning"), sorted(rows))]
     introduction = (
         "`classer serve`, `classer frontend` and `classer gateway` answer Prometheus at `/metrics`, on the port of "
-        "`--metrics-port` (the gateway on its own port). A server has both tables, a front end and a gateway the first. "
+        "`--metrics-port` (the gateway on its own port). A server has both tables, a front end and a gateway the first.\n\n"
         "Memory, CPU time and open files of the process come with them, under Prometheus' own names. "
         "[Operate](../guide/operate.md#metrics) says which to act on."
     )
@@ -388,8 +395,8 @@ def properties() -> str:
 
     rows = [(one.name, f"`{one.file}`", f"`{one.tests}`") for one in BREAKS]
     introduction = (
-        "Each property below is broken on purpose, by changing one line in a copy of the checkout; tests of its room must "
-        "then fail. A break that no test notices ends the command with exit code 1:\n\n"
+        "Each property below is broken on purpose, by changing one line in a copy of the checkout; tests of its room "
+        "must then fail. A break that no test notices ends the command with exit code 1:\n\n"
         "```bash\n.venv/bin/python tools/dev/break_properties.py            # all of them\n"
         ".venv/bin/python tools/dev/break_properties.py leaves     # those with this word in their name\n```"
     )
