@@ -380,7 +380,8 @@ def metrics() -> str:
         parts += [f"## {title}", _table(("metric", "type", "labels", "meaning"), sorted(rows))]
     introduction = (
         "`classer serve`, `classer frontend` and `classer gateway` answer Prometheus at `/metrics`, on the port of "
-        "`--metrics-port` (the gateway on its own port). A server has both tables, a front end and a gateway the first.\n\n"
+        "`--metrics-port` (the gateway on its own port). A server has both tables, a front end and a gateway "
+        "the first.\n\n"
         "Memory, CPU time and open files of the process come with them, under Prometheus' own names. "
         "[Operate](../guide/operate.md#metrics) says which to act on."
     )
