@@ -372,7 +372,8 @@ def metrics() -> str:
         registry = CollectorRegistry()
         make(registry)
         rows = []
-        for collector in registry._collector_to_names:
+        collectors: list[Any] = list(registry._collector_to_names)
+        for collector in collectors:
             family = next(iter(collector.describe()))
             suffix = "_total" if family.type == "counter" else ""
             labels = ", ".join(f"`{label}`" for label in getattr(collector, "_labelnames", ()))
