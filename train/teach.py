@@ -5,6 +5,7 @@ Axes: N texts, L labels of one task, D the width of a teacher, V of all teachers
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from ..data.errors import InputError
 from ..data.extras import missing_packages
+from ..data.files import atomic_write
 from ..data.readers import infer_task, read_examples, read_task_folder, read_texts
 from ..data.soft_labels import (
     TeacherScore,
@@ -127,16 +129,14 @@ def teach(job: TeachJob, say: Callable[[str], object] = print) -> None:
         vectors.append(pooled)
         say(str(scores[-1]))
     job.out.parent.mkdir(parents=True, exist_ok=True)
-    parts = [file.with_name(file.name + ".part") for file in files]
-    for part in parts:
-        part.unlink(missing_ok=True)
-    if job.relations:
-        write_vectors(parts[0], texts, np.concatenate([np.concatenate(chunks) for chunks in vectors], axis=1))
-    write_teachers(parts[1], scores)
-    write_soft_labels(parts[2], task, texts, mean_NL)
-    for part, file in zip(parts, files, strict=True):
-        if part.exists():
-            part.rename(file)
+    # Renamed from the last to the first: where the answers are, the other files are too.
+    with contextlib.ExitStack() as stack:
+        answers, teachers = (stack.enter_context(atomic_write(file)) for file in (job.out, teachers_file(job.out)))
+        if job.relations:
+            pooled_NV = np.concatenate([np.concatenate(chunks) for chunks in vectors], axis=1)
+            write_vectors(stack.enter_context(atomic_write(vectors_file(job.out))), texts, pooled_NV)
+        write_teachers(teachers, scores)
+        write_soft_labels(answers, task, texts, mean_NL)
     say(f"{job.out}: the answers of {', '.join(job.teacher)}.")
 
 

@@ -9,7 +9,7 @@ texts that rank before it, share a batch with one that does, or fill rows that w
 nor short ones starve, nor bulk ones.
 
 Deadlines. What a batch takes is predicted from the warm-up's measurements, times how the last batches compared with
-theirs. A text whose deadline would pass before its turn is refused at once, if it was announced (`expect`) even before
+theirs. A text whose deadline would pass before its turn is refused at once, if it was announced (`reserve`) even before
 it is tokenised; one whose deadline has passed, or is nearer than its batch would take, is not run.
 
 All times are seconds of the scheduler's clock.
@@ -147,8 +147,8 @@ class Scheduler:
         if self._thread.ident is not None:
             self._thread.join(timeout)
 
-    def expect(self, count: int, deadline: float | None, priority: Priority) -> tuple[int, ServeError | None]:
-        """Announces texts that have still to be tokenised, so that those behind them reckon with them, until `arrived`.
+    def reserve(self, count: int, deadline: float | None, priority: Priority) -> tuple[int, ServeError | None]:
+        """Announces texts that have still to be tokenised, so that those behind them reckon with them, until `release`.
 
         Returns:
           How many of them were announced, and why the rest was not: they would be refused as things stand, and
@@ -172,8 +172,8 @@ class Scheduler:
             self._expected[priority] += fit
             return fit, error
 
-    def arrived(self, count: int, priority: Priority) -> None:
-        """Ends what `expect` announced: these texts are queued now, or never will be."""
+    def release(self, count: int, priority: Priority) -> None:
+        """Ends what `reserve` announced: these texts are queued now, or never will be."""
         with self._changed:
             self._expected[priority] -= count
 

@@ -15,6 +15,7 @@ from classer import __version__
 from classer.data.errors import ClasserError, InputError
 from classer.data.extras import missing_packages
 from classer.data.fetch import cache_folder
+from classer.data.files import disk_error
 from classer.serve.ops.cache import check_private
 
 
@@ -129,9 +130,11 @@ def run(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as e:
-        if e.filename is None:
+        if e.filename is not None:
+            return _fail(f"{e.filename}: {e.strerror}.")
+        if (reason := disk_error(e)) is None:
             raise
-        return _fail(f"{e.filename}: {e.strerror}.")
+        return _fail(f"Something could not be written: {reason[0].lower()}{reason[1:]}.")
     except KeyboardInterrupt:
         print("classer: stopped.", file=sys.stderr)
         return 128 + signal.SIGINT
