@@ -76,4 +76,4 @@ def slug(heading: str) -> str:
 def commands(block: Block) -> list[str]:
     """The lines of a shell block, continued ones joined, without comments."""
     joined = re.sub(r"\\\n\s*", "", block.text)
-    return [line for line in (re.sub(r"\s+# .*$", "", line).strip() for line in joined.splitlines()) if line]
+    return [line for line in (re.sub(r"(^|\s+)# .*$", "", line).strip() for line in joined.splitlines()) if line]
