@@ -323,7 +323,7 @@ def http() -> str:
             schema = answers["200"].get("content", {}).get("application/json", {}).get("schema")
             if schema:
                 parts.append(f"Answer: {_schema(schema)}.")
-            failures = [status for status in sorted(answers) if status != "200"]
+            failures = [status for status in sorted(answers) if "Failure" in str(answers[status].get("content"))]
             if failures:
                 parts.append(f"Other statuses: {', '.join(failures)}, with a [`Failure`](#failure).")
     for name, schema in sorted(described.get("components", {}).get("schemas", {}).items()):
