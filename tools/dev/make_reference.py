@@ -350,9 +350,11 @@ def _schema(schema: dict[str, Any]) -> str:
             return " or ".join(_schema(one) for one in schema[union])
     if schema.get("type") == "array":
         return f"list of {_schema(schema.get('items', {}))}"
-    bounds = [f"{word} {schema[key]:,}" for key, word in
-              (("minimum", "at least"), ("maximum", "at most"), ("maxLength", "up to")) if key in schema]  # fmt: skip
-    return " ".join([f"`{schema.get('type', 'any')}`", ", ".join(bounds)]).strip()
+    if "enum" in schema:
+        return " or ".join(f"`{value}`" for value in schema["enum"])
+    words = {"minimum": "at least {:,.10g}", "maximum": "at most {:,.10g}", "maxLength": "up to {:,} characters"}
+    bounds = ", ".join(sentence.format(schema[key]) for key, sentence in words.items() if key in schema)
+    return f"`{schema.get('type', 'any')}` {bounds}".strip()
 
 
 # ── metrics ──────────────────────────────────────────────────────────────────────────────────────────────────────────
