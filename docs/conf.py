@@ -13,13 +13,15 @@ exclude_patterns = ["_build"]
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 
-# The Python API: types stand in the signature's place, once.
-autodoc_typehints = "description"
+# The Python API. A single back-tick is code, as in Markdown.
+default_role = "code"
+add_module_names = False
+autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"
-autodoc_class_signature = "separated"
-autodoc_default_options = {"members": True, "show-inheritance": True}
-napoleon_google_docstring = True
+autodoc_default_options = {"members": True}
+python_maximum_signature_line_length = 80
 napoleon_use_ivar = True
+napoleon_use_rtype = False
 
 html_theme = "furo"
 html_title = "Classer"
