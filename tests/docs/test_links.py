@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from classer.tests.docs.pages import anchors, links, name_of, pages
+from classer.tests.docs.pages import ROOT, anchors, links, name_of, pages
 
 
 @pytest.mark.parametrize("page", pages(), ids=name_of)
@@ -23,6 +23,13 @@ def test_relative_links_and_anchors_exist(page: Path) -> None:
         assert target.exists(), f"{name_of(page)} links to {link}; there is no such file"
         if anchor:
             assert anchor in anchors(target), f"{name_of(page)} links to {link}; there is no such heading"
+
+
+def test_pages_that_the_code_names_exist() -> None:
+    for room in ("data", "model", "train", "serve", "tools", "tests"):
+        for file in (ROOT / room).rglob("*.py"):
+            for page in re.findall(r"\bdocs/[\w/-]+\.md", file.read_text(encoding="utf-8")):
+                assert (ROOT / page).exists(), f"{file.relative_to(ROOT)} names {page}"
 
 
 def test_a_dead_link_would_be_seen(tmp_path: Path) -> None:
