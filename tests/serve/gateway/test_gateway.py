@@ -24,6 +24,7 @@ from classer.serve.gateway.app import make_app
 from classer.serve.gateway.run import GatewayConfig, run_gateway
 from classer.serve.ops.keys import make_key, write_keys
 from classer.serve.wire.limits import MAX_MESSAGE_BYTES
+from classer.tests.processes import Process
 
 from ..ops.guarded import TIMEOUT, Guarded, guarded
 
@@ -289,13 +290,8 @@ def test_the_command_drains_on_sigterm(running: Guarded) -> None:
     """What is in flight is answered, and the process ends well; every option is an environment variable too."""
     command = [sys.executable, "-m", "classer.tools.cli.main", "gateway"]
     settings = {"CLASSER_SERVER": running.address, "CLASSER_PORT": "0"}
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **settings}
-    )
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        port = int(line.rsplit(":", 1)[1])
+    with Process(command, env={**os.environ, **settings}) as process:
+        port = int(process.stdout.line().rsplit(":", 1)[1])
         with socket.create_connection(("127.0.0.1", port), TIMEOUT) as raw:
             body = b'{"input": "hold"}'
             head = "POST /v1/classify HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
@@ -305,8 +301,6 @@ def test_the_command_drains_on_sigterm(running: Guarded) -> None:
             time.sleep(0.3)
             running._loop.call_soon_threadsafe(running.null.release.set)
             assert b" 200 " in raw.recv(4096)
-        _, errors = process.communicate(timeout=TIMEOUT)
-        assert "Traceback" not in errors
-        assert process.returncode == 0, errors
-    finally:
-        process.kill()
+        done = process.result(TIMEOUT)
+        assert "Traceback" not in done.stderr
+        assert done.returncode == 0, done.stderr

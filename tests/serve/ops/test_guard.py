@@ -10,7 +10,6 @@ import json
 import logging
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -47,6 +46,7 @@ from classer.serve.proto.classifier_pb2_grpc import ClassifierStub, ModelAdminSt
 from classer.serve.rpc.frontend import FrontEnd, FrontEndConfig
 from classer.serve.wire.errors import Forbidden, Unauthenticated
 from classer.serve.wire.status import error_of, error_of_call
+from classer.tests.processes import Process
 
 from .guarded import TIMEOUT, Guarded, guarded, write_certificates
 
@@ -589,15 +589,8 @@ def test_a_front_end_guards_as_a_server_does(key_file) -> None:
         config = FrontEndConfig(engine.address, port=0, operations=operations)
         text = json.dumps(dataclasses.asdict(config), default=str)
         assert FrontEndConfig.from_json(text) == config
-        process = subprocess.Popen(
-            [sys.executable, "-m", "classer.serve.rpc.frontend", text],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            assert process.stdout is not None
-            address = process.stdout.readline().split()[-1]
+        with Process([sys.executable, "-m", "classer.serve.rpc.frontend", text]) as process:
+            address = process.stdout.line().split()[-1]
             with Client(address, key=keys["any"]) as client:
                 client.wait_until_healthy(TIMEOUT)
                 assert client.classify("a").best.label == "sport"
@@ -621,5 +614,3 @@ def test_a_front_end_guards_as_a_server_does(key_file) -> None:
             assert samples['classer_texts_total{code="RESOURCE_EXHAUSTED"}'] == 1
             process.send_signal(signal.SIGTERM)
             assert process.wait(TIMEOUT) == 0
-        finally:
-            process.kill()

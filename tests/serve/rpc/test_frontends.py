@@ -22,6 +22,7 @@ from classer.serve.client.client import Client, DeadlineExceeded, InvalidRequest
 from classer.serve.proto import classifier_pb2 as pb
 from classer.serve.proto.classifier_pb2_grpc import ClassifierStub
 from classer.serve.rpc.frontend import GATHER_REQUESTS, Coalescer
+from classer.tests.processes import Process
 
 TIMEOUT = 60.0
 COUNT = 2
@@ -133,22 +134,11 @@ def test_the_port_is_nobody_else_s(running, start_server, bundle_path) -> None:
 
 def test_a_front_end_ends_with_its_parent() -> None:
     config = '{"engine": "unix:/nonexistent/classer.sock", "port": 0, "drain_seconds": 1}'
-    process = subprocess.Popen(
-        [sys.executable, "-m", "classer.serve.rpc.frontend", config],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        with Client(line.split()[-1]) as client:
+    with Process([sys.executable, "-m", "classer.serve.rpc.frontend", config]) as process:
+        with Client(process.stdout.line().split()[-1]) as client:
             assert not client.healthy()
-        assert process.stdin is not None
         process.stdin.close()
         assert process.wait(TIMEOUT) == 0
-    finally:
-        process.kill()
 
 
 def test_it_loads_neither_jax_nor_tensorflow() -> None:

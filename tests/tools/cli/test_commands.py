@@ -25,6 +25,7 @@ from classer.serve.core.work import Output, Scored
 from classer.serve.proto import classifier_pb2 as pb
 from classer.serve.proto.classifier_pb2_grpc import ClassifierServicer, add_ClassifierServicer_to_server
 from classer.tests.helpers import write_toy_data
+from classer.tests.processes import Process
 from classer.tools.cli import main as cli
 from classer.tools.cli.main import main
 from classer.tools.cli.train import parse_job
@@ -273,15 +274,11 @@ def test_interrupting_a_run_says_so(trained: Trained, tmp_path: Path) -> None:
         "--patience",
         "0",
     ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        assert process.stderr is not None
-        assert any("epoch 1/1000" in line for line in process.stderr)
+    with Process(command) as process:
+        process.stderr.line_with("epoch 1/1000")
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=TIMEOUT)
-    finally:
-        process.kill()
-    assert process.returncode == 128 + signal.SIGINT
-    assert "classer: stopped." in errors
-    assert "Traceback" not in errors
+        done = process.result(TIMEOUT)
+    assert done.returncode == 128 + signal.SIGINT
+    assert "classer: stopped." in done.stderr
+    assert "Traceback" not in done.stderr
     assert not (tmp_path / "run" / "bundle").exists()
