@@ -361,9 +361,7 @@ def _schema(schema: dict[str, Any]) -> str:
 
 
 def metrics() -> str:
-    from prometheus_client import CollectorRegistry
-
-    from classer.serve.ops.metrics import CallMetrics, DeviceMetrics
+    from classer.serve.ops.metrics import CallMetrics, DeviceMetrics, new_registry
 
     parts = []
     of_device = {"waiting_tokens": lambda: 0, "max_waiting_tokens": 0, "alive": lambda: True}
@@ -371,12 +369,14 @@ def metrics() -> str:
         ("Calls", CallMetrics),
         ("Device", lambda registry: DeviceMetrics(registry, **of_device)),
     ):
-        registry = CollectorRegistry()
+        registry = new_registry()
         make(registry)
         rows = []
         collectors: list[Any] = list(registry._collector_to_names)
         for collector in collectors:
-            family = next(iter(collector.describe()))
+            family = next(iter(collector.describe()), None)
+            if family is None:  # the figures of the process
+                continue
             suffix = "_total" if family.type == "counter" else ""
             labels = ", ".join(f"`{label}`" for label in getattr(collector, "_labelnames", ()))
             rows.append((f"`{family.name}{suffix}`", family.type, labels, _prose(family.documentation)))
