@@ -1,4 +1,4 @@
-"""Focused Attention: which tokens a layer keeps. docs/focused-attention.md has the idea, the maths and the figures.
+"""Focused Attention: which tokens a layer keeps. docs/internals/focus.md has the idea, the maths and the figures.
 
 A *focus* is a share for each layer. A layer keeps that share of each row's own tokens, those with the highest scores of
 its gate, which reads the activations after the layer's attention. Kept tokens stay in order and keep their positions;
@@ -259,7 +259,7 @@ def keep_bias(scores_BS: jax.Array, kept_B: jax.Array, temperature: jax.Array | 
 
     Added to the attention scores of the tokens as keys; its exponential weighs the tokens in the pooling. Hard rows
     send the scores no gradient: a straight-through estimator sees only the tokens that were kept, and trains worse
-    gates (docs/focused-attention.md).
+    gates (docs/internals/tried-and-rejected.md).
 
     Args:
       scores_BS: from `token_scores`.

@@ -150,7 +150,7 @@ def golden(request: Request, target: str) -> list[GoldenText]:
     format, of those that compute with these weights and unrounded activations.
 
     The texts are the bundle's own; and for float models the empty text, and one that is cut. INT8 of a text that the
-    model has never seen the like of rounds too wildly to compare: see `bundle.quantize`.
+    model has never seen the like of rounds too wildly to compare: see `bundle.quantize_bundle`.
     """
     bundle = request.bundle
     texts = [text for text in bundle.golden_texts if text]
