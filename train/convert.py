@@ -28,7 +28,7 @@ from scipy.sparse import csr_array
 
 from ..data.buckets import BUCKETS, bucket_for, pad_batch
 from ..data.errors import InputError
-from ..data.pipeline import Batch, TrainBatches, TrainExamples
+from ..data.pipeline import Batch, TrainExamples, epoch_batches
 from ..data.readers import read_texts
 from ..data.tokenizer import WordPieceTokenizer
 from ..model.config import EncoderConfig
@@ -179,7 +179,7 @@ def _heal(
     epoch_tokens = sum(map(len, train))
     epochs = max(1, round(job.tokens / epoch_tokens))
     unlabelled = csr_array((len(train), 0), dtype=np.float32)
-    batches = TrainBatches(
+    batches = epoch_batches(
         TrainExamples(train, unlabelled, np.zeros(len(train), np.int32)),
         batch_size=job.batch_size,
         seed=job.seed,
