@@ -98,7 +98,7 @@ def bind(host: str, port: int, option: str, make: Callable[[str, int], T], *, ho
     try:
         return make(host, port)
     except (OSError, RuntimeError) as error:
-        reason = (error.strerror or str(error)).lower() if isinstance(error, OSError) else _why_not(host, port)
+        reason = _why_not(host, port) or str(error).lower()
         other = f"{option} (0 picks a free one)" + (f" or {host_option}" if host_option else "")
         raise InputError(f"Cannot listen on {address_of(host, port)}: {reason}. Choose another {other}.") from None
 
@@ -117,9 +117,9 @@ def check_free(host: str, port: int) -> None:
 
 
 def _why_not(host: str, port: int) -> str:
-    """The operating system's reason why an address cannot be bound, which gRPC only logs."""
+    """The operating system's reason why an address cannot be bound; gRPC only logs it. Empty if it can be bound."""
     try:
         check_free(host, port)
     except OSError as error:
         return (error.strerror or str(error)).lower()
-    return "gRPC refused it"
+    return ""
