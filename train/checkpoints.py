@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import json
 import logging
@@ -23,7 +24,7 @@ import orbax.checkpoint as ocp
 
 from ..data.errors import InputError
 from ..data.files import atomic_write, disk_error
-from .processes import all_gather, broadcast, is_primary
+from .distributed import all_gather, is_primary, on_primary, say
 from .step import TrainState
 
 MAX_REASON = 120  # characters of a library's message in a sentence for the user
@@ -94,12 +95,12 @@ class Checkpoints:
     """
 
     def __init__(
-        self, folder: Path, *, config: dict[str, Any] | None = None, say: Callable[[str], object] = print
+        self, folder: Path, *, config: dict[str, Any] | None = None, say: Callable[[str], object] = say
     ) -> None:
         self._folder, self._config, self._say = folder.resolve(), config or {}, say
         self._closed = threading.Event()
         self._watcher: threading.Thread | None = None
-        broadcast(lambda: self._put_damaged_aside() or b"")
+        on_primary(self._put_damaged_aside)
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -177,7 +178,7 @@ class Checkpoints:
                     progress = dataclasses.replace(progress, best_score=-1.0, best_step=step)
                 return state, progress
             self._manager.close()
-            broadcast(lambda step=step, reason=reason: self._put_aside(step, reason) or b"")
+            on_primary(functools.partial(self._put_aside, step, reason))
             self._manager = self._open()
         return None
 

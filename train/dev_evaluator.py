@@ -11,10 +11,11 @@ from ..model.focus import Focus
 from ..model.predict import Predictor
 from ..model.quantize import Weights
 from .calibration import fit_thresholds
-from .evaluation import TokenizedSplit, measure
+from .distributed import shard_of
+from .evaluation import measure
 from .metrics import Metrics
-from .processes import shard_of
 from .runlog import RunLog
+from .tokenized import TokenizedSplit
 
 
 class DevEvaluator:

@@ -30,7 +30,7 @@ from ..model.focus import UNITS, FocusDraw
 from ..model.predict import Predictor
 from ..model.quantize import Weights
 from .config import Recipe
-from .evaluation import TokenizedSplit
+from .tokenized import TokenizedSplit
 
 # Share of the steps with soft gates, and their temperature at both ends; it falls geometrically, and stays.
 SOFT_SHARE = 0.25

@@ -29,7 +29,8 @@ from ..model.config import ComputeDtype, EncoderConfig
 from ..model.decode import probabilities
 from ..model.focus import UNITS, Focus, FocusDraw, kept_length
 from ..model.quantize import Quantization, variables
-from .evaluation import TokenizedSplit, measure
+from .evaluation import measure
+from .tokenized import TokenizedSplit
 
 BATCH_SIZE = 32
 # What a step of the search leaves of a layer's share, and the least that any layer keeps.

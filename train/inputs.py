@@ -11,8 +11,8 @@ from ..data.taxonomy import Taxonomy
 from ..data.tokenizer import WordPieceTokenizer
 from .config import TrainJob
 from .datasets import Dataset, load_dataset
-from .evaluation import TokenizedSplit, tokenize
 from .prepared import check_tokenizer, is_prepared, load_splits, open_prepared, text_of
+from .tokenized import TokenizedSplit, tokenize
 
 GOLDEN_TEXTS = 8
 

@@ -19,8 +19,8 @@ from ..data.shards import Shards
 from ..data.taxonomy import Task
 from ..data.tokenizer import WordPieceTokenizer
 from .config import TrainJob
-from .evaluation import TokenizedSplit
 from .probe import MAX_EXAMPLES
+from .tokenized import TokenizedSplit
 
 # Examples for development that are held of each task, unless `held_out_texts` says less.
 MAX_DEV = 20_000

@@ -24,7 +24,7 @@ from ..model.predict import Predictor
 from ..model.quantize import Weights
 from .calibration import fit_calibration
 from .config import Recipe
-from .evaluation import TokenizedSplit
+from .tokenized import TokenizedSplit
 
 # Share of the identity in the covariance (Friedman 1989): keeps it invertible with few examples.
 SHRINKAGE = 0.02

@@ -21,13 +21,13 @@ from .baseline import BaselineScore, tfidf_svm
 from .calibration import fit_calibration, without_thresholds
 from .config import TrainJob, read_curriculum
 from .curriculum import stages_for
+from .distributed import is_primary, leave, on_primary, primary_first, say
 from .evaluation import measure
 from .fit import fit
 from .inputs import Inputs, load_inputs, open_data
-from .loop import ExecutionConfig, FitResult, TrainContext
 from .metrics import Metrics
-from .place import LOGS
-from .processes import broadcast_decision, is_primary, leave, primary_first
+from .phases import ExecutionConfig, FitResult, TrainContext
+from .process_info import LOGS
 from .start import Start, choose_start
 
 CARD_LABELS = 200  # labels that the model card lists of a task
@@ -81,22 +81,21 @@ def run_job(job: TrainJob) -> TrainResult | None:
     `job.out` then holds `bundle` (INT8), `bundle-float32`, `results` (INT8) and `results-float32` (of several tasks one
     folder each in them), `checkpoints`, `metrics.jsonl`, `tensorboard` (of a curriculum in `stages`) and `job.json`.
 
-    In a job of several processes (see `processes`) all call it; the first alone writes, and returns a result.
+    In a job of several processes (see `distributed`) all call it; the first alone writes, and returns a result.
 
     Returns:
       The result; None where there is none to tell: in other processes, and if the run was finished before.
 
     Raises:
       InputError: the data, the encoder or the folder cannot be used; nothing that stood there before is touched.
-      Stopped: SIGTERM came, and all that was done is saved; from `processes.listen` on.
+      Stopped: SIGTERM came, and all that was done is saved; from `preemption.listen` on.
     """
     if job.curriculum is not None:
         stages = read_curriculum(job.curriculum)
         job = dataclasses.replace(job, recipe=dataclasses.replace(job.recipe, curriculum=stages))
-    if job.restartable and broadcast_decision(lambda: (job.out / "bundle").exists()):
+    if job.restartable and on_primary((job.out / "bundle").exists):
         return None
-    job = dataclasses.replace(job, resume=broadcast_decision(lambda: _check_out(job)))
-    say: Callable[[str], object] = print if is_primary() else lambda _: None
+    job = dataclasses.replace(job, resume=on_primary(lambda: _check_out(job)))
     layout = make_layout(fsdp=job.fsdp, tensor=job.tensor)
     if layout.mesh.size > 1:
         say(f"{layout.mesh.size} devices: " + ", ".join(f"{axis} {n}" for axis, n in layout.mesh.shape.items()) + ".")
@@ -114,8 +113,8 @@ def run_job(job: TrainJob) -> TrainResult | None:
         if sentence := without_thresholds(task, inputs.splits["dev"][task.name].targets):
             say(sentence)
     weights = _begin_with(job, start, inputs, say)
-    broadcast_decision(lambda: _write_job(job) is None)
-    running = ExecutionConfig(layout, job.save_steps, job.save_minutes, _job_json(job))
+    on_primary(lambda: _write_job(job))
+    execution = ExecutionConfig(layout, job.save_steps, job.save_minutes, _job_json(job))
     recipe = job.recipe
     if job.curriculum is None:
         recipe = dataclasses.replace(recipe, curriculum=stages_for(recipe.curriculum, inputs.taxonomy, say))
@@ -127,7 +126,7 @@ def run_job(job: TrainJob) -> TrainResult | None:
         inputs.splits["dev"],
         start.tokenizer.pad_id,
         job.out,
-        running,
+        execution,
         inputs.shards,
     )
     fitted = fit(context, weights)
