@@ -94,11 +94,10 @@ def on_primary(compute: Callable[[], Result]) -> Result:
     if not is_initialized():
         return compute()
     client, key = _store(), f"classer/{next(_messages)}"
-    result, content = None, b""
+    content = b""
     if is_primary():
         try:
-            result = compute()
-            content = pickle.dumps(result)
+            content = pickle.dumps(compute())
             answer = {"length": len(content)}
         except InputError as e:
             answer = {"error": str(e)}

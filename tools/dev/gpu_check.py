@@ -37,7 +37,7 @@ from classer.model.config import EncoderConfig, native
 from classer.model.quantize import INT8_MAX, Quantization, variables
 from classer.tools.aot.accelerators import bf16_peak
 from classer.tools.aot.hlo import count_flops, instructions, products
-from classer.train.step import init_state, make_optimizer, make_train_step
+from classer.train.step import LossConfig, init_state, make_optimizer, make_train_step
 
 VOCAB = 30_522
 # Of a run's output on another device, in units of the largest: float32 products on a GPU may be TF32.
