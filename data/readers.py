@@ -71,8 +71,8 @@ def example_of(row: Row, *, text_column: str, label_column: str, task: str, in_c
     Raises:
       InputError: as `read_examples`, of this row.
     """
-    _check_column(row, text_column, "--text-column")
-    _check_column(row, label_column, "--label-column")
+    check_column(row, text_column, "--text-column")
+    check_column(row, label_column, "--label-column")
     labels = _labels(row, label_column, in_cell=in_cell)
     return Example(text_of(row, text_column), labels, task, id=_id(row), source=row.source)
 
@@ -290,7 +290,8 @@ def find_label_column(place: Path | str, row: Row) -> str:
     raise InputError(f"{place} has no column 'label' or 'labels', only {columns}; name another with --label-column.")
 
 
-def _check_column(row: Row, column: str, option: str) -> None:
+def check_column(row: Row, column: str, option: str) -> None:
+    """Raises InputError where the row has no such column; `option` is what names another one."""
     if column not in row.fields:
         raise InputError(f"{row.source}: no column '{column}', only {listed(list(row.fields))}; see {option}.")
 
@@ -302,7 +303,7 @@ def text_of(row: Row, column: str) -> str:
       InputError: there is no such column; or it holds no string, a blank one, one that is longer than `MAX_TEXT_CHARS`,
         or one that no UTF-8 file can hold.
     """
-    _check_column(row, column, "--text-column")
+    check_column(row, column, "--text-column")
     text = row.fields[column]
     if not isinstance(text, str):
         raise InputError(f"{row.source}: '{column}' holds {_described(text)}, not a text.")

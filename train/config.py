@@ -15,7 +15,7 @@ from ..data.buckets import BUCKETS
 from ..data.errors import InputError
 from ..data.readers import read_mapping
 from ..data.taxonomy import TaskKind
-from ..model.config import ComputeDtype
+from ..model.precision import ComputeDtype, Precision
 from ..model.pretrained import MINILM
 
 
@@ -110,7 +110,7 @@ class Recipe:
     dropout: float = 0.0
     scan: bool = False
     remat: bool = False
-    compute_dtype: ComputeDtype = "bfloat16"
+    compute_dtype: ComputeDtype = Precision.bfloat16
     dev_fraction: float = 0.1
     curriculum: Annotated[tuple[CurriculumStage, ...], tyro.conf.Suppress] = ()
     soft_share: float = 0.7

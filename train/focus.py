@@ -27,6 +27,7 @@ from ..data.taxonomy import Task, Taxonomy
 from ..model.config import EncoderConfig
 from ..model.decode import Calibration, probabilities
 from ..model.focus import UNITS, FocusDraw
+from ..model.precision import Precision
 from ..model.predict import Predictor
 from ..model.quantize import Weights
 from .config import Recipe
@@ -89,7 +90,7 @@ def distilled(
       out: keeps the answers, so that a run that goes on does so with the very same ones.
     """
     out.mkdir(parents=True, exist_ok=True)
-    predictor = Predictor(encoder, taxonomy.num_labels, weights, "float32", recipe.compute_dtype)
+    predictor = Predictor(encoder, taxonomy.num_labels, weights, Precision.float32, recipe.compute_dtype)
     mixed = {}
     for task in taxonomy.tasks:
         if (split := train.get(task.name)) is None:

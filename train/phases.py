@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ..data.curriculum import CurriculumBatches
-from ..data.pipeline import TrainBatches
-from ..data.shards import ShardBatches, ShardCurriculum, Shards
+from ..data.pipeline import Batches
+from ..data.shards import Shards
 from ..data.taxonomy import Taxonomy
 from ..model.config import EncoderConfig
 from ..model.quantize import Weights
@@ -39,7 +38,7 @@ class Phase:
       dense: a dense classifier whose answers each step mixes into the targets; None for none.
     """
 
-    batches: TrainBatches | CurriculumBatches | ShardBatches | ShardCurriculum
+    batches: Batches[Any]
     num_evals: int
     patience: int
     label_smoothing: float

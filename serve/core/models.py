@@ -25,11 +25,12 @@ from ...data.taxonomy import Task
 from ...model.bundle import GOLDEN_LENGTH, Bundle, load_bundle
 from ...model.config import EncoderConfig
 from ...model.focus import Focus
+from ...model.precision import Precision
 from ...model.predict import Executables, Predictor, Program
-from ...model.variants import AGREEMENT, VARIANTS, Variant, disagreement, golden_ids, native, variant_predictor
+from ...model.variants import AGREEMENT, VARIANTS, disagreement, golden_ids, variant_predictor
 from ..wire.errors import InvalidRequest, NotPossible, UnknownTask
 from .answers import Answers
-from .engine import Engine, Golden, Warmed
+from .engine import Engine, Golden, TimedProgram
 from .tokenizing import TokenizerStage
 
 # What a name may be: it stands in URLs, in metrics and in log lines.
@@ -123,7 +124,7 @@ class Model:
         if not self.in_flight:
             idle(self)
 
-    def warm_up(self) -> Iterator[Warmed]:
+    def warm_up(self) -> Iterator[TimedProgram]:
         """Makes it ready, one program with each `next`. Runs in any one thread."""
         self.bundle.tokenizer.encode(["warm up"], self.bundle.max_length)
         for engine in self.engines.values():
@@ -209,7 +210,7 @@ class Models:
         *,
         default: bool = True,
         keep_old: bool = False,
-        progress: Callable[[Model, Warmed | None], bool] = lambda model, warmed: True,
+        progress: Callable[[Model, TimedProgram | None], bool] = lambda model, warmed: True,
     ) -> Model:
         """Loads a bundle, warms it, and only then lets requests go to it: all of them at once.
 
@@ -238,7 +239,7 @@ class Models:
             self._others.append(model)
             try:
                 programs = model.warm_up()
-                warmed: Warmed | None = None
+                warmed: TimedProgram | None = None
                 while progress(model, warmed):
                     if (warmed := await asyncio.to_thread(next, programs, None)) is None:
                         break
@@ -335,7 +336,7 @@ class _OnDemand:
     """
 
     bundle: Bundle
-    variant: Variant
+    variant: Precision
     focus: Focus | None
     executables: list[Executables]
 
@@ -357,8 +358,8 @@ def _prepare(name: str, path: Path, settings: ModelSettings, sibling: Model | No
     """Reads a bundle and puts on the device, and compiles, what its check needs; the rest is `warm_up`'s."""
     bundle = load_bundle(path)
     model = Model(name, bundle)
-    variants: list[Variant] = [one for one in VARIANTS if settings.precision in (AUTO, one)]
-    variants.sort(key=lambda one: one != native(bundle))  # among equals the bundle's own is preferred
+    variants: list[Precision] = [one for one in VARIANTS if settings.precision in (AUTO, one)]
+    variants.sort(key=lambda one: one != bundle.precision)  # among equals the bundle's own is preferred
     alike = sibling if sibling is not None and _shapes(sibling.bundle) == _shapes(bundle) else None
     for text in settings.focuses:
         focus = Focus.parse(text, bundle.encoder.num_layers)
@@ -366,8 +367,8 @@ def _prepare(name: str, path: Path, settings: ModelSettings, sibling: Model | No
             continue  # among several models those without gates serve what they can
         before = alike.engines.get(text) if alike is not None else None
         kept = None if focus.full else focus
-        predictors = {one: _OnDemand(bundle, one, kept, model.executables) for one in variants}
-        own = predictors.get(native(bundle)) or _OnDemand(bundle, native(bundle), kept, model.executables)
+        predictors: dict[str, _OnDemand] = {one: _OnDemand(bundle, one, kept, model.executables) for one in variants}
+        own = predictors.get(bundle.precision) or _OnDemand(bundle, bundle.precision, kept, model.executables)
         model.engines[text] = Engine(
             predictors,
             max_length=bundle.max_length,
@@ -391,10 +392,10 @@ def _golden(bundle: Bundle, predictor: Predictor) -> Golden:
     length = min(GOLDEN_LENGTH, bundle.max_length)
     reference_NL = predictor.logits(ids, batch_size=max(1, len(ids)), buckets=(length,))
 
-    def off(texts: Sequence[int], logits_NL: np.ndarray) -> float:
+    def max_error(texts: Sequence[int], logits_NL: np.ndarray) -> float:
         return disagreement(bundle, logits_NL, reference_NL[list(texts)])
 
-    return Golden(ids, off, AGREEMENT)
+    return Golden(ids, max_error, AGREEMENT)
 
 
 def _settle() -> None:

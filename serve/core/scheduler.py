@@ -9,7 +9,7 @@ texts that rank before it, share a batch with one that does, or fill rows that w
 nor short ones starve, nor bulk ones.
 
 Deadlines. What a batch takes is predicted from the warm-up's measurements, times how the last batches compared with
-theirs. A text whose deadline would pass before its turn is refused at once, if it was announced (`expect`) even before
+theirs. A text whose deadline would pass before its turn is refused at once, if it was announced (`reserve`) even before
 it is tokenised; one whose deadline has passed, or is nearer than its batch would take, is not run.
 
 All times are seconds of the scheduler's clock.
@@ -30,6 +30,7 @@ from concurrent.futures import Future
 from ...data.buckets import bucket_for
 from ..ops.log import log_failure
 from ..wire.errors import DeadlineExceeded, InternalError, InvalidRequest, Overloaded, ServeError, Unavailable
+from .deadlines import MIN_RETRY_SECONDS, RunTimes, too_late
 from .queues import Entry, Queues
 from .work import BatchRun, Device, Output, Priority, Scored, Work
 
@@ -40,15 +41,6 @@ MAX_WAITING_TOKENS = 1 << 20
 BULK_SHARE = 0.5
 # By how many seconds a bulk text's arrival counts as later; also how long a stream of interactive ones can hold it up.
 BULK_PATIENCE = 2.0
-# How fast predictions follow what batches really take, and within which factors of the warm-up's measurements.
-DRIFT_RATE = 0.1
-DRIFT_RANGE = (0.25, 8.0)
-# How fast the mean text follows those that come.
-TEXT_RATE = 0.05
-# What a deadline must leave beyond the prediction, as a factor of it.
-MARGIN = 1.4
-# A refusal's hint is no shorter: a caller who comes back sooner finds the same queue.
-MIN_RETRY_SECONDS = 0.02
 
 
 @dataclasses.dataclass(eq=False)
@@ -93,11 +85,10 @@ class Scheduler:
         self._on_death = on_death
         self._on_batch = on_batch
         self._queues = Queues()
-        self._expected = dict.fromkeys(Priority, 0)  # texts that were announced and are not here yet
-        self._text_seconds = 0.0  # of the last texts, each one's share of a full batch, as the warm-up measured
+        self._reserved = dict.fromkeys(Priority, 0)  # texts that are not tokenised yet
         self._running: collections.deque[_Batch] = collections.deque()
         self._answered: list[tuple[Entry, Scored]] = []  # of the last batch, not handed out yet
-        self._drift = 1.0
+        self._times = RunTimes()
         self._collected = clock()
         self._orders = itertools.count()
         self._refusal: str | None = None  # why nothing more is taken on: closing, or dead
@@ -147,8 +138,8 @@ class Scheduler:
         if self._thread.ident is not None:
             self._thread.join(timeout)
 
-    def expect(self, count: int, deadline: float | None, priority: Priority) -> tuple[int, ServeError | None]:
-        """Announces texts that have still to be tokenised, so that those behind them reckon with them, until `arrived`.
+    def reserve(self, count: int, deadline: float | None, priority: Priority) -> tuple[int, ServeError | None]:
+        """Announces texts that have still to be tokenised, so that those behind them reckon with them, until `release`.
 
         Returns:
           How many of them were announced, and why the rest was not: they would be refused as things stand, and
@@ -160,22 +151,21 @@ class Scheduler:
                 return 0, Unavailable(self._refusal)
             if self.waiting_tokens >= self._max_waiting_tokens:
                 return 0, self._no_room(self.waiting_tokens, self._max_waiting_tokens, "tokens", now)
-            each = self._text_seconds * self._drift
-            ahead = sum(texts for other, texts in self._expected.items() if other <= priority)
+            each = self._times.per_text
+            ahead = sum(texts for other, texts in self._reserved.items() if other <= priority)
             wait = self._backlog(priority, now) + ahead * each
             fit, error = count, None
-            if deadline is not None and each > 0:
-                left = (deadline - now) / MARGIN - wait
-                fit = min(count, max(math.floor(left / each) + 1, 1 if wait == 0 else 0))
+            if deadline is not None:
+                fit = self._times.fitting(count, deadline - now, wait)
                 if fit < count:
-                    error = _too_late(deadline - now, wait + fit * each)
-            self._expected[priority] += fit
+                    error = too_late(deadline - now, wait + fit * each)
+            self._reserved[priority] += fit
             return fit, error
 
-    def arrived(self, count: int, priority: Priority) -> None:
-        """Ends what `expect` announced: these texts are queued now, or never will be."""
+    def release(self, count: int, priority: Priority) -> None:
+        """Ends what `reserve` announced: these texts are queued now, or never will be."""
         with self._changed:
-            self._expected[priority] -= count
+            self._reserved[priority] -= count
 
     def submit(self, work: Work) -> Future[Scored]:
         """`submit_all` for one text."""
@@ -255,14 +245,14 @@ class Scheduler:
         # With nothing else to do the device may as well try: predictions can be wrong, and only runs mend them.
         # A text is answered with its batch, not before; and what was predicted is never exact.
         mates = min(full, 1 + self._queues.count([(work.device, bucket, work.priority)]))
-        needed = MARGIN * (wait + self._drift * work.device.seconds(bucket, mates))
-        if work.deadline is not None and busy and now + needed > work.deadline:
-            raise _too_late(work.deadline - now, wait)
+        left = math.inf if work.deadline is None else work.deadline - now
+        if busy and self._times.misses(left, wait, work.device.seconds(bucket, mates)):
+            raise too_late(left, wait)
         order = next(self._orders)
         rank = (now + (BULK_PATIENCE if work.priority is Priority.BULK else 0.0), order)
         entry = Entry(work, bucket, now, order, rank, seconds, future)
         self._queues.add(entry)
-        self._text_seconds += TEXT_RATE * (seconds - self._text_seconds)
+        self._times.add_text(seconds)
         # A future keeps its callbacks, and the entry holds the future: a strong reference would make a ring of them, to
         # be freed only by Python's collector, which under load then stops everything for a tenth of a second.
         queued = weakref.ref(entry)
@@ -284,10 +274,10 @@ class Scheduler:
 
     def _backlog(self, priority: Priority, now: float) -> float:
         """Predicted seconds until a text that comes now would have its turn."""
-        running = sum(batch.expected for batch in self._running) * self._drift
+        running = sum(batch.expected for batch in self._running) * self._times.drift
         if self._running:
             running = max(running - (now - max(self._running[0].started, self._collected)), 0.0)
-        return running + self._queues.seconds_before(priority) * self._drift
+        return running + self._queues.seconds_before(priority) * self._times.drift
 
     def _forget(self, entry: Entry | None) -> None:
         """Takes a cancelled text out of its queue, unless it has left it (as any other that is done has)."""
@@ -308,7 +298,7 @@ class Scheduler:
             count = device.batch_for(bucket, self._queues.count(own))
             rows = device.rows(bucket, count)
             now = self._clock()
-            ready = now + self._drift * device.seconds(bucket, count)
+            ready = now + self._times.drift * device.seconds(bucket, count)
             shorter = [(device, b, priority) for b in device.buckets if b < bucket for priority in Priority]
             # Rows that would stand empty are the shorter texts' for nothing.
             for keys, most in ((own, count), (shorter, rows)):
@@ -350,9 +340,7 @@ class Scheduler:
         with self._changed:
             self._running.popleft()
             self._collected = now
-            ratio = cost / max(batch.expected, 1e-9)
-            low, high = DRIFT_RANGE
-            self._drift += DRIFT_RATE * (min(max(ratio, low), high) - self._drift)
+            self._times.add_batch(cost, batch.expected)
         self._answered += [
             (entry, Scored(output, began - entry.enqueued, now - began))
             for entry, output in zip(batch.entries, outputs, strict=True)
@@ -411,13 +399,6 @@ class Scheduler:
             if entry.future.set_running_or_notify_cancel():
                 _deliver(entry, Unavailable(self._refusal))
         self._on_death()
-
-
-def _too_late(left: float, wait: float) -> DeadlineExceeded:
-    return DeadlineExceeded(
-        f"The deadline is {left:.3f} seconds away, but the text's turn would come in about {wait:.3f}; it was not run.",
-        retry_seconds=max(wait, MIN_RETRY_SECONDS),
-    )
 
 
 def _raising(error: Exception) -> Callable[[], Sequence[Output]]:

@@ -15,8 +15,9 @@ from typing import Protocol
 
 import numpy as np
 
+from ...data.readers import MAX_TEXT_CHARS
 from ..ops.log import log_failure
-from ..wire.errors import InternalError, Overloaded, ServeError
+from ..wire.errors import InternalError, InvalidRequest, Overloaded, ServeError
 
 # What may wait, and what is tokenised at once, in characters. A text also counts as one for itself, so that very
 # many empty ones are not free.
@@ -66,6 +67,15 @@ class Tokens:
     ids: np.ndarray
     truncated: bool
     spans: np.ndarray | None = None
+
+
+def length_error(text: str) -> InvalidRequest | None:
+    """The refusal of a text of more than `MAX_TEXT_CHARS` characters; None for a shorter one."""
+    if len(text) <= MAX_TEXT_CHARS:
+        return None
+    return InvalidRequest(
+        f"The text has {len(text)} characters; at most {MAX_TEXT_CHARS} are taken. Split or shorten it.", field="text"
+    )
 
 
 @dataclasses.dataclass(eq=False)

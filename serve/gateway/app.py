@@ -39,15 +39,19 @@ from ..wire.limits import MAX_MESSAGE_BYTES, RETRY_SECONDS
 from ..wire.status import code_of, error_of, error_of_call, text_outcomes
 from .messages import (
     HTTP_STATUS,
+    INPUT_TAGS,
     BatchOut,
-    Classified,
-    ClassifyBatchBody,
+    ClassificationOut,
     ClassifyBody,
     ErrorOut,
     Failure,
+    ModelOut,
+    ModelsOut,
     TasksOut,
-    classified,
-    item,
+    classification_out,
+    error_out,
+    item_out,
+    model_out,
     task_out,
 )
 
@@ -56,7 +60,7 @@ _HEALTH_SECONDS = 1.0
 _LIST_SECONDS = 10.0
 _API_KEY_HEADER = "x-api-key"
 _CLASSIFIER = pb.DESCRIPTOR.services_by_name["Classifier"].full_name
-_FIELDS = ClassifyBody.model_fields.keys() | ClassifyBatchBody.model_fields.keys()
+_FIELDS = ClassifyBody.model_fields.keys()
 _FAILURES: dict[int | str, dict[str, Any]] = {
     status: {"model": Failure} for status in sorted({*HTTP_STATUS.values(), 413})
 }
@@ -73,13 +77,14 @@ def make_app(
     max_calls: int = MAX_IN_FLIGHT_CALLS,
     max_bytes: int = MAX_IN_FLIGHT_BYTES,
 ) -> FastAPI:
-    """The application: /v1/classify, /v1/classify-batch, /v1/tasks; /healthz, /readyz, /metrics; /docs, /openapi.json.
+    """The application: /v1/classify, /v1/models, /v1/tasks; /healthz, /readyz, /metrics; /docs, /openapi.json.
 
     Args:
-      server: "host:port" of the gRPC service.
-      tls: how to connect to it.
-      tracing: where spans go; None nowhere. A caller's `traceparent` then goes on to the service as it is.
-      max_calls, max_bytes: what may be in flight at once; beyond either, calls are refused as 429.
+      server: address of the gRPC server, "host:port".
+      tls: TLS toward the server; None without TLS.
+      tracing: exporter of spans; None passes a caller's `traceparent` on to the server unchanged.
+      max_calls: calls in flight at most; more are refused with status 429.
+      max_bytes: bytes of bodies in flight at most; more are refused with status 429.
     """
     upstream = _Upstream(server, tls, tracing)
 
@@ -99,24 +104,38 @@ def make_app(
     app.add_exception_handler(Exception, _answer_bug)
 
     @app.post("/v1/classify")
-    async def classify(body: ClassifyBody, request: Request) -> Classified:
-        """Classifies one text."""
-        with _sendable():
-            message = pb.ClassifyRequest(text=body.text, **body.fields())
-        call = upstream.call("Classify", request, message, body.timeout_ms / 1e3, texts=1)
-        return classified(await call)
+    async def classify(body: ClassifyBody, request: Request) -> ClassificationOut | BatchOut:
+        """Classifies one text, or each of a list of texts.
 
-    @app.post("/v1/classify-batch")
-    async def classify_batch(body: ClassifyBatchBody, request: Request) -> BatchOut:
-        """Classifies up to 1,024 texts; each has an answer or an error of its own."""
+        The answer to a text is an object; the answer to a list has an item for each text: its answer, or its error.
+        """
         with _sendable():
-            message = pb.ClassifyBatchRequest(texts=body.texts, **body.fields())
-        call = upstream.call("ClassifyBatch", request, message, body.timeout_ms / 1e3, texts=len(body.texts))
-        return BatchOut(items=[item(one) for one in (await call).items])
+            options = body.options()
+            if isinstance(body.input, str):
+                message = pb.ClassifyRequest(text=body.input, options=options)
+            else:
+                message = pb.ClassifyBatchRequest(text_batch=pb.TextBatch(texts=body.input, options=options))
+        if isinstance(message, pb.ClassifyRequest):
+            return classification_out(await upstream.call("Classify", request, message, body.timeout, texts=1))
+        call = upstream.call("ClassifyBatch", request, message, body.timeout, texts=len(body.input))
+        return BatchOut(items=[item_out(item) for item in (await call).items])
+
+    @app.get("/v1/models")
+    async def models(request: Request) -> ModelsOut:
+        """Lists the versions of the models."""
+        found = await upstream.call("ListModels", request, pb.ListModelsRequest(), _LIST_SECONDS, texts=0)
+        return ModelsOut(models=[model_out(model) for model in found.models])
+
+    @app.get("/v1/models/{name}")
+    async def model(request: Request, name: str, version: str = "") -> ModelOut:
+        """Gets one model: its tasks with all their labels, and its programs."""
+        with _sendable():
+            message = pb.GetModelRequest(name=name, version=version)
+        return model_out(await upstream.call("GetModel", request, message, _LIST_SECONDS, texts=0))
 
     @app.get("/v1/tasks")
     async def tasks(request: Request, model: str = "") -> TasksOut:
-        """The tasks that can be asked for."""
+        """Lists the tasks that can be asked for."""
         with _sendable():
             message = pb.ListTasksRequest(model=model)
         found = await upstream.call("ListTasks", request, message, _LIST_SECONDS, texts=0)
@@ -124,25 +143,25 @@ def make_app(
 
     @app.get("/healthz", response_class=PlainTextResponse)
     async def healthz() -> str:
-        """Whether this process lives."""
+        """Liveness of the gateway."""
         return "ok"
 
     @app.get("/readyz", response_class=PlainTextResponse)
     async def readyz() -> Response:
-        """Whether the service behind it is ready to classify."""
+        """Readiness of the server behind the gateway."""
         ready = await upstream.ready()
         return PlainTextResponse("ready" if ready else "not ready", 200 if ready else 503)
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        """This gateway's figures, for Prometheus; the server's own are on its own port."""
+        """Prometheus metrics of the gateway; the server has its own port for its metrics."""
         return Response(generate_latest(upstream.registry), media_type=CONTENT_TYPE_LATEST)
 
     return app
 
 
 class _Upstream:
-    """The gRPC service behind the gateway."""
+    """The gRPC server behind the gateway."""
 
     def __init__(self, server: str, tls: Tls | None, tracing: Tracing | None) -> None:
         self._server, self._tls, self._tracing = server, tls, tracing
@@ -150,7 +169,7 @@ class _Upstream:
         self.metrics = CallMetrics(self.registry)
 
     def connect(self) -> None:
-        """Call it on the event loop that is to make the calls."""
+        """Opens the channel, on the event loop that makes the calls."""
         self._channel = aio_channel(self._server, _OPTIONS, self._tls)
         self._classifier = ClassifierStub(self._channel)
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
@@ -167,10 +186,12 @@ class _Upstream:
         return answer.status == health_pb2.HealthCheckResponse.SERVING
 
     async def call(self, method: str, request: Request, message: Any, seconds: float, *, texts: int) -> Any:
-        """Makes a call with the caller's key and place in a trace, and counts it. A caller that goes cancels it.
+        """Makes a call with the caller's API key and trace context, and counts it.
+
+        A caller that disconnects cancels its call.
 
         Raises:
-          ServeError: as the service, or the connection to it, said.
+          ServeError: the server refused the call, or cannot be reached.
         """
         started = time.perf_counter()
         span = None if self._tracing is None else self._tracing.start(f"HTTP {method}", request.headers, {})
@@ -209,13 +230,13 @@ class _Upstream:
 
 
 async def _typed(rpc: Awaitable[T]) -> T:
-    """The call's response; its failure as one of our errors, with the service's own sentence where it sent one."""
+    """The call's response. Raises ServeError, with the server's sentence if it sent one."""
     try:
         return await rpc
     except grpc.aio.AioRpcError as failure:
         if (said := error_of_call(failure)) is not None:
             raise said from None
-        # gRPC's own words name addresses, and are none of the caller's business.
+        # gRPC's own details name internal addresses.
         sentence = {
             grpc.StatusCode.DEADLINE_EXCEEDED: "The deadline passed before there was an answer.",
             grpc.StatusCode.UNAVAILABLE: "The gateway does not reach its server; try again in a moment.",
@@ -225,7 +246,7 @@ async def _typed(rpc: Awaitable[T]) -> T:
 
 
 async def _while_there(request: Request, call: Awaitable[T]) -> T:
-    """Awaits a call, and cancels it once the HTTP caller has gone."""
+    """The call's response; cancels the call and raises Cancelled if the HTTP caller disconnects."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -250,11 +271,13 @@ def _parent_in(request: Request) -> list[tuple[str, str]]:
 
 @contextlib.contextmanager
 def _sendable() -> Any:
-    """Refuses what protobuf cannot carry."""
+    """Turns protobuf's errors into InvalidRequest."""
     try:
         yield
     except (UnicodeEncodeError, ValueError):
-        raise InvalidRequest("A field holds what UTF-8 or its number's range cannot carry.") from None
+        raise InvalidRequest(
+            "A field holds a character that UTF-8 cannot carry, or a number out of its range."
+        ) from None
 
 
 async def _answer_error(_: Request, error: Exception) -> Response:
@@ -263,39 +286,48 @@ async def _answer_error(_: Request, error: Exception) -> Response:
 
 
 def _error_response(error: ServeError) -> Response:
-    code = code_of(error).name
-    body = ErrorOut(code=code, reason=error.reason, message=str(error), retry_seconds=error.retry_seconds)
+    body = error_out(error)
     headers = {}
     if error.retry_seconds is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_seconds)))
-    if code == "UNAUTHENTICATED":
+    if body.code == "UNAUTHENTICATED":
         headers["www-authenticate"] = KEY_SCHEME.strip()
-    return JSONResponse(Failure(error=body).model_dump(), HTTP_STATUS.get(code, 500), headers)
+    return JSONResponse(Failure(error=body).model_dump(), HTTP_STATUS.get(body.code, 500), headers)
 
 
 async def _answer_invalid(request: Request, error: Exception) -> Response:
-    """Says which field is wrong and how, but neither its value nor the names of fields that are none of ours."""
+    """Names the path of the wrong field and what it must be; repeats neither its value nor an unknown field's name."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    where = [str(part) if isinstance(part, int) or part in _FIELDS else "(unknown)" for part in first["loc"][1:]]
+    path = ""
+    for part in first["loc"][1:]:
+        if part not in INPUT_TAGS:
+            path += f"[{part}]" if isinstance(part, int) else str(part) if part in _FIELDS else "(unknown)"
     if first["type"] == "json_invalid":
-        sentence = "The body is not valid JSON."
+        sentence, path = "The body is not valid JSON.", ""
     elif first["type"] == "extra_forbidden":
-        sentence = f"The body has a field that is not known; known are: {', '.join(sorted(_FIELDS))}."
+        sentence, path = f"The body has an unknown field; the fields are: {', '.join(sorted(_FIELDS))}.", ""
+    elif first["type"] == "missing":
+        sentence = f"The field `{path or 'body'}` is missing."
     else:
-        sentence = f"The field `{'.'.join(where) or 'body'}` is not valid: {first['msg']}."
-    return await _answer_error(request, InvalidRequest(sentence))
+        said = str(first["msg"])
+        sentence = f"The field `{path or 'body'}` is wrong: {said[:1].lower()}{said[1:]}."
+    return await _answer_error(request, InvalidRequest(sentence, field=path))
 
 
 async def _answer_http(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     known = {
         400: "The body cannot be read as JSON in UTF-8.",
-        404: "There is nothing at this path; /docs lists what there is.",
-        405: "This path does not take this method.",
+        404: "No route has this path; /docs lists the routes.",
+        405: "This route does not take this method.",
     }
     code = {404: "NOT_FOUND", 405: "UNIMPLEMENTED"}.get(error.status_code, "INVALID_ARGUMENT")
-    body = ErrorOut(code=code, reason=code, message=known.get(error.status_code, "The request is not valid."))
+    body = ErrorOut(
+        code=code,
+        reason=code,
+        message=known.get(error.status_code, "The request is not valid."),
+    )
     return JSONResponse(Failure(error=body).model_dump(), error.status_code, error.headers)
 
 
@@ -305,9 +337,9 @@ async def _answer_bug(request: Request, error: Exception) -> Response:
 
 
 class _Limit:
-    """Refuses what would be more than may be in flight at once, and a body that is larger than the service takes.
+    """Middleware that bounds the calls and bytes in flight, and the size of a body.
 
-    Bodies are counted as they are read, whatever their headers say; health and metrics are answered in any case.
+    Bytes are counted as they are read, whatever the headers say. Health and metrics are always answered.
     """
 
     def __init__(
@@ -361,7 +393,7 @@ class _Limit:
 
     def _too_much(self, what: str, reason: str) -> _Refused:
         error = Overloaded(
-            f"The gateway works on {what} at a time; try again in a moment.",
+            f"The gateway has its limit of {what} in flight; try again in a moment.",
             retry_seconds=RETRY_SECONDS,
             reason=reason,
         )
@@ -370,13 +402,13 @@ class _Limit:
 
 
 def _too_large() -> Response:
-    sentence = f"The body is larger than {MAX_MESSAGE_BYTES} bytes, which is what a request may have."
+    sentence = f"The body is larger than {MAX_MESSAGE_BYTES} bytes, the limit of a request."
     error = ErrorOut(code="INVALID_ARGUMENT", reason="TOO_LARGE", message=sentence)
     return JSONResponse(Failure(error=error).model_dump(), 413, {"connection": "close"})
 
 
 class _Refused(BaseException):
-    """Not an Exception, so that no handler on its way answers it with another status."""
+    """Carries a refusal past the exception handlers; not an Exception, so that none of them answers it."""
 
     def __init__(self, response: Response) -> None:
         self.response = response

@@ -275,7 +275,7 @@ def test_values_out_of_range(
         (("serve", "nowhere", "--port", "70000"), "--port is 70000; a port is a number from 0 (pick a free one)"),
         (
             ("trian",),
-            "There is no command 'trian'. There are: train, serve, frontend, classify, ",
+            "There is no command 'trian'. There are: train, serve, classify, predict, ",
         ),
     ],
 )

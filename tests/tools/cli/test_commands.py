@@ -100,7 +100,7 @@ def test_classify_as_json_from_standard_input(server: str, classer: Classer) -> 
     done = classer("classify", "--json", "--server", server, stdin="\n".join(TEXTS) + "\r\n\n")
     assert (done.returncode, done.stderr) == (0, "")
     answers = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [answer["labels"][0]["name"] for answer in answers[:-1]] == list(TOPICS_OF_TEXTS)
+    assert [answer["labels"][0]["label"] for answer in answers[:-1]] == list(TOPICS_OF_TEXTS)
     for answer in answers:
         assert sum(label["score"] for label in answer["labels"]) == pytest.approx(1, abs=1e-5)
         assert [label["chosen"] for label in answer["labels"]] == [True, False, False]
@@ -134,9 +134,9 @@ def test_classify_shows_where_in_a_tree_an_answer_stops(capsys: pytest.CaptureFi
     class OneText(ClassifierServicer):
         def Classify(self, request: pb.ClassifyRequest, context: grpc.ServicerContext) -> pb.ClassifyResponse:
             scored = [Scored(Output(np.array([2.0, 0.1, 0.0, 0.0], np.float32)), 0.0, 0.0)]
-            threshold = request.threshold if request.HasField("threshold") else None
+            threshold = request.options.threshold if request.options.HasField("threshold") else None
             tokens = [Tokens(np.zeros(3, np.int32), truncated=False)]
-            (response,) = answers.answer(tree, tokens, scored, request.top_k, threshold=threshold)
+            (response,) = answers.answer(tree, tokens, scored, request.options.top_k, threshold=threshold)
             assert isinstance(response, pb.ClassifyResponse)
             return response
 
