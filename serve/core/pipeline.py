@@ -19,10 +19,10 @@ from .deadlines import ResponsePath
 from .engine import Engine
 from .models import Model, Models
 from .scheduler import Scheduler
-from .tokenizing import Tokens, length_error
+from .tokenizing import TokenizedText, length_error
 from .work import Priority, Scored, Work
 
-Outcome = pb.ClassifyResponse | ServeError
+ResponseOrError = pb.ClassifyResponse | ServeError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +53,9 @@ class _Record:
 
     text: str
     request: ResolvedRequest
-    tokens: Tokens | None = None
+    tokens: TokenizedText | None = None
     scored: Scored | None = None
-    outcome: Outcome | None = None
+    outcome: ResponseOrError | None = None
 
 
 class Pipeline:
@@ -71,7 +71,7 @@ class Pipeline:
         self._scheduler = scheduler
         self._responses = ResponsePath()
 
-    def ask(
+    def resolve(
         self, options: pb.ClassifyOptions, seconds: float | None, priority: Priority = Priority.INTERACTIVE
     ) -> ResolvedRequest:
         """Checks the options of a request.
@@ -129,7 +129,7 @@ class Pipeline:
             options.request_id,
         )
 
-    async def classify(self, texts: Sequence[str], requests: Sequence[ResolvedRequest]) -> list[Outcome]:
+    async def classify(self, texts: Sequence[str], requests: Sequence[ResolvedRequest]) -> list[ResponseOrError]:
         """Classifies N texts, each with the options of its own request.
 
         Cancelling the coroutine takes the texts that are not running out of the device's queue.
@@ -192,7 +192,7 @@ class Pipeline:
                 # Its traceback holds this frame, and so the records: a reference cycle, for Python's collector.
                 encoded = [error.with_traceback(None)] * len(group)
             for record, one in zip(group, encoded, strict=True):
-                if isinstance(one, Tokens):
+                if isinstance(one, TokenizedText):
                     record.tokens = one
                 else:
                     record.outcome = one

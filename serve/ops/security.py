@@ -1,4 +1,4 @@
-"""TLS and API keys on the wire, for the server, for its clients, and for what stands between. Loads nothing heavy."""
+"""TLS and API keys on the wire, for servers, front ends, gateways and clients. Loads no heavy package."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ...data.errors import InputError
 from ..wire.errors import InvalidRequest
 from .tracing import current_parent
 
-# Where a key stands among a call's metadata, as HTTP has it too: "Bearer KEY".
+# The metadata, or HTTP header, of an API key: "Bearer KEY".
 KEY_HEADER = "authorization"
 KEY_SCHEME = "Bearer "
 
@@ -165,7 +165,7 @@ def _has_extra(key: str | None) -> bool:
 
 
 def _extra(key: str | None) -> list[tuple[str, str]]:
-    """What is sent beside every call: the key, and the caller's place in a trace."""
+    """The metadata that is added to every call: the API key, and the caller's span."""
     entries = list(current_parent())
     return entries if key is None else [*entries, (KEY_HEADER, KEY_SCHEME + key)]
 
