@@ -169,7 +169,7 @@ def run_job(job: TrainJob, examples: Mapping[str, Sequence[Example]] | None = No
 
 
 def _begin_with(job: TrainJob, start: Start, inputs: Inputs, say: Callable[[str], object]) -> Weights:
-    """The initial weights; without a bundle's head where its labels differ, without its gates where none are trained."""
+    """The initial weights: without the head of other labels, and without gates where the recipe has no focus."""
     weights = dict(start.weights)
     if not job.recipe.focus_epochs:
         weights = {name: value for name, value in weights.items() if not is_gate(name)}
