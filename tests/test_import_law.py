@@ -137,7 +137,7 @@ def test_file_keeps_the_law(path):
         ("data/readers.py", "from ..model import encoder"),
         ("data/readers.py", "from .. import model"),
         ("data/deep/readers.py", "from ...model.encoder import Encoder"),
-        ("data/readers.py", "import classer.train.loop as loop"),
+        ("data/readers.py", "import classer.train.trainer as trainer"),
         ("model/encoder.py", "from ..train.losses import loss"),
         ("model/encoder.py", "def f():\n    from ..serve import engine"),
         ("model/encoder.py", "import importlib\nimportlib.import_module('classer.train')"),

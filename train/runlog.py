@@ -1,4 +1,4 @@
-"""What a run says while it trains: a progress bar for the eye, metrics.jsonl and TensorBoard for later."""
+"""The log of a run: a progress bar, metrics.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
