@@ -3,7 +3,7 @@
 The first part of the steps dims tokens by soft gates whose temperature falls. In the rest half of the rows drop them;
 the others go on teaching the gates, which only soft rows do. Each row of each step draws its own budget, so that one
 set of weights serves all of them. What the dense classifier answered before this training is mixed into the targets
-(self-distillation). docs/focused-attention.md has the maths.
+(self-distillation). docs/internals/focus.md has the maths.
 
 Axes: B batch, I layers, N examples, L labels of one task.
 """

@@ -1,7 +1,7 @@
-"""Prints docs/scale.md: what training `classer-1b` on 500 million pairs takes, from what `classer aot` found.
+"""Prints docs/benchmarks/scale.md: what training `classer-1b` on 500 million pairs takes (from `classer aot`).
 
     .venv-aot/bin/classer aot --topology h100:8x8 --length 128 --batch-size 2048 --json runs/aot/h100-8x8.json  # …
-    python tools/dev/plan_scale.py runs/aot/*.json > docs/scale.md
+    python tools/dev/plan_scale.py runs/aot/*.json > docs/benchmarks/scale.md
 
 Every figure is computed here, or stands in this file or in tools/aot/accelerators.py with its source.
 """
