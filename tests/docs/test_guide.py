@@ -76,6 +76,9 @@ class Page:
     def run(self, line: str) -> None:
         for written, real in self.addresses.items():
             line = line.replace(written, real)
+        if " | " in line:
+            run(["bash", "-c", line.replace("classer ", f"{shlex.join(COMMAND)} ")], self.folder)
+            return None
         words = shlex.split(line)
         if words[0] in ("classer", ".venv/bin/classer"):
             words = [*COMMAND, *words[1:]]
