@@ -87,6 +87,10 @@ class Page:
                 return self.start(words)
             if command in ("train", "convert"):
                 words = self.training(words)
+            if command == "convert":
+                words += ["--tokens", "10000"]
+            if command == "prepare":
+                words += ["--tokenizer", "./encoder"]
         elif words[:2] == ["python", "tools/launch.py"]:
             words = self.training([sys.executable, str(ROOT / "tools" / "launch.py"), *words[2:]])
         run(words, self.folder)

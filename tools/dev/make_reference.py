@@ -132,7 +132,7 @@ def options(text: str) -> Iterator[Option]:
             group = title.group(1)
         elif continued and cells:
             words.append(cells.group(1).strip())
-        elif cells and re.match(r"-|\S+  +\S|[A-Z[{]\S*( \S+)?\]?$", cells.group(1)):
+        elif cells and re.match(r"-|\S.*?  +\S|[A-Z[{]\S*( \S+)?\]?$", cells.group(1)):
             name, _, rest = (part.strip() for part in cells.group(1).partition("  "))
             words = [rest] if rest else []
 
