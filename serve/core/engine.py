@@ -285,7 +285,7 @@ class Engine:
         )
 
     def _max_error(self, program: ExecutableProtocol, size: int, bucket: int) -> float:
-        """How far a program is from the golden outputs of those texts that fit it."""
+        """The largest error of a program on the golden texts that fit it; NaN if an output is not finite."""
         golden, max_error = self._golden, 0.0
         if golden is None:
             return max_error

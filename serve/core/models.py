@@ -336,9 +336,9 @@ def named_folders(sources: Sequence[str]) -> dict[str, Path]:
 
 @dataclasses.dataclass(eq=False)
 class _OnDemand:
-    """A `Predictor` that puts its weights on the device when it is first used: one that a plan leaves out never is.
+    """A `Predictor` that puts its weights on the device at its first use; a plan may never use it.
 
-    `executables` gets what it compiles.
+    Its compiled programs are added to `executables`.
     """
 
     bundle: Bundle
@@ -361,7 +361,7 @@ class _OnDemand:
 
 
 def _prepare(name: str, path: Path, settings: ModelSettings, sibling: Model | None) -> Model:
-    """Reads a bundle and puts on the device, and compiles, what its check needs; the rest is `warm_up`'s."""
+    """Reads a bundle, and compiles the program of its check; `Model.warm_up` compiles the others."""
     bundle = load_bundle(path)
     model = Model(name, bundle)
     variants: list[Precision] = [one for one in VARIANTS if settings.precision in (AUTO, one)]
@@ -370,7 +370,7 @@ def _prepare(name: str, path: Path, settings: ModelSettings, sibling: Model | No
     for text in settings.focuses:
         focus = Focus.parse(text, bundle.encoder.num_layers)
         if not focus.full and not bundle.encoder.gated and "1" in settings.focuses:
-            continue  # among several models those without gates serve what they can
+            continue  # a model without gates serves the full focus only
         before = alike.engines.get(text) if alike is not None else None
         kept = None if focus.full else focus
         predictors: dict[str, _OnDemand] = {one: _OnDemand(bundle, one, kept, model.executables) for one in variants}
@@ -383,17 +383,17 @@ def _prepare(name: str, path: Path, settings: ModelSettings, sibling: Model | No
             plan=before.plan if before is not None and before.ready else {},
         )
     if sibling is not None:
-        model.executables += sibling.executables  # also those of the precisions that were not chosen
+        model.executables += sibling.executables  # including those of precisions that were not chosen
     return model
 
 
 def _shapes(bundle: Bundle) -> tuple[EncoderConfig, int, int]:
-    """What the programs of two bundles must agree in for one's measurements to hold for the other."""
+    """Bundles of equal shapes can share measurements and compiled programs."""
     return bundle.encoder, bundle.taxonomy.num_labels, bundle.max_length
 
 
 def _golden(bundle: Bundle, predictor: Predictor) -> GoldenCheck:
-    """What the bundle's own precision gives: at full focus the golden outputs, as `load_bundle` has just found."""
+    """The outputs of the bundle's own precision; at full focus `load_bundle` has checked them."""
     ids = golden_ids(bundle)
     length = min(GOLDEN_LENGTH, bundle.max_length)
     reference_NL = predictor.logits(ids, batch_size=max(1, len(ids)), buckets=(length,))

@@ -28,7 +28,7 @@ RETRY_SECONDS = 0.5
 
 
 class EncodingProtocol(Protocol):
-    """What `WordPieceTokenizer.encode` returns for N texts."""
+    """The part of `data.tokenizer.WordPieceTokenizer.encode`'s result that this stage uses, for N texts."""
 
     @property
     def ids(self) -> Sequence[np.ndarray]:

@@ -146,7 +146,7 @@ class Operations:
             self._device.ran(batch)
 
     def close(self) -> None:
-        """Sends the last traces and stops answering Prometheus."""
+        """Exports the last traces and stops the metrics server."""
         if self._metrics_server is not None:
             self._metrics_server.close()
         if self._tracing is not None:

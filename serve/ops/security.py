@@ -27,10 +27,10 @@ class Tls:
     """The files of one end of a TLS connection, all of them PEM.
 
     Attributes:
-      cert: this end's certificate, with the chain up to its authority; of a client only for mutual TLS.
+      cert: this end's certificate and its chain; a client needs one only for mutual TLS.
       key: the private key of `cert`.
-      ca: the authorities that the other end's certificate must come from. A server that is given them asks every client
-        for a certificate (mutual TLS); a client that is not trusts those that gRPC brings.
+      ca: the authorities that must have issued the other end's certificate. A server with a `ca` requires a certificate
+        of every client (mutual TLS). A client without one trusts gRPC's own list.
     """
 
     cert: Path | None = None
@@ -44,7 +44,7 @@ class Tls:
 
     @classmethod
     def of_files(cls, cert: Path | None, key: Path | None, ca: Path | None) -> Tls | None:
-        """None, which is in the clear, if there is no file. Raises InputError if they do not go together."""
+        """The TLS of these files; None, for no TLS, if there is none. Raises InputError if one is missing."""
         return None if cert is None and key is None and ca is None else cls(cert, key, ca)
 
     def server_credentials(self) -> grpc.ServerCredentials:

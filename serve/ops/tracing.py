@@ -47,7 +47,7 @@ class Tracing:
         self._tracer = self._provider.get_tracer("classer")
 
     def start(self, name: str, parent: Mapping[str, str], attributes: Mapping[str, str]) -> Span:
-        """A span of a call that has arrived; `parent` are its headers. The caller ends it, with `end`."""
+        """Starts the span of a call; `parent` has the call's headers. End it with `end_span`."""
         from opentelemetry.trace import SpanKind
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 

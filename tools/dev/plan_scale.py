@@ -16,6 +16,7 @@ from pathlib import Path
 
 from classer.tools.aot.accelerators import GIB, UTILISATION, UTILISATION_SOURCE, Accelerator, Topology
 from classer.tools.aot.aot import Report
+from classer.train.style import markdown_table
 
 PAIRS = 500_000_000
 EPOCHS = 1
@@ -26,9 +27,7 @@ REFERENCE_DAYS = 12
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    header = list(header)
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *map(list, rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown_table(tuple(header), map(tuple, rows)).rstrip("\n")
 
 
 def train_tables(reports: list[Report]) -> str:
