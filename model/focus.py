@@ -1,4 +1,4 @@
-"""Focused Attention: which tokens a layer keeps. docs/focused-attention.md has the idea, the maths and the figures.
+"""Focused Attention: which tokens a layer keeps. docs/internals/focus.md has the idea, the maths and the figures.
 
 A *focus* is one share a layer; a layer keeps that share of each row's own tokens, by the scores that its gate gives
 them after its attention. Kept tokens stay in order and keep their positions; the others take no part in its
@@ -247,7 +247,7 @@ def keep_bias(scores_BS: jax.Array, kept_B: jax.Array, temperature: jax.Array | 
 
     Added to the attention scores of the tokens as keys; its exponential weighs the tokens in the pooling. Hard rows
     send the scores no gradient: a straight-through estimator sees only the tokens that were kept, and trains worse
-    gates (docs/focused-attention.md).
+    gates (docs/internals/tried-and-rejected.md).
 
     Args:
       scores_BS: from `token_scores`.

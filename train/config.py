@@ -1,4 +1,4 @@
-"""What a training run is told: a job (which data, where to) and a recipe (how to train)."""
+"""The settings of a training run: a job (which data, where to) and a recipe (how to train)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..model.pretrained import MINILM
 
 @dataclasses.dataclass(frozen=True)
 class CurriculumStage:
-    """A part of the training that sees some of the tasks.
+    """A stage of the training, on some of the tasks.
 
     Attributes:
       name: of the stage; its checkpoints and log are in a folder of that name.
@@ -161,7 +161,7 @@ class TrainJob:
       test: a file of examples to measure the finished model on.
       text_column: the column or field that holds the text.
       label_column: the column or field that holds the label or labels; by default `label` or `labels`.
-      curriculum: a JSON or YAML file with a list of stages; see `CurriculumStage` and docs/curriculum.md.
+      curriculum: a JSON or YAML file with a list of stages; see `CurriculumStage` and docs/guide/curricula.md.
       soft_labels: a JSON Lines file of a teacher's answers, as `classer teach` writes it.
       texts: learn from at most so many of each task's training examples, drawn at random; 0 is all.
       held_out_texts: use at most so many of each task's development and test examples, drawn at random; 0 is all.

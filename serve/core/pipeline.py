@@ -19,10 +19,10 @@ from .deadlines import ResponsePath
 from .engine import Engine
 from .models import Model, Models
 from .scheduler import Scheduler
-from .tokenizing import Tokens, length_error
+from .tokenizing import TokenizedText, length_error
 from .work import Priority, Scored, Work
 
-Outcome = pb.ClassifyResponse | ServeError
+ResponseOrError = pb.ClassifyResponse | ServeError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +53,9 @@ class _Record:
 
     text: str
     request: ResolvedRequest
-    tokens: Tokens | None = None
+    tokens: TokenizedText | None = None
     scored: Scored | None = None
-    outcome: Outcome | None = None
+    outcome: ResponseOrError | None = None
 
 
 class Pipeline:
@@ -71,18 +71,19 @@ class Pipeline:
         self._scheduler = scheduler
         self._responses = ResponsePath()
 
-    def ask(
+    def resolve(
         self, options: pb.ClassifyOptions, seconds: float | None, priority: Priority = Priority.INTERACTIVE
     ) -> ResolvedRequest:
-        """Checks the options of a request.
+        """Checks a request's options, and finds its model, task and engine.
 
         Args:
-          options: those of the request.
-          seconds: how long the caller will wait; None for ever.
-          priority: what it is if the request does not say.
+          options: the request's options.
+          seconds: until the caller's deadline; None if there is none.
+          priority: the priority if the options name none.
 
         Raises:
-          InvalidRequest, UnknownTask: what is wrong with them.
+          InvalidRequest: an option is out of range, or several models could be meant.
+          UnknownTask: there is no such task, model or version.
         """
         model, task = self._models.resolve(options.task, options.model, options.model_version)
         engine = model.engine(options.focus)
@@ -129,7 +130,7 @@ class Pipeline:
             options.request_id,
         )
 
-    async def classify(self, texts: Sequence[str], requests: Sequence[ResolvedRequest]) -> list[Outcome]:
+    async def classify(self, texts: Sequence[str], requests: Sequence[ResolvedRequest]) -> list[ResponseOrError]:
         """Classifies N texts, each with the options of its own request.
 
         Cancelling the coroutine takes the texts that are not running out of the device's queue.
@@ -155,7 +156,7 @@ class Pipeline:
             finally:
                 for count, priority in reserved:
                     self._scheduler.release(count, priority)
-            # One batch that takes longer than was predicted does not take a call's other answers with it.
+            # A batch that takes longer than predicted must not hold up the call's other answers.
             latest = max((record.request.give_up for record in running), default=math.inf)
             await finished(futures, latest - self._scheduler.clock() if latest < math.inf else None)
             _take_results(running, futures)
@@ -192,7 +193,7 @@ class Pipeline:
                 # Its traceback holds this frame, and so the records: a reference cycle, for Python's collector.
                 encoded = [error.with_traceback(None)] * len(group)
             for record, one in zip(group, encoded, strict=True):
-                if isinstance(one, Tokens):
+                if isinstance(one, TokenizedText):
                     record.tokens = one
                 else:
                     record.outcome = one
@@ -254,12 +255,15 @@ def _decode(records: Sequence[_Record]) -> None:
 
 
 async def finished(futures: Sequence[Future[Any]], seconds: float | None) -> None:
-    """Waits for all futures, or so long, with one call into the event loop; then, or cancelled, it cancels the rest."""
+    """Waits for futures of other threads, at most `seconds`, with one call into the event loop.
+
+    When it returns, raises or is cancelled, it cancels the futures that are not done.
+    """
     if not futures:
         return
     loop = asyncio.get_running_loop()
     done = loop.create_future()
-    # The callbacks, which a future keeps, do not hold the futures (see `Scheduler._enqueue`).
+    # Futures keep their callbacks. A callback that refers to them would make a cycle (see `Scheduler._enqueue`).
     count, last = itertools.count(1), len(futures)  # the count's `next` is atomic
 
     def one_more(_: Future[Any]) -> None:

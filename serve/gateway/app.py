@@ -23,7 +23,7 @@ from ..ops.guard import MAX_IN_FLIGHT_BYTES, MAX_IN_FLIGHT_CALLS
 from ..ops.log import log_failure
 from ..ops.metrics import CallMetrics, new_registry
 from ..ops.security import KEY_HEADER, KEY_SCHEME, Tls, aio_channel, is_this_machine
-from ..ops.tracing import Tracing, end, parent_of
+from ..ops.tracing import Tracing, end_span, parent_of
 from ..proto import classifier_pb2 as pb
 from ..proto.classifier_pb2_grpc import ClassifierStub
 from ..wire.errors import (
@@ -214,7 +214,7 @@ class _Upstream:
             elapsed = time.perf_counter() - started
             self.metrics.ended(f"HTTP {method}", code, elapsed, reason, "", counts, refused)
             if span is not None:
-                end(span, code, {"classer.texts": texts})
+                end_span(span, code, {"classer.texts": texts})
 
     def _key_of(self, request: Request) -> list[tuple[str, str]]:
         value = request.headers.get(KEY_HEADER)

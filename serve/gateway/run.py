@@ -17,6 +17,7 @@ from pathlib import Path
 from ...data.errors import InputError
 from ...data.extras import missing_packages
 from ..ops.guard import MAX_IN_FLIGHT_BYTES, MAX_IN_FLIGHT_CALLS
+from ..ops.listening import bind
 from ..ops.log import LogFormat, configure_logging
 from ..ops.security import Tls
 from ..ops.tracing import Tracing
@@ -81,7 +82,7 @@ def run_gateway(config: GatewayConfig) -> None:
         raise InputError("--max-in-flight and --max-in-flight-mb must be above 0.")
     if config.tls_cert is not None or config.tls_key is not None:
         Tls(config.tls_cert, config.tls_key).server_credentials()  # checks the files; raises InputError
-    listener = _listen(config.host, config.port)
+    listener = bind(config.host, config.port, "--port", _listen)
     configure_logging(config.log_format, access=False)
     tracing = None if config.trace_endpoint is None else Tracing(config.trace_endpoint, "classer-gateway")
 
@@ -120,11 +121,4 @@ def run_gateway(config: GatewayConfig) -> None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Raises InputError if the address cannot be listened on."""
-    if not 0 <= port <= 65535:
-        raise InputError(f"--port is {port}; a port is a number from 0 (pick a free one) to 65535.")
-    try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise InputError(f"Cannot listen on {host}:{port}: {reason}. Choose another --port or --host.") from None
+    return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)

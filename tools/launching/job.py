@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from classer.data.errors import InputError
-from classer.train.place import NUM_PROCESSES
+from classer.train.process_info import NUM_PROCESSES
 
 if TYPE_CHECKING:
     from classer.train.config import TrainJob

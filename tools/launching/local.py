@@ -16,7 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from classer.tools.launching.job import Launch, where
-from classer.train.place import COORDINATOR, LAUNCHER, LOGS, PROCESS_ID
+from classer.train.process_info import COORDINATOR, LAUNCHER, LOGS, PROCESS_ID
 
 if TYPE_CHECKING:
     from classer.train.config import TrainJob

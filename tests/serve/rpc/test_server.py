@@ -410,11 +410,11 @@ def test_an_answers_way_back_is_taken_off_deadlines(running, client: Client, mon
         (0.1, 0.0, 0.0, 0.01),
     ):
         monkeypatch.setattr(pipeline, "_responses", ResponsePath(LatencyEstimate(mean, spread)))
-        asked = pipeline.ask(pb.ClassifyOptions(task="topic"), seconds)
-        assert asked.deadline - clock() == pytest.approx(seconds - taken, abs=1.0)
-        assert asked.give_up - asked.deadline == pytest.approx(taken / 2)
-    asked = pipeline.ask(pb.ClassifyOptions(task="topic"), None)
-    assert (asked.deadline, asked.give_up) == (None, math.inf)
+        resolved = pipeline.resolve(pb.ClassifyOptions(task="topic"), seconds)
+        assert resolved.deadline - clock() == pytest.approx(seconds - taken, abs=1.0)
+        assert resolved.give_up - resolved.deadline == pytest.approx(taken / 2)
+    resolved = pipeline.resolve(pb.ClassifyOptions(task="topic"), None)
+    assert (resolved.deadline, resolved.give_up) == (None, math.inf)
 
 
 def test_cancelled_requests_leave_the_queue_and_their_mates_are_answered(running, valve: Valve) -> None:

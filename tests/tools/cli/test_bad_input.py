@@ -74,7 +74,8 @@ def write(folder: Path, name: str, content: str | bytes) -> Path:
         (
             "a.csv",
             "text,topic\nhi,x\n",
-            "a.csv has no column 'label' or 'labels', only 'text', 'topic'; name another with --label-column.",
+            "a.csv has no column 'label' or 'labels', only 'text', 'topic'; name another with --label-column "
+            "('topic' comes nearest).",
         ),
         ("a.csv", "", "a.csv is empty; at least one row of text and label was expected."),
         ("a.csv", "text,label\n", "a.csv is empty; at least one row of text and label was expected."),
