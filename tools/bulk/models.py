@@ -73,7 +73,7 @@ class BundleModel:
     Args:
       path: the bundle.
       options: what to ask.
-      precision: one of `VARIANTS`, or `AUTO`.
+      precision: one of `VARIANTS`, or "auto" for the bundle's own.
       precision_of: called with a bucket and the precision that was found fastest for it (None before), returns the one
         to use; it lets a run that goes on compute as before.
 
@@ -99,8 +99,8 @@ class BundleModel:
             raise InputError(f"{path} has several tasks; name one with --task: {', '.join(names)}.")
         self._task = bundle.taxonomy.task(options.task or names[0])
         focus = Focus.parse(options.focus or "1", bundle.encoder.num_layers)
-        computed_in = bundle.precision if precision == "auto" else Precision(precision)
-        self._predictor = variant_predictor(bundle, computed_in, None if focus.full else focus)
+        computed = bundle.precision if precision == "auto" else Precision(precision)
+        self._predictor = variant_predictor(bundle, computed, None if focus.full else focus)
         self._calibration = bundle.calibration[self._task.name]
         self._columns = bundle.taxonomy.slice_of(self._task.name)
         self._options = options
