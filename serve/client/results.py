@@ -6,7 +6,6 @@ import dataclasses
 
 from ..proto import classifier_pb2 as pb
 from ..wire.errors import ClasserError
-from ..wire.status import from_status
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -113,6 +112,8 @@ def read_classification(response: pb.ClassifyResponse) -> Classification:
 
 def read_outcomes(response: pb.ClassifyBatchResponse) -> list[Outcome]:
     """Each text's answer, or the error of its own."""
+    from ..wire.status import from_status  # here, so that a model in this process loads no gRPC
+
     return [
         from_status(item.error) if item.HasField("error") else read_classification(item.response)
         for item in response.items

@@ -11,15 +11,15 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from ...data.readers import MAX_TEXT_CHARS
 from ...data.taxonomy import Task
 from ..proto import classifier_pb2 as pb
 from ..wire.errors import ClasserError, DeadlineExceeded, InvalidRequest
 from ..wire.limits import MAX_REQUEST_ID
+from .answers import check_threshold
 from .engine import Engine
 from .models import Model, Models
 from .scheduler import Scheduler
-from .tokenizing import Tokens
+from .tokenizing import Tokens, check_length
 from .work import Priority, Scored, Work
 
 # How an answer's way from the device to its caller is foreseen, as TCP does with round trips (RFC 6298 §2): by a smooth
@@ -104,8 +104,7 @@ class Classifying:
                 field="evidence",
             )
         threshold = options.threshold if options.HasField("threshold") else None
-        if threshold is not None and not 0 <= threshold <= 1:  # also when NaN
-            raise InvalidRequest("The field `threshold` must lie between 0 and 1.", field="threshold")
+        check_threshold(threshold)
         if options.priority not in (pb.PRIORITY_UNSPECIFIED, pb.INTERACTIVE, pb.BULK):
             raise InvalidRequest("The field `priority` is none of INTERACTIVE and BULK.", field="priority")
         if options.priority != pb.PRIORITY_UNSPECIFIED:
@@ -145,12 +144,10 @@ class Classifying:
                 stack.enter_context(model.using())
             outcomes: dict[int, Outcome] = {}
             for i, text in enumerate(texts):
-                if len(text) > MAX_TEXT_CHARS:
-                    outcomes[i] = InvalidRequest(
-                        f"The text has {len(text)} characters; at most {MAX_TEXT_CHARS} are taken. Split or "
-                        "shorten it.",
-                        field="text",
-                    )
+                try:
+                    check_length(text)
+                except InvalidRequest as error:
+                    outcomes[i] = error
             # What cannot be answered in time is refused before anything is spent on it.
             expected: list[int] = []
             announced: list[tuple[int, Priority]] = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +16,9 @@ from typing import Protocol
 
 import numpy as np
 
+from ...data.readers import MAX_TEXT_CHARS
 from ..ops.log import log_failure
-from ..wire.errors import ClasserError, InternalError, Overloaded
+from ..wire.errors import ClasserError, InternalError, InvalidRequest, Overloaded
 
 # What may wait, and what is tokenised at once, in characters. A text also counts as one for itself, so that very
 # many empty ones are not free.
@@ -121,7 +123,8 @@ class TokenizerStage:
             while groups := self._take():
                 texts = [text for group in groups for text in group.texts]
                 spans = any(group.spans for group in groups)
-                outcomes = iter(await loop.run_in_executor(self._thread, self._encode, texts, spans))
+                encode = functools.partial(encode_texts, self._tokenizer, texts, self._max_length, spans=spans)
+                outcomes = iter(await loop.run_in_executor(self._thread, encode))
                 for group in groups:
                     own = list(itertools.islice(outcomes, len(group.texts)))
                     if not group.future.done():  # else its caller has gone
@@ -140,16 +143,28 @@ class TokenizerStage:
                 chars += group.chars
         return groups
 
-    def _encode(self, texts: list[str], spans: bool) -> list[Tokens | ClasserError]:
-        """Runs in the worker thread. One text's failure is not its batch-mates'."""
-        try:
-            encode = self._tokenizer.encode_with_offsets if spans else self._tokenizer.encode
-            encoded = encode(texts, self._max_length)
-            spans_N = encoded.spans or [None] * len(texts)
-            rows = zip(encoded.ids, encoded.truncated, spans_N, strict=True)
-            return [Tokens(ids, bool(cut), spans_S2) for ids, cut, spans_S2 in rows]
-        except Exception as error:
-            if len(texts) > 1:
-                return [outcome for text in texts for outcome in self._encode([text], spans)]
-            log_failure("The tokenizer failed on a text", error)
-            return [InternalError("The server could not tokenize this text; its log says why.")]
+
+def encode_texts(
+    tokenizer: Tokenizer, texts: Sequence[str], max_length: int, *, spans: bool = False
+) -> list[Tokens | ClasserError]:
+    """The tokens of each text, with their `spans` if asked; an InternalError for a text that the tokenizer fails on."""
+    try:
+        encode = tokenizer.encode_with_offsets if spans else tokenizer.encode
+        encoded = encode(texts, max_length)
+        spans_N = encoded.spans or [None] * len(texts)
+        rows = zip(encoded.ids, encoded.truncated, spans_N, strict=True)
+        return [Tokens(ids, bool(cut), spans_S2) for ids, cut, spans_S2 in rows]
+    except Exception as error:
+        if len(texts) > 1:
+            return [outcome for text in texts for outcome in encode_texts(tokenizer, [text], max_length, spans=spans)]
+        log_failure("The tokenizer failed on a text", error)
+        return [InternalError("The server could not tokenize this text; its log says why.")]
+
+
+def check_length(text: str) -> None:
+    """Raises InvalidRequest: the text has more than `MAX_TEXT_CHARS` characters."""
+    if len(text) > MAX_TEXT_CHARS:
+        raise InvalidRequest(
+            f"The text has {len(text)} characters; at most {MAX_TEXT_CHARS} are taken. Split or shorten it.",
+            field="text",
+        )
