@@ -18,12 +18,12 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .data.errors import ClasserError as ClasserError
     from .data.errors import InputError as InputError
     from .serve.client.client import AsyncClient as AsyncClient
     from .serve.client.client import Client as Client
     from .serve.client.local import LocalModel as LocalModel
     from .serve.client.local import load as load
-    from .serve.wire.errors import ClasserError as ClasserError
 
 __version__ = "0.1.0"
 
@@ -32,7 +32,7 @@ __all__ = ["AsyncClient", "ClasserError", "Client", "InputError", "LocalModel", 
 # public name → (the module that defines it, the extra of the distribution that brings what it imports)
 _PUBLIC = {
     "AsyncClient": ("serve.client.client", ""),
-    "ClasserError": ("serve.wire.errors", ""),
+    "ClasserError": ("data.errors", ""),
     "Client": ("serve.client.client", ""),
     "InputError": ("data.errors", ""),
     "LocalModel": ("serve.client.local", "local"),

@@ -1,19 +1,23 @@
-"""The one error type for what a user can mend."""
+"""The errors of this library: one root, and below it the one for unusable input."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 
-class InputError(Exception):
-    """Something the user gave cannot be used.
+class ClasserError(Exception):
+    """Root of every error that Classer raises for its users.
 
-    The message is a whole sentence for that user: which file, row or field, what was wrong, what would be right.
+    The message is a whole sentence for the user: what was wrong, where (file, row, field), what would be right.
     Commands print it without a traceback and exit with code 2.
     """
 
 
+class InputError(ClasserError):
+    """Something the user gave, such as a file, a row or an option, cannot be used."""
+
+
 def listed(names: Sequence[str], most: int = 10) -> str:
-    """The names in quotes, for such a sentence; of many the first."""
+    """The names in quotes, separated by commas, for an error's sentence; at most the first `most` of them."""
     first = ", ".join(f"'{name}'" for name in names[:most])
     return f"{first} and {len(names) - most} more" if len(names) > most else first

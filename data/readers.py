@@ -12,7 +12,7 @@ from typing import Any
 
 from .errors import InputError, listed
 from .examples import Example
-from .tables import SUFFIXES, Row, read_rows, suffix_of
+from .tables import SUFFIXES, Row, check_file, kind_of, read_rows, suffix_of
 from .taxonomy import Label, Task, TaskKind
 
 MAX_TEXT_CHARS = 1_000_000
@@ -25,7 +25,7 @@ _MISSING = ("nan", "null")  # how a missing label looks after a trip through a d
 def read_examples(
     path: Path, *, text_column: str = "text", label_column: str | None = None, task: str
 ) -> list[Example]:
-    """Reads a CSV, TSV, JSON Lines (each also with .gz) or Parquet file of labelled texts.
+    """Reads a CSV, TSV, JSON Lines (each also with .gz or .zst) or Parquet file of labelled texts.
 
     Several labels a row are a list in JSON and Parquet. In CSV and TSV they are names separated by '|', in any label
     column but one called `label`, where '|' is part of the name. Whole numbers and booleans are taken as names. A
@@ -43,7 +43,8 @@ def read_examples(
         that stood before.
     """
     path = Path(path)
-    in_cell = (suffix_of(path) or "").startswith((".csv", ".tsv"))
+    check_file(path)
+    in_cell = kind_of(path) in ("csv", "tsv")
     examples: list[Example] = []
     source_of_id: dict[str, str] = {}
     for row in read_rows(path):
@@ -73,7 +74,7 @@ def example_of(row: Row, *, text_column: str, label_column: str, task: str, in_c
     _check_column(row, text_column, "--text-column")
     _check_column(row, label_column, "--label-column")
     labels = _labels(row, label_column, in_cell=in_cell)
-    return Example(_text(row, text_column), labels, task, id=_id(row), source=row.source)
+    return Example(text_of(row, text_column), labels, task, id=_id(row), source=row.source)
 
 
 def read_texts(path: Path, *, text_column: str = "text") -> list[str]:
@@ -84,8 +85,7 @@ def read_texts(path: Path, *, text_column: str = "text") -> list[str]:
     """
     texts = []
     for row in read_rows(Path(path)):
-        _check_column(row, text_column, "--text-column")
-        texts.append(_text(row, text_column))
+        texts.append(text_of(row, text_column))
     if not texts:
         raise InputError(f"{path} is empty; at least one row of text was expected.")
     return texts
@@ -139,12 +139,15 @@ def find_task_file(folder: Path) -> Path | None:
     return found[0] if found else None
 
 
-def read_task_folder(path: Path, splits: Sequence[str] | None = None) -> TaskData:
+def read_task_folder(
+    path: Path, splits: Sequence[str] | None = None, *, text_column: str = "text", label_column: str | None = None
+) -> TaskData:
     """Reads a folder with `task.json` (or `task.yaml`) and one file of examples a split, such as `train.jsonl.gz`.
 
     Args:
       path: the folder.
       splits: which of its splits to read, where it has them; None for all.
+      text_column, label_column: see `read_examples`.
 
     Raises:
       InputError: as `read_examples` and `Task.from_json`; or no task.json, no split, two files for one split, a split
@@ -159,15 +162,7 @@ def read_task_folder(path: Path, splits: Sequence[str] | None = None) -> TaskDat
         raise InputError(f'{task_file} is no JSON object with the fields "name", "kind" and "labels".')
     task = Task.from_json(description, source=str(task_file))
 
-    files: dict[str, Path] = {}
-    for file in sorted(path.iterdir()):
-        suffix = suffix_of(file)
-        if suffix is None:
-            continue
-        split = file.name[: -len(suffix)]
-        if split in files:
-            raise InputError(f"{path} has two files for the split '{split}': {files[split].name} and {file.name}.")
-        files[split] = file
+    files = split_files(path)
     named = description.get("splits", {})
     if not isinstance(named, (dict, list)):
         raise InputError(f"{task_file}: 'splits' must name splits: a list, or an object with the size of each.")
@@ -177,10 +172,54 @@ def read_task_folder(path: Path, splits: Sequence[str] | None = None) -> TaskDat
     if not files:
         raise InputError(f"{path} has no split beside {task_file.name}; expected a file such as train.jsonl.")
     wanted = files if splits is None else [split for split in splits if split in files]
-    read = {split: read_examples(files[split], task=task.name) for split in wanted}
+    read = {
+        split: read_examples(files[split], text_column=text_column, label_column=label_column, task=task.name)
+        for split in wanted
+    }
     for examples in read.values():
         check_labels(task, examples)
     return TaskData(task, read, tuple(files))
+
+
+def split_files(folder: Path) -> dict[str, Path]:
+    """The file of each split in a task's folder, by the name of the split.
+
+    Raises:
+      InputError: two files for one split.
+    """
+    files: dict[str, Path] = {}
+    for file in sorted(folder.iterdir()):
+        suffix = suffix_of(file)
+        if suffix is None:
+            continue
+        split = file.name[: -len(suffix)]
+        if split in files:
+            raise InputError(f"{folder} has two files for the split '{split}': {files[split].name} and {file.name}.")
+        files[split] = file
+    return files
+
+
+def data_file(path: Path, split: str) -> Path:
+    """The file of rows that a command's `--data` and `--split` name.
+
+    Args:
+      path: a file, `PIPE`, or a folder with task.json.
+      split: which split of such a folder.
+
+    Raises:
+      InputError: there is no such file, or a folder without task.json or without that split.
+    """
+    if not path.is_dir():
+        check_file(path)
+        return path
+    if find_task_file(path) is None:
+        if folders := task_folders(path):
+            raise InputError(f"{path} holds several tasks; name the folder of one, such as {folders[0]}.")
+        raise InputError(f"{path} has no {TASK_FILES[0]} (or .yaml); give a file, or a task's folder with its splits.")
+    files = split_files(path)
+    if split not in files:
+        raise InputError(f"{path} has no split '{split}'; it has {', '.join(files) or 'none'}.")
+    return files[split]
 
 
 def task_folders(path: Path) -> list[Path]:
@@ -256,7 +295,14 @@ def _check_column(row: Row, column: str, option: str) -> None:
         raise InputError(f"{row.source}: no column '{column}', only {listed(list(row.fields))}; see {option}.")
 
 
-def _text(row: Row, column: str) -> str:
+def text_of(row: Row, column: str) -> str:
+    """The text of a row.
+
+    Raises:
+      InputError: there is no such column; or it holds no string, a blank one, one that is longer than `MAX_TEXT_CHARS`,
+        or one that no UTF-8 file can hold.
+    """
+    _check_column(row, column, "--text-column")
     text = row.fields[column]
     if not isinstance(text, str):
         raise InputError(f"{row.source}: '{column}' holds {_described(text)}, not a text.")

@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from ..data.errors import InputError
+from ..data.files import staged_folder
 from ..data.taxonomy import Taxonomy
 from ..data.tokenizer import WordPieceTokenizer
 from .classifier import TextClassifier
@@ -127,15 +128,8 @@ def save_bundle(bundle: Bundle, path: Path) -> Bundle:
     """
     if path.exists():
         raise InputError(f"{path} exists already; a bundle is written to a new folder.")
-    staging = path.with_name(path.name + ".part")
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        (staging / "tokenizer").mkdir(parents=True)
+    with staged_folder(path) as staging:
         version = _write_files(bundle, staging)
-        staging.rename(path)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
     return dataclasses.replace(bundle, version=version, path=path)
 
 

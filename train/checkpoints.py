@@ -19,7 +19,8 @@ import jax
 import orbax.checkpoint as ocp
 
 from ..data.errors import InputError
-from .processes import all_say, first_says, is_first
+from ..data.files import atomic_write, disk_error
+from .processes import all_gather, broadcast, is_primary
 from .step import TrainState
 
 
@@ -59,19 +60,19 @@ class Progress:
         """Whether so many epochs, if any at all are asked for, have brought nothing better."""
         return patience > 0 and self.epochs_since_best >= patience
 
-    def keeps_last(self, looks: int, dev_sizes: Sequence[int]) -> bool:
+    def keeps_last(self, num_evals: int, dev_sizes: Sequence[int]) -> bool:
         """Whether a training that ran to its end keeps its last epoch: if no epoch was better by more than chance.
 
         The learning rate has come down only there, while the highest of many dev scores is high by luck in part.
 
         Args:
-          looks: epochs that the whole training has.
+          num_evals: epochs that the whole training has.
           dev_sizes: examples of each task that the score is a mean over. Chance is one standard error of the best
             score, taken as a mean of shares of these.
         """
         share = min(max(self.best_score, 0.0), 1.0)
         variance = share * (1 - share) * sum(1 / size for size in dev_sizes) / len(dev_sizes) ** 2
-        return self.epoch == looks and self.dev_score >= self.best_score - math.sqrt(variance)
+        return self.epoch == num_evals and self.dev_score >= self.best_score - math.sqrt(variance)
 
 
 class Checkpoints:
@@ -93,7 +94,7 @@ class Checkpoints:
         self._folder, self._config, self._say = folder.resolve(), config or {}, say
         self._closed = threading.Event()
         self._watcher: threading.Thread | None = None
-        first_says(lambda: self._put_damaged_aside() or b"")
+        broadcast(lambda: self._put_damaged_aside() or b"")
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -131,7 +132,7 @@ class Checkpoints:
                 ),
                 metrics={"dev_score": score},
             )
-        if is_first():
+        if is_primary():
             self._watcher = threading.Thread(target=self._add_checksums, args=(step, self._watcher), daemon=True)
             self._watcher.start()
 
@@ -162,7 +163,7 @@ class Checkpoints:
                 restored = self.restore(like, step)
             except Exception as e:  # Orbax and TensorStore raise many kinds for a file that is not whole
                 reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-            reason = next(filter(None, all_say(reason)), "")  # of several processes all use it, or none
+            reason = next(filter(None, all_gather(reason)), "")  # of several processes all use it, or none
             if restored is not None and not reason:
                 state, progress = restored
                 if progress.epoch and progress.best_step not in self._manager.all_steps():
@@ -170,7 +171,7 @@ class Checkpoints:
                     progress = dataclasses.replace(progress, best_score=-1.0, best_step=step)
                 return state, progress
             self._manager.close()
-            first_says(lambda step=step, reason=reason: self._put_aside(step, reason) or b"")
+            broadcast(lambda step=step, reason=reason: self._put_aside(step, reason) or b"")
             self._manager = self._open()
         return None
 
@@ -213,11 +214,10 @@ class Checkpoints:
             pass
         try:
             if folder.is_dir():
-                part = file.with_suffix(".part")
-                part.write_text(json.dumps(_checksums(folder), indent=1), encoding="utf-8")
-                part.rename(file)
+                with atomic_write(file) as part:
+                    part.write_text(json.dumps(_checksums(folder), indent=1), encoding="utf-8")
             self._drop_checksums()
-        except OSError:
+        except (OSError, InputError):
             file.unlink(missing_ok=True)  # a full disk, or a checkpoint that made way for a newer one meanwhile
 
     def _drop_checksums(self) -> None:
@@ -271,15 +271,8 @@ class _NamingFailures:
         if not isinstance(error, Exception) or isinstance(error, InputError):
             return
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        known = (
-            "No space left",
-            "Disk quota",
-            "File too large",
-            "Read-only",
-            "Permission denied",
-            "RESOURCE_EXHAUSTED",
-        )
-        reason = next((name for name in known if name in str(error)), None)
+        known = ("Permission denied", "RESOURCE_EXHAUSTED")
+        reason = disk_error(error) or next((name for name in known if name in str(error)), None)
         if reason is None and not isinstance(error, OSError):
             return
         free = shutil.disk_usage(self._folder).free / 1e6

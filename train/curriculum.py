@@ -30,7 +30,7 @@ class PlannedStage:
       seen: names of all tasks trained by its end, in the order of the taxonomy.
       shares_T: float64, how often each task of the taxonomy is drawn, replay included.
       num_steps: how many it has.
-      looks: how often the dev sets are read.
+      num_evals: how often the dev sets are read.
     """
 
     stage: CurriculumStage
@@ -39,7 +39,7 @@ class PlannedStage:
     seen: tuple[str, ...]
     shares_T: np.ndarray
     num_steps: int
-    looks: int
+    num_evals: int
 
 
 def stages_for(
@@ -91,14 +91,14 @@ def plan_curriculum(
         shares_T = own_T
         if stage.replay:
             shares_T = (1 - stage.replay) * own_T + stage.replay * _shares(taxonomy, sizes_T, stage, seen - set(tasks))
-        looks = 1 if stage.steps else max(1, round(stage.epochs))
+        num_evals = 1 if stage.steps else max(1, round(stage.epochs))
         own_rows = stage.epochs * sum(n for n, task in zip(sizes_T, taxonomy.tasks, strict=True) if task.name in tasks)
         steps = stage.steps or own_rows / (1 - stage.replay) / batch_size
         new = tuple(name for name in tasks if name not in seen)
         seen |= set(tasks)
         in_order = tuple(task.name for task in taxonomy.tasks if task.name in seen)
-        num_steps = looks * max(1, round(steps / looks))
-        planned.append(PlannedStage(stage, tasks, new, in_order, shares_T, num_steps, looks))
+        num_steps = num_evals * max(1, round(steps / num_evals))
+        planned.append(PlannedStage(stage, tasks, new, in_order, shares_T, num_steps, num_evals))
     left = [task.name for task in taxonomy.tasks if task.name not in seen]
     if left:
         raise InputError(f"No stage of the curriculum trains {listed(left)}; name it in one, or leave its data out.")

@@ -81,7 +81,9 @@ def _load_task(job: TrainJob, say: Callable[[str], object]) -> tuple[Task, dict[
     """One task and its splits train, dev, test and undrawn; the last two may be empty."""
     given: dict[str, list[Example]] = {}
     if job.data.is_dir():
-        folder = read_task_folder(job.data, ("train", "dev", "test"))
+        folder = read_task_folder(
+            job.data, ("train", "dev", "test"), text_column=job.text_column, label_column=job.label_column
+        )
         task, given = folder.task, dict(folder.splits)
         if "train" not in given:
             raise InputError(f"{job.data} has no split 'train'; it has {', '.join(sorted(folder.there))}.")

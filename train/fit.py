@@ -16,19 +16,19 @@ from ..model.quantize import Weights
 from .curriculum import plan_curriculum, write_curriculum
 from .evaluation import join
 from .focus import DEV_FOCUSES, SOFT_SHARE, distilled
-from .loop import Fitted, Part, Trainee, fit_part, make_step
-from .processes import first_before_others, is_first
+from .loop import FitResult, Phase, TrainContext, make_step, run_phase
+from .processes import is_primary, primary_first
 from .step import TrainStep
 
 
-def fit(trainee: Trainee, weights: Weights) -> Fitted:
+def fit(context: TrainContext, weights: Weights) -> FitResult:
     """Trains a classifier, from the last checkpoints in `out` if there are any: dense, then to focus if so told.
 
     The dense training is one part over all examples, or one for each stage of the curriculum. The checkpoints and logs
     of the parts are in `out`, in `out/stages/NAME`, and, of the focus, in `out/focus`.
 
     Args:
-      trainee: how, and on what.
+      context: how, and on what.
       weights: by name: the encoder's pretrained ones, or none to begin with random ones; with a head's, which must be
         of these labels, a trained classifier's.
 
@@ -42,72 +42,70 @@ def fit(trainee: Trainee, weights: Weights) -> Fitted:
         checkpoint cannot be written.
       Stopped: SIGTERM came; all that was done is saved.
     """
-    recipe, taxonomy = trainee.recipe, trainee.taxonomy
+    recipe, taxonomy = context.recipe, context.taxonomy
     start = weights
     if recipe.curriculum:
-        fitted = _fit_stages(trainee, weights)
+        fitted = _fit_stages(context, weights)
     elif recipe.epochs:
-        fitted = _fit_epochs(trainee, weights)
+        fitted = _fit_epochs(context, weights)
     else:
-        fitted = Fitted(weights, score=-1.0, kept_epoch=0, epochs=0)
+        fitted = FitResult(weights, score=-1.0, kept_epoch=0, epochs=0)
     if not recipe.focus_epochs:
         return fitted
-    if is_first():
+    if is_primary():
         print("Training to focus, beside the dense classifier's answers.", flush=True)
-    folder, weights, examples = trainee.out / "focus", fitted.weights, trainee
-    if trainee.shards is None:  # answered once for all epochs; of shards anew in every step, so that none are held
-        train = first_before_others(
-            lambda: distilled(recipe, taxonomy, trainee.encoder, weights, trainee.train, folder)
-        )
-        examples = dataclasses.replace(trainee, train=train)
-    part = Part(
+    folder, weights, examples = context.out / "focus", fitted.weights, context
+    if context.shards is None:  # answered once for all epochs; of shards anew in every step, so that none are held
+        train = primary_first(lambda: distilled(recipe, taxonomy, context.encoder, weights, context.train, folder))
+        examples = dataclasses.replace(context, train=train)
+    phase = Phase(
         _epochs(examples, recipe.focus_epochs),
-        looks=recipe.focus_epochs,
+        num_evals=recipe.focus_epochs,
         patience=0,
         label_smoothing=0.0,
         learning_rate=recipe.learning_rate,
         folder=folder,
-        dev_tasks=tuple(trainee.dev),
+        dev_tasks=tuple(context.dev),
         focuses=DEV_FOCUSES,
         # Gates that were taught before need no soft ones first.
         focus_from=SOFT_SHARE if any(map(is_gate, start)) else 0.0,
-        dense=None if trainee.shards is None else weights,
+        dense=None if context.shards is None else weights,
     )
-    return fit_part(part, trainee, weights)
+    return run_phase(phase, context, weights)
 
 
-def _fit_epochs(trainee: Trainee, weights: Weights) -> Fitted:
+def _fit_epochs(context: TrainContext, weights: Weights) -> FitResult:
     """Dense training on all examples alike."""
-    recipe = trainee.recipe
-    part = Part(
-        _epochs(trainee, recipe.epochs),
-        looks=recipe.epochs,
+    recipe = context.recipe
+    phase = Phase(
+        _epochs(context, recipe.epochs),
+        num_evals=recipe.epochs,
         patience=recipe.patience,
         label_smoothing=recipe.label_smoothing,
         learning_rate=recipe.learning_rate,
-        folder=trainee.out,
-        dev_tasks=tuple(trainee.dev),
-        new_tasks=() if _has_head(weights) else tuple(trainee.train),
+        folder=context.out,
+        dev_tasks=tuple(context.dev),
+        new_tasks=() if _has_head(weights) else tuple(context.train),
     )
-    return fit_part(part, trainee, weights)
+    return run_phase(phase, context, weights)
 
 
-def _fit_stages(trainee: Trainee, weights: Weights) -> Fitted:
+def _fit_stages(context: TrainContext, weights: Weights) -> FitResult:
     """Dense training by the curriculum, one part a stage."""
-    recipe, taxonomy, shards = trainee.recipe, trainee.taxonomy, trainee.shards
+    recipe, taxonomy, shards = context.recipe, context.taxonomy, context.shards
     if shards is not None:
         sizes_T = [len(numbers) for numbers in shards.numbers_T]
     else:
-        sizes_T = [len(trainee.train[task.name].ids) for task in taxonomy.tasks]
+        sizes_T = [len(context.train[task.name].ids) for task in taxonomy.tasks]
     planned = plan_curriculum(recipe.curriculum, taxonomy, sizes_T, recipe.batch_size)
-    batches_of = _stages_of(trainee)
+    batches_of = _stages_of(context)
     has_head = _has_head(weights)
     train_step: TrainStep | None = None
-    fitted: Fitted | None = None
+    fitted: FitResult | None = None
     drawn: dict[str, np.ndarray] = {}
     for number, plan in enumerate(planned):
         stage = plan.stage
-        if is_first():
+        if is_primary():
             print(
                 f"Stage {number + 1} of {len(planned)}, '{stage.name}': {plan.num_steps:,} steps on "
                 + ", ".join(plan.tasks)
@@ -115,51 +113,51 @@ def _fit_stages(trainee: Trainee, weights: Weights) -> Fitted:
                 flush=True,
             )
         batches = batches_of(plan.shares_T, plan.num_steps, stage=number)
-        part = Part(
+        phase = Phase(
             batches,
-            looks=plan.looks,
+            num_evals=plan.num_evals,
             patience=0,
             label_smoothing=recipe.label_smoothing,
             learning_rate=recipe.learning_rate if stage.learning_rate is None else stage.learning_rate,
-            folder=trainee.out / "stages" / stage.name,
+            folder=context.out / "stages" / stage.name,
             dev_tasks=plan.seen,
             new_tasks=() if has_head else plan.new,
         )
-        train_step = train_step or make_step(part, trainee)
-        fitted = fit_part(part, trainee, weights, train_step)
+        train_step = train_step or make_step(phase, context)
+        fitted = run_phase(phase, context, weights, train_step)
         weights = fitted.weights
-        if is_first():
+        if is_primary():
             drawn[stage.name] = batches.drawn(plan.num_steps)
             counts = zip(taxonomy.tasks, drawn[stage.name], strict=True)
             counted = ", ".join(f"{task.name} {count:,}" for task, count in counts if count)
             print(f"Stage '{stage.name}' has trained on so many examples: {counted}.", flush=True)
-            write_curriculum(trainee.out / "stages", taxonomy, drawn)
+            write_curriculum(context.out / "stages", taxonomy, drawn)
     assert fitted is not None
     return fitted
 
 
-def _stages_of(trainee: Trainee) -> Callable[..., CurriculumBatches | ShardCurriculum]:
+def _stages_of(context: TrainContext) -> Callable[..., CurriculumBatches | ShardCurriculum]:
     """(shares_T, the number of steps, stage=its number) → its batches."""
-    recipe = trainee.recipe
-    options = {"batch_size": recipe.batch_size, "seed": recipe.seed, "pad_id": trainee.pad_id}
-    if trainee.shards is None:
-        return functools.partial(CurriculumBatches, _join(trainee), **options)
-    rows = trainee.layout.rows(recipe.batch_size)
-    return functools.partial(ShardCurriculum, trainee.shards, rows=rows, **options)
+    recipe = context.recipe
+    options = {"batch_size": recipe.batch_size, "seed": recipe.seed, "pad_id": context.pad_id}
+    if context.shards is None:
+        return functools.partial(CurriculumBatches, _join(context), **options)
+    rows = context.layout.rows(recipe.batch_size)
+    return functools.partial(ShardCurriculum, context.shards, rows=rows, **options)
 
 
-def _epochs(trainee: Trainee, num_epochs: int) -> TrainBatches | ShardBatches:
-    recipe = trainee.recipe
-    size, seed, pad_id = recipe.batch_size, recipe.seed, trainee.pad_id
-    if trainee.shards is None:
-        return TrainBatches(_join(trainee), batch_size=size, seed=seed, pad_id=pad_id, num_epochs=num_epochs)
-    rows = trainee.layout.rows(size)
-    return ShardBatches(trainee.shards, batch_size=size, seed=seed, pad_id=pad_id, num_epochs=num_epochs, rows=rows)
+def _epochs(context: TrainContext, num_epochs: int) -> TrainBatches | ShardBatches:
+    recipe = context.recipe
+    size, seed, pad_id = recipe.batch_size, recipe.seed, context.pad_id
+    if context.shards is None:
+        return TrainBatches(_join(context), batch_size=size, seed=seed, pad_id=pad_id, num_epochs=num_epochs)
+    rows = context.layout.rows(size)
+    return ShardBatches(context.shards, batch_size=size, seed=seed, pad_id=pad_id, num_epochs=num_epochs, rows=rows)
 
 
-def _join(trainee: Trainee) -> TrainExamples:
-    recipe = trainee.recipe
-    return join(trainee.taxonomy, trainee.train, soft_share=recipe.soft_share, temperature=recipe.soft_temperature)
+def _join(context: TrainContext) -> TrainExamples:
+    recipe = context.recipe
+    return join(context.taxonomy, context.train, soft_share=recipe.soft_share, temperature=recipe.soft_temperature)
 
 
 def _has_head(weights: Weights) -> bool:

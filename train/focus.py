@@ -21,6 +21,7 @@ from scipy import sparse
 from scipy.sparse import csr_array
 from tqdm import tqdm
 
+from ..data.files import atomic_write
 from ..data.soft_labels import SMALLEST
 from ..data.taxonomy import Task, Taxonomy
 from ..model.config import EncoderConfig
@@ -114,7 +115,6 @@ def _answers(predictor: Predictor, taxonomy: Taxonomy, task: Task, split: Tokeni
     if task.kind.exclusive:
         probs_NL /= probs_NL.sum(axis=1, keepdims=True)
     answers = csr_array(probs_NL.astype(np.float32))
-    whole = file.with_name(f"{file.stem}.part.npz")
-    sparse.save_npz(whole, answers)
-    whole.rename(file)
+    with atomic_write(file) as part, part.open("wb") as opened:
+        sparse.save_npz(opened, answers)
     return answers

@@ -1,4 +1,4 @@
-"""The training loop of one part of a run: epochs of steps, each with a look at the dev sets and a checkpoint."""
+"""The training loop of one phase of a run: epochs of steps, each with a look at the dev sets and a checkpoint."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from ..model.sharding import Layout, make_layout
 from ..model.stacking import stack_layers, unstack_layers
 from .checkpoints import Checkpoints, Progress
 from .config import Recipe
-from .devlook import DevLook
+from .dev_evaluator import DevEvaluator
 from .evaluation import TokenizedSplit
 from .focus import TEACHER_SHARE, draw_focus
 from .losses import balanced_class_weights
 from .probe import probe_head
-from .processes import Pace, Stopped, deferred, first_computes
+from .processes import CheckpointSchedule, Stopped, compute_on_primary, deferred
 from .runlog import RunLog, open_log
 from .step import (
     Dense,
@@ -49,8 +49,8 @@ from .step import (
 
 
 @dataclasses.dataclass(frozen=True)
-class Fitted:
-    """The outcome of a part, or of a run.
+class FitResult:
+    """The outcome of a phase, or of a run.
 
     Attributes:
       weights: of the epoch that was kept.
@@ -69,12 +69,12 @@ AfterStep = Callable[[TrainState, int, bool], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Running:
+class ExecutionConfig:
     """How a run is carried out, which changes nothing that it learns.
 
     Attributes:
       layout: of the devices; None takes all of them for `data`.
-      save_steps, save_minutes: see `processes.Pace`.
+      save_steps, save_minutes: see `processes.CheckpointSchedule`.
       config: kept in the checkpoints.
     """
 
@@ -85,12 +85,12 @@ class Running:
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """A part of a run with a learning-rate schedule, checkpoints and a log of its own.
+class Phase:
+    """A phase of a run with a learning-rate schedule, checkpoints and a log of its own.
 
     Attributes:
       batches: what it trains on.
-      looks: how often the dev sets are read; between two looks lies an epoch.
+      num_evals: how often the dev sets are read; between two evaluations lies an epoch.
       patience: as in `Recipe`.
       label_smoothing: as in `Recipe`.
       learning_rate: its peak.
@@ -104,7 +104,7 @@ class Part:
     """
 
     batches: TrainBatches | CurriculumBatches | ShardBatches | ShardCurriculum
-    looks: int
+    num_evals: int
     patience: int
     label_smoothing: float
     learning_rate: float
@@ -117,7 +117,7 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True)
-class Trainee:
+class TrainContext:
     """What all parts of a run have in common.
 
     Attributes:
@@ -127,7 +127,7 @@ class Trainee:
       train, dev: the examples, by task.
       pad_id: fills token rows.
       out: the run's folder.
-      running: how to carry it out.
+      execution: how to carry it out.
       shards: the examples to train on where they are read from disk; `train` is then a sample of them.
     """
 
@@ -138,51 +138,51 @@ class Trainee:
     dev: Mapping[str, TokenizedSplit]
     pad_id: int
     out: Path
-    running: Running = dataclasses.field(default_factory=Running)
+    execution: ExecutionConfig = dataclasses.field(default_factory=ExecutionConfig)
     shards: Shards | None = None
 
     @property
     def layout(self) -> Layout:
-        return make_layout() if self.running.layout is None else self.running.layout
+        return make_layout() if self.execution.layout is None else self.execution.layout
 
 
-def _counts(trainee: Trainee) -> tuple[np.ndarray, np.ndarray]:
+def _counts(context: TrainContext) -> tuple[np.ndarray, np.ndarray]:
     """How many examples have each label, and how many of each task have labels of their own."""
-    if trainee.shards is not None:
-        return trainee.shards.label_counts_L, trainee.shards.rows_T
-    splits = [trainee.train[task.name] for task in trainee.taxonomy.tasks]
+    if context.shards is not None:
+        return context.shards.label_counts_L, context.shards.rows_T
+    splits = [context.train[task.name] for task in context.taxonomy.tasks]
     positives = [np.asarray(split.targets.sum(axis=0)).ravel() for split in splits]
     return np.concatenate(positives), np.array([split.labelled_N.sum() for split in splits])
 
 
-def fit_part(part: Part, trainee: Trainee, weights: Weights, train_step: TrainStep | None = None) -> Fitted:
-    """Trains one part, from the last checkpoint in its folder if there is any.
+def run_phase(phase: Phase, context: TrainContext, weights: Weights, train_step: TrainStep | None = None) -> FitResult:
+    """Trains one phase, from the last checkpoint in its folder if there is any.
 
     Args:
-      part: what is its own.
-      trainee: what it has in common with the others.
+      phase: what is its own.
+      context: what it has in common with the others.
       weights: by name, what it begins with where there is no checkpoint.
-      train_step: that of a part before (see `make_step`), whose compiled programs it then shares.
+      train_step: that of a phase before (see `make_step`), whose compiled programs it then shares.
 
     Raises:
       InputError, Stopped: as `fit.fit` does.
     """
-    recipe, taxonomy, encoder = trainee.recipe, trainee.taxonomy, trainee.encoder
-    batches = part.batches
-    steps_per_epoch = batches.num_steps // part.looks
-    schedule = learning_rate_schedule(recipe, batches.num_steps, part.learning_rate)
+    recipe, taxonomy, encoder = context.recipe, context.taxonomy, context.encoder
+    batches = phase.batches
+    steps_per_epoch = batches.num_steps // phase.num_evals
+    schedule = learning_rate_schedule(recipe, batches.num_steps, phase.learning_rate)
     optimizer = make_optimizer(recipe, schedule)
-    model = _classifier(trainee)
-    running = trainee.running
-    layout = trainee.layout
+    model = _classifier(context)
+    execution = context.execution
+    layout = context.layout
     layout.rows(recipe.batch_size)  # raises where it cannot be divided
-    train_step = train_step or make_step(part, trainee)
+    train_step = train_step or make_step(phase, context)
     iterator = iter(batches)
     progress = Progress(0, iterator.get_state(), -1.0, -1.0, 0, 0)
-    dev = {name: trainee.dev[name] for name in part.dev_tasks}
+    dev = {name: context.dev[name] for name in phase.dev_tasks}
 
     with (
-        Checkpoints(part.folder / "checkpoints", config=running.config) as checkpoints,
+        Checkpoints(phase.folder / "checkpoints", config=execution.config) as checkpoints,
         contextlib.closing(iterator),
         deferred(),
     ):
@@ -191,14 +191,14 @@ def fit_part(part: Part, trainee: Trainee, weights: Weights, train_step: TrainSt
             state, progress = restored
             iterator.set_state(progress.data)
         else:
-            if part.new_tasks and weights:
-                known, train = weights, trainee.train
-                weights = known | first_computes(
-                    lambda: probe_head(recipe, taxonomy, encoder, known, train, trainee.dev, part.new_tasks)
+            if phase.new_tasks and weights:
+                known, train = weights, context.train
+                weights = known | compute_on_primary(
+                    lambda: probe_head(recipe, taxonomy, encoder, known, train, context.dev, phase.new_tasks)
                 )
             state = init_state(initial_params(model, weights, recipe.seed, layout), optimizer, layout)
-        look = DevLook(taxonomy, encoder, _weights(state), recipe.compute_dtype, dev, part.focuses)
-        pace = Pace(running.save_steps, running.save_minutes)
+        look = DevEvaluator(taxonomy, encoder, _weights(state), recipe.compute_dtype, dev, phase.focuses)
+        pace = CheckpointSchedule(execution.save_steps, execution.save_minutes)
 
         def after_step(state: TrainState, step: int, ends_epoch: bool) -> None:
             save, stop = pace.after(step)
@@ -208,35 +208,35 @@ def fit_part(part: Part, trainee: Trainee, weights: Weights, train_step: TrainSt
                 checkpoints.wait()
                 raise Stopped(f"Stopped after step {step:,} of {batches.num_steps:,}; it is saved.")
 
-        with open_log(part.folder, batches.num_steps, start_step=int(state.step)) as log:
+        with open_log(phase.folder, batches.num_steps, start_step=int(state.step)) as log:
             if restored is not None:
                 log.say(f"Going on after epoch {progress.epoch} (step {int(state.step):,}).")
-            while progress.epoch < part.looks and not progress.is_stuck(part.patience):
+            while progress.epoch < phase.num_evals and not progress.is_stuck(phase.patience):
                 state = _train_epoch(train_step, state, iterator, steps_per_epoch, schedule, log, after_step)
                 score = look(_weights(state), int(state.step), log)
                 progress = progress.after_epoch(iterator.get_state(), score, int(state.step))
                 checkpoints.save(state, progress)
                 best = " (best so far)" if progress.epochs_since_best == 0 else ""
-                log.say(f"epoch {progress.epoch}/{part.looks} · dev {look.sentence}{best}")
-            if progress.epoch < part.looks:
-                log.say(f"Stopped early: no better dev score for {part.patience} epochs.")
+                log.say(f"epoch {progress.epoch}/{phase.num_evals} · dev {look.sentence}{best}")
+            if progress.epoch < phase.num_evals:
+                log.say(f"Stopped early: no better dev score for {phase.patience} epochs.")
         checkpoints.wait()
-        if progress.keeps_last(part.looks, [len(split.ids) for split in dev.values()]):
-            return Fitted(_weights(state), progress.dev_score, progress.epoch, progress.epoch)
+        if progress.keeps_last(phase.num_evals, [len(split.ids) for split in dev.values()]):
+            return FitResult(_weights(state), progress.dev_score, progress.epoch, progress.epoch)
         if progress.best_step != int(state.step):
             state, _ = checkpoints.restore(state, progress.best_step)
-    return Fitted(_weights(state), progress.best_score, progress.best_step // steps_per_epoch, progress.epoch)
+    return FitResult(_weights(state), progress.best_score, progress.best_step // steps_per_epoch, progress.epoch)
 
 
 def _weights(state: TrainState) -> Weights:
     return unstack_layers(flatten(state.params))
 
 
-def _classifier(trainee: Trainee) -> TextClassifier:
-    recipe = trainee.recipe
+def _classifier(context: TrainContext) -> TextClassifier:
+    recipe = context.recipe
     return TextClassifier(
-        trainee.encoder,
-        trainee.taxonomy.num_labels,
+        context.encoder,
+        context.taxonomy.num_labels,
         jnp.dtype(recipe.compute_dtype),
         dropout=recipe.dropout,
         scan=recipe.scan,
@@ -244,11 +244,11 @@ def _classifier(trainee: Trainee) -> TextClassifier:
     )
 
 
-def make_step(part: Part, trainee: Trainee) -> TrainStep:
-    """The step of a part, and of all that differ from it in batches and learning rate alone and do not focus."""
-    recipe, table, layout = trainee.recipe, trainee.taxonomy.table, trainee.layout
-    model = _classifier(trainee)
-    num_steps, focus_from = part.batches.num_steps, part.focus_from or 0.0
+def make_step(phase: Phase, context: TrainContext) -> TrainStep:
+    """The step of a phase, and of all that differ from it in batches and learning rate alone and do not focus."""
+    recipe, table, layout = context.recipe, context.taxonomy.table, context.layout
+    model = _classifier(context)
+    num_steps, focus_from = phase.batches.num_steps, phase.focus_from or 0.0
 
     def draw(key: jax.Array, step: jax.Array, num_rows: int) -> FocusDraw:
         done = focus_from + (1 - focus_from) * step / num_steps
@@ -256,23 +256,23 @@ def make_step(part: Part, trainee: Trainee) -> TrainStep:
 
     class_weights_L = None
     if recipe.class_weights == "balanced":
-        class_weights_L = balanced_class_weights(table, *_counts(trainee))
+        class_weights_L = balanced_class_weights(table, *_counts(context))
     dense = None
-    if part.dense is not None:
-        dense = Dense(initial_params(model, part.dense, recipe.seed, layout), TEACHER_SHARE)
+    if phase.dense is not None:
+        dense = Dense(initial_params(model, phase.dense, recipe.seed, layout), TEACHER_SHARE)
     return make_train_step(
         model,
         table,
-        make_optimizer(recipe, learning_rate_schedule(recipe, num_steps, part.learning_rate)),
-        label_smoothing=part.label_smoothing,
+        make_optimizer(recipe, learning_rate_schedule(recipe, num_steps, phase.learning_rate)),
+        label_smoothing=phase.label_smoothing,
         class_weights_L=class_weights_L,
         seed=recipe.seed,
         temperature=recipe.soft_temperature,
         relation_share=recipe.relation_share,
-        draw_focus=None if part.focus_from is None else draw,
+        draw_focus=None if phase.focus_from is None else draw,
         dense=dense,
         layout=layout,
-        batch_size=None if trainee.shards is None else recipe.batch_size,
+        batch_size=None if context.shards is None else recipe.batch_size,
     )
 
 

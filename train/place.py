@@ -16,7 +16,7 @@ LOGS = "logs"  # of launched processes, in the run's folder
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class ProcessInfo:
     """Who a process is among those of its job.
 
     Attributes:
@@ -30,7 +30,7 @@ class Place:
     rank: int
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str]) -> Place | None:
+    def from_environment(cls, environment: Mapping[str, str]) -> ProcessInfo | None:
         """What the launcher said; None where there is only this process.
 
         Raises:

@@ -27,7 +27,7 @@ from safetensors.numpy import load, save
 
 from ..data.errors import InputError
 from ..model.quantize import Weights
-from .place import LAUNCHER, STOPPED_CODE, Place
+from .place import LAUNCHER, STOPPED_CODE, ProcessInfo
 
 WAIT_MS = 24 * 3600 * 1000  # for the first process: tokenising and probing take their time, and launchers end dead jobs
 Result = TypeVar("Result")
@@ -50,11 +50,11 @@ def join(environment: Mapping[str, str] = os.environ) -> None:
     """Joins the other processes of the job, if there are others; before anything else of JAX is used.
 
     Raises:
-      InputError: as `Place.from_environment`; the first process did not answer within five minutes.
+      InputError: as `ProcessInfo.from_environment`; the first process did not answer within five minutes.
     """
     if LAUNCHER in environment:
         _die_with(int(environment[LAUNCHER]))
-    place = Place.from_environment(environment)
+    place = ProcessInfo.from_environment(environment)
     if place is None or jax.distributed.is_initialized():
         return
     try:
@@ -93,12 +93,12 @@ def end(stopped: Stopped) -> int:
     os._exit(code)
 
 
-def is_first() -> bool:
+def is_primary() -> bool:
     """Whether this process is the one that writes files and speaks to people."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
-def first_says(make: Callable[[], bytes]) -> bytes:
+def broadcast(make: Callable[[], bytes]) -> bytes:
     """Calls `make` in the first process and gives what it returns to all.
 
     Raises:
@@ -109,7 +109,7 @@ def first_says(make: Callable[[], bytes]) -> bytes:
     client, key = distributed.global_state.client, f"classer/{next(_messages)}"
     assert client is not None
     said = b""
-    if is_first():
+    if is_primary():
         try:
             said = make()
             answer = {"length": len(said)}
@@ -125,11 +125,11 @@ def first_says(make: Callable[[], bytes]) -> bytes:
         raise InputError(answer["error"])
     if not answer["length"]:
         return b""
-    array = np.frombuffer(said, np.uint8) if is_first() else np.zeros(answer["length"], np.uint8)
+    array = np.frombuffer(said, np.uint8) if is_primary() else np.zeros(answer["length"], np.uint8)
     return np.asarray(multihost_utils.broadcast_one_to_all(array)).astype(np.uint8).tobytes()
 
 
-def all_say(sentence: str) -> list[str]:
+def all_gather(sentence: str) -> list[str]:
     """What each process has to say, by rank: the same list in all processes."""
     if not jax.distributed.is_initialized():
         return [sentence]
@@ -140,24 +140,24 @@ def all_say(sentence: str) -> list[str]:
     return [client.blocking_key_value_get(key, WAIT_MS) for key in keys]
 
 
-def first_decides(make: Callable[[], bool]) -> bool:
-    """`first_says` of a yes or no."""
-    return first_says(lambda: b"\1" if make() else b"\0") == b"\1"
+def broadcast_decision(make: Callable[[], bool]) -> bool:
+    """`broadcast` of a yes or no."""
+    return broadcast(lambda: b"\1" if make() else b"\0") == b"\1"
 
 
-def first_computes(make: Callable[[], Weights]) -> Weights:
-    """`first_says` of arrays."""
-    return load(first_says(lambda: save(make()))) if jax.distributed.is_initialized() else make()
+def compute_on_primary(make: Callable[[], Weights]) -> Weights:
+    """`broadcast` of arrays."""
+    return load(broadcast(lambda: save(make()))) if jax.distributed.is_initialized() else make()
 
 
-def first_before_others(make: Callable[[], Result]) -> Result:
+def primary_first(make: Callable[[], Result]) -> Result:
     """Calls `make` in all processes, in the first before the others: it leaves files that they then find."""
     result: list[Result] = []
-    first_decides(lambda: result.append(make()) is None)
+    broadcast_decision(lambda: result.append(make()) is None)
     return result[0] if result else make()
 
 
-def each_its_share(compute: Callable[[Sequence[np.ndarray]], np.ndarray], rows: Sequence[np.ndarray]) -> np.ndarray:
+def shard_of(compute: Callable[[Sequence[np.ndarray]], np.ndarray], rows: Sequence[np.ndarray]) -> np.ndarray:
     """`compute(rows)`, one row of output a row, with the work shared out among the processes."""
     if not jax.distributed.is_initialized():
         return compute(rows)
@@ -171,7 +171,7 @@ def each_its_share(compute: Callable[[Sequence[np.ndarray]], np.ndarray], rows: 
     return gathered.swapaxes(0, 1).reshape(share * count, *gathered.shape[2:])[: len(rows)]
 
 
-class Pace:
+class CheckpointSchedule:
     """When to save within an epoch, and when to stop: the same answer at the same step in every process.
 
     Args:
@@ -192,7 +192,7 @@ class Pace:
           KeyboardInterrupt: SIGINT has come.
         """
         _signals.check()
-        due = is_first() and self._seconds > 0 and self._clock() - self._saved >= self._seconds
+        due = is_primary() and self._seconds > 0 and self._clock() - self._saved >= self._seconds
         asked, self._pending = self._pending, _agree(due, _signals.asked)
         if not jax.distributed.is_initialized():
             asked = self._pending
@@ -238,7 +238,7 @@ class _Signals:
         self._deferred = False
         if kind is None:
             self.check()
-        # The signal came after the last step that `Pace` was asked about.
+        # The signal came after the last step that `CheckpointSchedule` was asked about.
         if kind is None and _agree(self.asked)()[0]:
             raise Stopped("Stopped at the end of a stage; it is saved.")
 
@@ -257,7 +257,7 @@ def listen() -> None:
 
 
 def deferred() -> _Signals:
-    """Within it SIGTERM and SIGINT wait for `Pace`."""
+    """Within it SIGTERM and SIGINT wait for `CheckpointSchedule`."""
     return _signals
 
 

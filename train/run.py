@@ -11,6 +11,7 @@ from typing import Any
 
 from .. import __version__
 from ..data.errors import InputError
+from ..data.files import atomic_write
 from ..data.soft_labels import read_teachers
 from ..model.bundle import Bundle, quantize, save_bundle
 from ..model.focus import is_gate
@@ -23,10 +24,10 @@ from .curriculum import stages_for
 from .evaluation import measure
 from .fit import fit
 from .inputs import Inputs, load_inputs, open_data
-from .loop import Fitted, Running, Trainee
+from .loop import ExecutionConfig, FitResult, TrainContext
 from .metrics import Metrics
 from .place import LOGS
-from .processes import first_before_others, first_decides, is_first, leave
+from .processes import broadcast_decision, is_primary, leave, primary_first
 from .start import Start, choose_start
 
 CARD_LABELS = 200  # labels that the model card lists of a task
@@ -92,33 +93,33 @@ def run_job(job: TrainJob) -> TrainResult | None:
     if job.curriculum is not None:
         stages = read_curriculum(job.curriculum)
         job = dataclasses.replace(job, recipe=dataclasses.replace(job.recipe, curriculum=stages))
-    if job.restartable and first_decides(lambda: (job.out / "bundle").exists()):
+    if job.restartable and broadcast_decision(lambda: (job.out / "bundle").exists()):
         return None
-    job = dataclasses.replace(job, resume=first_decides(lambda: _check_out(job)))
-    say: Callable[[str], object] = print if is_first() else lambda _: None
+    job = dataclasses.replace(job, resume=broadcast_decision(lambda: _check_out(job)))
+    say: Callable[[str], object] = print if is_primary() else lambda _: None
     layout = make_layout(fsdp=job.fsdp, tensor=job.tensor)
     if layout.mesh.size > 1:
         say(f"{layout.mesh.size} devices: " + ", ".join(f"{axis} {n}" for axis, n in layout.mesh.shape.items()) + ".")
     data = open_data(job, say)
-    start = first_before_others(lambda: choose_start(job.recipe.encoder))
+    start = primary_first(lambda: choose_start(job.recipe.encoder))
     encoder = dataclasses.replace(start.encoder, gated=job.recipe.focus_epochs > 0)
     if job.recipe.max_length > encoder.max_positions:
         raise InputError(
             f"max_length is {job.recipe.max_length}, but the encoder has only {encoder.max_positions} positions."
         )
     if not start.weights:
-        say(f"{job.recipe.encoder} begins with random weights; a pretrained or upcycled encoder learns from far fewer.")
+        say(f"{job.recipe.encoder} begins with random weights; a pretrained or converted one learns from far fewer.")
     inputs = load_inputs(job, data, start.tokenizer, say)
     for task in inputs.taxonomy.tasks:
         if sentence := without_thresholds(task, inputs.splits["dev"][task.name].targets):
             say(sentence)
     weights = _begin_with(job, start, inputs, say)
-    first_decides(lambda: _write_job(job) is None)
-    running = Running(layout, job.save_steps, job.save_minutes, _job_json(job))
+    broadcast_decision(lambda: _write_job(job) is None)
+    running = ExecutionConfig(layout, job.save_steps, job.save_minutes, _job_json(job))
     recipe = job.recipe
     if job.curriculum is None:
         recipe = dataclasses.replace(recipe, curriculum=stages_for(recipe.curriculum, inputs.taxonomy, say))
-    trainee = Trainee(
+    context = TrainContext(
         recipe,
         inputs.taxonomy,
         encoder,
@@ -129,8 +130,8 @@ def run_job(job: TrainJob) -> TrainResult | None:
         running,
         inputs.shards,
     )
-    fitted = fit(trainee, weights)
-    first = is_first()
+    fitted = fit(context, weights)
+    first = is_primary()
     leave()
     if not first:
         return None
@@ -181,7 +182,7 @@ def _begin_with(job: TrainJob, start: Start, inputs: Inputs, say: Callable[[str]
 def _finish(
     job: TrainJob,
     inputs: Inputs,
-    fitted: Fitted,
+    fitted: FitResult,
     bundle: Bundle,
     suffix: str,
 ) -> tuple[Bundle, dict[str, Metrics]]:
@@ -262,15 +263,14 @@ def _job_json(job: TrainJob) -> dict[str, Any]:
 
 def _write_job(job: TrainJob) -> None:
     job.out.mkdir(parents=True, exist_ok=True)
-    unfinished = job.out / UNFINISHED
     told = _job_json(job)
     if job.soft_labels is not None:
         told["teachers"] = list(map(dataclasses.asdict, read_teachers(job.soft_labels)))
-    unfinished.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    unfinished.rename(job.out / JOB_FILE)
+    with atomic_write(job.out / JOB_FILE) as part:
+        part.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
-def _model_card(job: TrainJob, inputs: Inputs, fitted: Fitted, bundle: Bundle, metrics: dict[str, Metrics]) -> str:
+def _model_card(job: TrainJob, inputs: Inputs, fitted: FitResult, bundle: Bundle, metrics: dict[str, Metrics]) -> str:
     tasks = inputs.taxonomy.tasks
     licence = " (its licence stands beside this file)" if bundle.licences else ""
     lines = [

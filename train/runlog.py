@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +14,8 @@ from typing import Any, TextIO
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from .processes import is_first
+from ..data.files import atomic_write
+from .processes import is_primary
 
 SECONDS_BETWEEN_LINES = 10.0  # where there is no terminal to draw a bar on
 LOSS_SMOOTHING = 0.95  # of an exponential moving average over steps
@@ -153,7 +153,7 @@ class RunLog:
 
 def open_log(folder: Path, total_steps: int, *, start_step: int = 0) -> RunLog:
     """The log of a run; of several processes only the first has one, the others' says and writes nothing."""
-    return (RunLog if is_first() else _Silence)(folder, total_steps, start_step=start_step)
+    return (RunLog if is_primary() else _Silence)(folder, total_steps, start_step=start_step)
 
 
 class _Silence(RunLog):
@@ -185,6 +185,5 @@ def _drop_after(path: Path, step: int) -> None:
             continue
         if isinstance(record, dict) and record.get("step", 0) <= step and line.endswith("\n"):
             kept.append(line)
-    scratch = path.with_suffix(".partial")
-    scratch.write_text("".join(kept), encoding="utf-8")
-    os.replace(scratch, path)
+    with atomic_write(path) as part:
+        part.write_text("".join(kept), encoding="utf-8")

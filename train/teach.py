@@ -5,6 +5,7 @@ Axes: N texts, L labels of one task, D the width of a teacher, V of all teachers
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from ..data.errors import InputError
 from ..data.extras import missing_packages
+from ..data.files import atomic_write
 from ..data.readers import infer_task, read_examples, read_task_folder, read_texts
 from ..data.soft_labels import (
     TeacherScore,
@@ -38,13 +40,15 @@ class TeachJob:
     Attributes:
       teacher: Classer bundles, or sequence classifiers of Hugging Face transformers (a folder or a name on the hub;
         needs the extra `teachers`); the answers of several are averaged.
-      data: a folder with task.json, whose split is asked about; or a file of texts.
+      data: texts: a CSV, TSV or JSONL file (also with .gz or .zst), a Parquet file, a folder with task.json, or - for
+        JSON Lines from standard input.
       out: the JSON Lines file to write; must not exist. A file beside it that ends in `.teachers.json` says who
         answered, and how well.
       weights: one factor a teacher; none for equal ones.
       split: which split of the folder.
-      text_column: the column of the texts in a file.
-      label_column: of a file, the column of its labels, which say what the task is; by default `label` or `labels`.
+      text_column: the column or field that holds the text.
+      label_column: the column or field that holds the label or labels; by default `label` or `labels`. The labels of a
+        file say what the task is.
       task: name of the bundles' task, if it differs from the data's.
       max_length: tokens that a transformers teacher reads of a text.
       relations: also write the teachers' pooled vectors of each text, in a file beside `out` that ends in
@@ -125,16 +129,14 @@ def teach(job: TeachJob, say: Callable[[str], object] = print) -> None:
         vectors.append(pooled)
         say(str(scores[-1]))
     job.out.parent.mkdir(parents=True, exist_ok=True)
-    parts = [file.with_name(file.name + ".part") for file in files]
-    for part in parts:
-        part.unlink(missing_ok=True)
-    if job.relations:
-        write_vectors(parts[0], texts, np.concatenate([np.concatenate(chunks) for chunks in vectors], axis=1))
-    write_teachers(parts[1], scores)
-    write_soft_labels(parts[2], task, texts, mean_NL)
-    for part, file in zip(parts, files, strict=True):
-        if part.exists():
-            part.rename(file)
+    # Renamed from the last to the first: where the answers are, the other files are too.
+    with contextlib.ExitStack() as stack:
+        answers, teachers = (stack.enter_context(atomic_write(file)) for file in (job.out, teachers_file(job.out)))
+        if job.relations:
+            pooled_NV = np.concatenate([np.concatenate(chunks) for chunks in vectors], axis=1)
+            write_vectors(stack.enter_context(atomic_write(vectors_file(job.out))), texts, pooled_NV)
+        write_teachers(teachers, scores)
+        write_soft_labels(answers, task, texts, mean_NL)
     say(f"{job.out}: the answers of {', '.join(job.teacher)}.")
 
 
@@ -170,7 +172,7 @@ def _losses(task: Task, probs_NL: np.ndarray, labels_N: Sequence[Sequence[str]])
 def _read(job: TeachJob) -> tuple[Task, list[tuple[str, Sequence[str]]]]:
     """The task, and each text with its labels, none where they are not known."""
     if job.data.is_dir():
-        folder = read_task_folder(job.data, (job.split,))
+        folder = read_task_folder(job.data, (job.split,), text_column=job.text_column, label_column=job.label_column)
         if job.split not in folder.splits:
             raise InputError(f"{job.data} has no split '{job.split}'; it has {', '.join(sorted(folder.there))}.")
         return folder.task, [(example.text, example.labels) for example in folder.splits[job.split]]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..extras import missing_packages
+from ..files import atomic_write
 from ..splits import comparable
 from ..tokenizer import WordPieceTokenizer
 from .contamination import EvaluationIndex
@@ -267,11 +267,9 @@ def _write_left_out(keyed: tuple[int, Iterable[Reject | Dropped]], plan: Plan) -
 
 
 def _write_part(plan: Plan, name: str, value: Any) -> None:
-    """In one step, since Beam may run a bundle twice."""
-    path = plan.work / "parts" / f"{name}.json"
-    unfinished = path.with_suffix(f".{os.getpid()}")
-    unfinished.write_text(json.dumps(value), encoding="utf-8")
-    unfinished.replace(path)
+    # Shared, since Beam may run a bundle of elements in several workers.
+    with atomic_write(plan.work / "parts" / f"{name}.json", shared=True) as part:
+        part.write_text(json.dumps(value), encoding="utf-8")
 
 
 def _gather(plan: Plan, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import numpy as np
 from ..buckets import BUCKETS
 from ..errors import InputError
 from ..fetch import sha256_of
+from ..files import atomic_write
 from ..records import write_array_records
 from ..taxonomy import Task
 from ..tokenizer import WordPieceTokenizer
@@ -118,9 +119,8 @@ def finish(
             {"file": name, "bytes": (out / name).stat().st_size, "sha256": sha256_of(out / name)} for name in names
         ],
     }
-    unfinished = plan.work / "manifest.json"
-    unfinished.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    unfinished.replace(out / "manifest.json")
+    with atomic_write(out / "manifest.json") as part:
+        part.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     shutil.rmtree(plan.work)
     return manifest
 

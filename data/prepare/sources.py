@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..readers import example_of, find_label_column, read_texts
-from ..tables import SUFFIXES, read_rows, suffix_of
+from ..tables import SUFFIXES, kind_of, read_rows, suffix_of
 from ..taxonomy import Task
 from .steps import SourceRow, clean_row, rank_of
 
@@ -121,7 +121,7 @@ def read_source(file: int, source: SourceFile, task: int, columns: Columns) -> I
     Raises:
       InputError: the file as a whole cannot be read.
     """
-    in_cell = (suffix_of(source.path) or "").startswith((".csv", ".tsv"))
+    in_cell = kind_of(source.path) in ("csv", "tsv")
     bad: list[InputError] = []
     number = 0
     for row in read_rows(source.path, on_bad=bad.append):

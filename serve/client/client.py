@@ -17,16 +17,17 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from ...data.errors import ClasserError
 from ..ops.security import Tls, aio_channel, sync_channel
 from ..proto import classifier_pb2 as pb
 from ..proto.classifier_pb2_grpc import ClassifierStub
 from ..wire.errors import (
     Cancelled,
-    ClasserError,
     DeadlineExceeded,
     InternalError,
     InvalidRequest,
     Overloaded,
+    ServeError,
     Unavailable,
     UnknownTask,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "Options",
     "Overloaded",
     "ScoredLabel",
+    "ServeError",
     "TaskInfo",
     "Tls",
     "Unavailable",
@@ -78,7 +80,7 @@ _OPTIONS = [
 class Client:
     """A connection to a Classer server, for any number of threads. Use it as a context manager, or `close` it.
 
-    Every method that asks the server raises a `ClasserError`: `Unavailable` if none answers at that address,
+    Every method that asks the server raises a `ServeError`: `Unavailable` if none answers at that address,
     `DeadlineExceeded` after its `timeout` (seconds), and what the server itself refuses.
 
     Args:
@@ -126,7 +128,7 @@ class Client:
           options: see `Options`.
 
         Raises:
-          ClasserError: one of its kinds, by cause.
+          ServeError: one of its kinds, by cause.
         """
         request = one_request(text, task, options)
         with _typed_errors(self.server, timeout):
@@ -147,7 +149,7 @@ class Client:
           For each text, in order, its answer or the error of its own.
 
         Raises:
-          ClasserError: a whole call failed; texts of earlier calls were classified in vain.
+          ServeError: a whole call failed; texts of earlier calls were classified in vain.
         """
         outcomes: list[Outcome] = []
         for request in batch_requests(texts, task, options):
@@ -170,7 +172,7 @@ class Client:
           options: as for `classify`, for all texts; the priority is "bulk" if none is given.
 
         Raises:
-          ClasserError: the stream ended early; what came before is valid.
+          ServeError: the stream ended early; what came before is valid.
         """
         failed: list[Exception] = []
 
@@ -333,11 +335,27 @@ def _typed_errors(server: str, timeout: float | None, failed: Sequence[Exception
         elif code is grpc.StatusCode.UNIMPLEMENTED:
             details = f"What answers at {server} is not a Classer server, or one of another version."
         elif code is grpc.StatusCode.UNAVAILABLE and not details.startswith("The server"):
-            details = f"No server answers at {server}; is it running, and is the address right? ({details})"
+            details = _why_unreachable(server, details)
         raise error_of(code, details) from error
 
 
-def _what_it_says(error: Any) -> tuple[grpc.StatusCode, str, ClasserError | None]:
+def _why_unreachable(server: str, details: str) -> str:
+    """A sentence about a connection that failed, of gRPC's own account of it."""
+    if "CERTIFICATE_VERIFY_FAILED" in details:
+        return (
+            f"The server at {server} shows a certificate of an authority that is not trusted here; give the file of "
+            f"that authority as `Tls(ca=…)`, on the command line as --tls-ca."
+        )
+    if "WRONG_VERSION_NUMBER" in details:
+        return f"The server at {server} does not speak TLS; connect to it without TLS, or to its TLS port."
+    if "handshake failed" in details.lower() or "peer certificate" in details.lower():
+        return f"The TLS handshake with the server at {server} failed; is it the host of its certificate? ({details})"
+    if "Socket closed" in details:
+        return f"The server at {server} closed the connection; does it stop, or expect TLS? ({details})"
+    return f"No server answers at {server}; is it running, and is the address right? ({details})"
+
+
+def _what_it_says(error: Any) -> tuple[grpc.StatusCode, str, ServeError | None]:
     """Status, sentence, and the server's own error if it sent one.
 
     Every RpcError that a call raises is itself a call with these methods; the base class does not say so.

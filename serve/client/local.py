@@ -28,7 +28,7 @@ from ..core.models import AUTO, ModelSettings, make_engine, name_of
 from ..core.tokenizing import Tokens, check_length, encode_texts
 from ..core.work import Scored
 from ..proto import classifier_pb2 as pb
-from ..wire.errors import ClasserError, InvalidRequest, NotPossible
+from ..wire.errors import InvalidRequest, NotPossible, ServeError
 from .results import Classification, Outcome, TaskInfo, read_classification
 
 # Texts that are tokenised and sorted by length at a time, and their characters: these bound a call's memory.
@@ -170,7 +170,7 @@ class LocalModel:
             hint = "; for several texts use classify_batch or predict" if _is_several(text) else ""
             raise InvalidRequest(f"classify takes one text, a str, not {_described(text)}{hint}.", field="text")
         (outcome,) = self.classify_batch([text], task, top_k=top_k, threshold=threshold, focus=focus, evidence=evidence)
-        if isinstance(outcome, ClasserError):
+        if isinstance(outcome, ServeError):
             raise outcome
         return outcome
 
@@ -202,7 +202,7 @@ class LocalModel:
         outcomes: list[Outcome] = []
         for chunk in _chunks(texts, "classify_batch"):
             results = self._score(chunk, request.engine, spans=evidence)
-            good = [one for one in results if not isinstance(one, ClasserError)]
+            good = [one for one in results if not isinstance(one, ServeError)]
             answers = iter(
                 self._answers.answer(
                     request.task,
@@ -214,7 +214,7 @@ class LocalModel:
                 )
             )
             for one in results:
-                answer = one if isinstance(one, ClasserError) else next(answers)
+                answer = one if isinstance(one, ServeError) else next(answers)
                 outcomes.append(read_classification(answer) if isinstance(answer, pb.ClassifyResponse) else answer)
         return outcomes
 
@@ -321,9 +321,9 @@ class LocalModel:
         for chunk in _chunks(texts, method):
             results = self._score(chunk, request.engine)
             for row, one in enumerate(results, start):
-                if isinstance(one, ClasserError):
+                if isinstance(one, ServeError):
                     _raise_at(row, one)
-            scored = [one[1] for one in results if not isinstance(one, ClasserError)]
+            scored = [one[1] for one in results if not isinstance(one, ServeError)]
             probs_NL, chosen_NL, finite_N = self._answers.decode(request.task, scored, request.threshold)
             if not finite_N.all():
                 _raise_at(start + int(np.argmin(finite_N)), not_finite())
@@ -332,7 +332,7 @@ class LocalModel:
 
     def _score(
         self, texts: Sequence[str], engine: Engine, *, spans: bool = False
-    ) -> list[tuple[Tokens, Scored] | ClasserError]:
+    ) -> list[tuple[Tokens, Scored] | ServeError]:
         """Tokens and logits of each text, or its error, in order; batches are of texts of like length."""
         results: list[Any] = list(map(_length_error, texts))
         short = [i for i, error in enumerate(results) if error is None]
@@ -444,7 +444,7 @@ def _length_error(text: str) -> InvalidRequest | None:
     return None
 
 
-def _raise_at(row: int, error: ClasserError) -> NoReturn:
+def _raise_at(row: int, error: ServeError) -> NoReturn:
     raise type(error)(f"texts[{row}]: {error}", field="texts") from None
 
 

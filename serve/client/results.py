@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from ..proto import classifier_pb2 as pb
-from ..wire.errors import ClasserError
+from ..wire.errors import ServeError
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ class TaskInfo:
     model_version: str
 
 
-Outcome = Classification | ClasserError
+Outcome = Classification | ServeError
 
 
 def read_classification(response: pb.ClassifyResponse) -> Classification:

@@ -33,7 +33,7 @@ ENSURE_SECONDS = 1.0
 EMPTY = 2  # tokens of the empty text: [CLS] and [SEP]
 
 
-class Program(Protocol):
+class ExecutableProtocol(Protocol):
     """One executable for a static shape: tokens_BS and lengths_B (int32) → logits_BL (float32), what each row kept.
 
     Each method starts a run; the function that it returns waits for it.
@@ -46,13 +46,13 @@ class Program(Protocol):
     ) -> Callable[[], tuple[np.ndarray, Sequence[Kept]]]: ...
 
 
-class Predictor(Protocol):
+class CompilerProtocol(Protocol):
     """What the engine needs of `model.predict.Predictor`."""
 
     @property
     def focused(self) -> bool: ...
 
-    def compile(self, batch_size: int, length: int) -> Program: ...
+    def compile(self, batch_size: int, length: int) -> ExecutableProtocol: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,31 +61,32 @@ class Golden:
 
     Attributes:
       ids: token ids of each text.
-      off: how far logits_NL of the texts at these positions are from what they must be; NaN if they are not finite.
-      tolerance: how far they may be.
+      max_error: the largest absolute difference of logits_NL from the known ones, for the texts at these positions; NaN
+        where logits are not finite.
+      tolerance: the largest `max_error` that is accepted.
     """
 
     ids: Sequence[np.ndarray]
-    off: Callable[[Sequence[int], np.ndarray], float]
+    max_error: Callable[[Sequence[int], np.ndarray], float]
     tolerance: float
 
 
 @dataclasses.dataclass(frozen=True)
-class Warmed:
+class TimedProgram:
     """A program that is ready: what it took to compile, and what one full batch of it takes.
 
     Attributes:
-      off: how far it was from the golden outputs.
+      max_error: how far it was from the golden outputs.
       chosen: whether its precision runs its bucket.
     """
 
-    program: Program
+    program: ExecutableProtocol
     precision: str
     batch_size: int
     length: int
     compile_seconds: float
     run_seconds: float
-    off: float = 0.0
+    max_error: float = 0.0
     chosen: bool = True
 
 
@@ -110,7 +111,7 @@ class Engine:
 
     def __init__(
         self,
-        predictors: Mapping[str, Predictor],
+        predictors: Mapping[str, CompilerProtocol],
         *,
         max_length: int,
         pad_id: int,
@@ -137,8 +138,8 @@ class Engine:
             for bucket in self._buckets
         )
         self._focused = any(predictor.focused for predictor in self._predictors.values())
-        self._warmed: dict[tuple[int, int], Warmed] = {}
-        self._measured: list[Warmed] = []
+        self._warmed: dict[tuple[int, int], TimedProgram] = {}
+        self._measured: list[TimedProgram] = []
 
     @property
     def focused(self) -> bool:
@@ -160,13 +161,13 @@ class Engine:
         return len(self._warmed) == len(self.shapes)
 
     @property
-    def programs(self) -> list[Warmed]:
+    def programs(self) -> list[TimedProgram]:
         """The programs that are ready, by bucket and batch size."""
         return [self._warmed[shape] for shape in self.shapes if shape in self._warmed]
 
     @property
-    def measured(self) -> list[Warmed]:
-        """The largest batch of every bucket in every precision that was tried; `off` is that of all its batches."""
+    def measured(self) -> list[TimedProgram]:
+        """The largest batch of every bucket in every precision tried; `max_error` is over all its batch sizes."""
         return self._measured
 
     @property
@@ -174,7 +175,7 @@ class Engine:
         """Bucket → the precision that runs it, of the buckets that are ready."""
         return {bucket: warmed.precision for (bucket, _), warmed in self._warmed.items()}
 
-    def warm_up(self) -> Iterator[Warmed]:
+    def warm_up(self) -> Iterator[TimedProgram]:
         """Compiles, runs and times every program, one with each `next`; the engine is ready after the last.
 
         Raises:
@@ -270,11 +271,11 @@ class Engine:
     def _ready_sizes(self, bucket: int) -> list[int]:
         return [size for size in self._sizes[bucket] if (bucket, size) in self._warmed]
 
-    def _warm_up_bucket(self, bucket: int, sizes: Sequence[int], seconds: float = math.inf) -> Iterator[Warmed]:
+    def _warm_up_bucket(self, bucket: int, sizes: Sequence[int], seconds: float = math.inf) -> Iterator[TimedProgram]:
         """Compiles programs of these sizes, ascending; measuring one of them stops after so many seconds."""
         *smaller, largest = sizes
         planned = [self._plan[bucket]] if bucket in self._plan else []
-        tried: dict[str, Warmed] = {}
+        tried: dict[str, TimedProgram] = {}
         for precisions in (planned, [one for one in self._predictors if one not in planned]):
             for precision in precisions:
                 tried[precision] = self._warm(precision, largest, bucket, seconds)
@@ -284,20 +285,20 @@ class Engine:
                 for size in smaller:
                     warmed = self._warm(best.precision, size, bucket, seconds)
                     if not self._reproduces(warmed):
-                        tried[best.precision] = dataclasses.replace(best, off=warmed.off)
+                        tried[best.precision] = dataclasses.replace(best, max_error=warmed.max_error)
                         break
                     self._warmed[bucket, size] = warmed
                     yield warmed
                 else:
                     self._measured += [dataclasses.replace(one, chosen=one is best) for one in tried.values()]
                     return
-        found = ", ".join(f"{one.precision} is off by {one.off:.4f}" for one in tried.values())
+        found = ", ".join(f"{one.precision} is off by {one.max_error:.4f}" for one in tried.values())
         raise InputError(
             f"No precision reproduces the bundle's golden outputs in batches of up to {largest} × {bucket} tokens: "
             f"{found}. The bundle or this installation is broken."
         )
 
-    def _warm(self, precision: str, size: int, bucket: int, seconds: float) -> Warmed:
+    def _warm(self, precision: str, size: int, bucket: int, seconds: float) -> TimedProgram:
         begin = self._clock()
         program = self._predictors[precision].compile(size, bucket)
         compiled = self._clock() - begin
@@ -308,29 +309,31 @@ class Engine:
             begin = self._clock()
             program.launch(tokens_BS, lengths_B)()
             times.append(self._clock() - begin)
-        return Warmed(program, precision, size, bucket, compiled, min(times[1:]), self._off(program, size, bucket))
+        return TimedProgram(
+            program, precision, size, bucket, compiled, min(times[1:]), self._max_error(program, size, bucket)
+        )
 
-    def _off(self, program: Program, size: int, bucket: int) -> float:
+    def _max_error(self, program: ExecutableProtocol, size: int, bucket: int) -> float:
         """How far a program is from the golden outputs of those texts that fit it."""
-        golden, off = self._golden, 0.0
+        golden, max_error = self._golden, 0.0
         if golden is None:
-            return off
+            return max_error
         fitting = [i for i, ids in enumerate(golden.ids) if len(ids) <= bucket]
         # Of the empty text INT8 may make something else than float (see `bundle.quantize`): it is for want of others.
         fitting = [i for i in fitting if len(golden.ids[i]) > EMPTY] or fitting
         for start in range(0, len(fitting), size):
             some = fitting[start : start + size]
             tokens_BS, lengths_B = pad_batch([golden.ids[i] for i in some], size, bucket, self._pad_id)
-            one = golden.off(some, program.launch(tokens_BS, lengths_B)()[: len(some)])
-            off = one if math.isnan(one) else max(off, one)
-            if math.isnan(off):
+            one = golden.max_error(some, program.launch(tokens_BS, lengths_B)()[: len(some)])
+            max_error = one if math.isnan(one) else max(max_error, one)
+            if math.isnan(max_error):
                 break
-        return off
+        return max_error
 
-    def _reproduces(self, warmed: Warmed) -> bool:
-        return self._golden is None or warmed.off <= self._golden.tolerance  # False where it is NaN
+    def _reproduces(self, warmed: TimedProgram) -> bool:
+        return self._golden is None or warmed.max_error <= self._golden.tolerance  # False where it is NaN
 
-    def _fastest(self, tried: Iterable[Warmed]) -> Warmed | None:
+    def _fastest(self, tried: Iterable[TimedProgram]) -> TimedProgram | None:
         """Of those that reproduce the golden outputs."""
         return min(filter(self._reproduces, tried), key=lambda one: one.run_seconds, default=None)
 

@@ -29,7 +29,7 @@ from ...model.predict import Executables, Predictor, Program
 from ...model.variants import AGREEMENT, VARIANTS, Variant, disagreement, golden_ids, native, variant_predictor
 from ..wire.errors import InvalidRequest, NotPossible, UnknownTask
 from .answers import Answers
-from .engine import Engine, Golden, Warmed
+from .engine import Engine, Golden, TimedProgram
 from .tokenizing import TokenizerStage
 
 # What a name may be: it stands in URLs, in metrics and in log lines.
@@ -123,7 +123,7 @@ class Model:
         if not self.in_flight:
             idle(self)
 
-    def warm_up(self) -> Iterator[Warmed]:
+    def warm_up(self) -> Iterator[TimedProgram]:
         """Makes it ready, one program with each `next`. Runs in any one thread."""
         self.bundle.tokenizer.encode(["warm up"], self.bundle.max_length)
         for engine in self.engines.values():
@@ -209,7 +209,7 @@ class Models:
         *,
         default: bool = True,
         keep_old: bool = False,
-        progress: Callable[[Model, Warmed | None], bool] = lambda model, warmed: True,
+        progress: Callable[[Model, TimedProgram | None], bool] = lambda model, warmed: True,
     ) -> Model:
         """Loads a bundle, warms it, and only then lets requests go to it: all of them at once.
 
@@ -238,7 +238,7 @@ class Models:
             self._others.append(model)
             try:
                 programs = model.warm_up()
-                warmed: Warmed | None = None
+                warmed: TimedProgram | None = None
                 while progress(model, warmed):
                     if (warmed := await asyncio.to_thread(next, programs, None)) is None:
                         break
@@ -417,10 +417,10 @@ def _golden(bundle: Bundle, predictor: Predictor) -> Golden:
     length = min(GOLDEN_LENGTH, bundle.max_length)
     reference_NL = predictor.logits(ids, batch_size=max(1, len(ids)), buckets=(length,))
 
-    def off(texts: Sequence[int], logits_NL: np.ndarray) -> float:
+    def max_error(texts: Sequence[int], logits_NL: np.ndarray) -> float:
         return disagreement(bundle, logits_NL, reference_NL[list(texts)])
 
-    return Golden(ids, off, AGREEMENT)
+    return Golden(ids, max_error, AGREEMENT)
 
 
 def _settle() -> None:

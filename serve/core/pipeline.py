@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from ...data.taxonomy import Task
 from ..proto import classifier_pb2 as pb
-from ..wire.errors import ClasserError, DeadlineExceeded, InvalidRequest
+from ..wire.errors import DeadlineExceeded, InvalidRequest, ServeError
 from ..wire.limits import MAX_REQUEST_ID
 from .answers import check_threshold
 from .engine import Engine
@@ -31,11 +31,11 @@ MAX_WAY_BACK_SHARE = 0.5
 MIN_WAY_BACK, MIN_WAY_BACK_SHARE = 0.04, 0.1
 
 Options = pb.ClassifyRequest | pb.ClassifyBatchRequest
-Outcome = pb.ClassifyResponse | ClasserError
+Outcome = pb.ClassifyResponse | ServeError
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class ResolvedRequest:
     """What the options of a request come to. Texts of equal ones are decoded together.
 
     Attributes:
@@ -56,7 +56,7 @@ class Asked:
 
 
 @dataclasses.dataclass
-class Foreseen:
+class LatencyEstimate:
     """Seconds that vary: how many they will be at most, nearly always."""
 
     mean: float = 0.0
@@ -71,7 +71,7 @@ class Foreseen:
         self.mean += MEAN_RATE * (seconds - self.mean)
 
 
-class Classifying:
+class Pipeline:
     """Classifies texts with whatever models there are.
 
     Args:
@@ -82,9 +82,11 @@ class Classifying:
     def __init__(self, models: Models, scheduler: Scheduler) -> None:
         self._models = models
         self._scheduler = scheduler
-        self._way_back = Foreseen()  # seconds from the device's answer until it can be sent
+        self._way_back = LatencyEstimate()  # seconds from the device's answer until it can be sent
 
-    def ask(self, options: Options, seconds: float | None, priority: Priority = Priority.INTERACTIVE) -> Asked:
+    def ask(
+        self, options: Options, seconds: float | None, priority: Priority = Priority.INTERACTIVE
+    ) -> ResolvedRequest:
         """Checks the options of a request.
 
         Args:
@@ -124,7 +126,7 @@ class Classifying:
             way_back = min(max(self._way_back.most, least), most)
             deadline = self._scheduler.clock() + seconds - way_back
             give_up = deadline + way_back / 2
-        return Asked(
+        return ResolvedRequest(
             model,
             task,
             engine,
@@ -137,7 +139,7 @@ class Classifying:
             options.request_id,
         )
 
-    async def classify(self, texts: Sequence[str], asked: Sequence[Asked]) -> list[Outcome]:
+    async def classify(self, texts: Sequence[str], asked: Sequence[ResolvedRequest]) -> list[Outcome]:
         """One outcome for each text, in order. Cancelling it takes the texts out of the device's queue."""
         with contextlib.ExitStack() as stack:
             for model in {id(one.model): one.model for one in asked}.values():
@@ -154,7 +156,7 @@ class Classifying:
             rest = [i for i in range(len(texts)) if i not in outcomes]
             for _, group in _grouped(rest, [id(asked[i]) for i in rest]):
                 one = asked[group[0]]
-                fit, error = self._scheduler.expect(len(group), one.deadline, one.priority)
+                fit, error = self._scheduler.reserve(len(group), one.deadline, one.priority)
                 announced.append((fit, one.priority))
                 expected += group[:fit]
                 if error is not None:
@@ -172,7 +174,7 @@ class Classifying:
                 )
             finally:
                 for count, priority in announced:
-                    self._scheduler.arrived(count, priority)
+                    self._scheduler.release(count, priority)
             # One batch that takes longer than was predicted does not take a call's other answers with it.
             latest = max((asked[i].give_up for i in order), default=math.inf)
             await finished(futures, latest - self._scheduler.clock() if latest < math.inf else None)
@@ -195,7 +197,7 @@ class Classifying:
     ) -> None:
         try:
             encoded = await model.tokenizer.tokenize([texts[i] for i in group], spans=spans)
-        except ClasserError as error:
+        except ServeError as error:
             outcomes.update(dict.fromkeys(group, error))
             return
         for i, one in zip(group, encoded, strict=True):
@@ -206,7 +208,7 @@ class Classifying:
 
     def _decode(
         self,
-        asked: Sequence[Asked],
+        asked: Sequence[ResolvedRequest],
         tokens: dict[int, Tokens],
         scored: dict[int, Scored],
         outcomes: dict[int, Outcome],
@@ -240,7 +242,7 @@ def _sorted_out(
         error = future.exception()
         if error is None:
             scored[i] = future.result()
-        elif isinstance(error, ClasserError):
+        elif isinstance(error, ServeError):
             outcomes[i] = error
         else:
             raise error

@@ -34,7 +34,7 @@ def _bucket_lines(engine: Engine) -> list[str]:
             said = [
                 f"{one.precision} takes {one.run_seconds / chosen.run_seconds:.2f}× as long"
                 if one.run_seconds >= chosen.run_seconds
-                else f"{one.precision} is faster, but {one.off:.3f} off the golden outputs"
+                else f"{one.precision} is faster, but {one.max_error:.3f} off the golden outputs"
                 for one in others
             ]
             why = "; ".join(said)

@@ -9,7 +9,7 @@ texts that rank before it, share a batch with one that does, or fill rows that w
 nor short ones starve, nor bulk ones.
 
 Deadlines. What a batch takes is predicted from the warm-up's measurements, times how the last batches compared with
-theirs. A text whose deadline would pass before its turn is refused at once, if it was announced (`expect`) even before
+theirs. A text whose deadline would pass before its turn is refused at once, if it was announced (`reserve`) even before
 it is tokenised; one whose deadline has passed, or is nearer than its batch would take, is not run.
 
 All times are seconds of the scheduler's clock.
@@ -29,7 +29,7 @@ from concurrent.futures import Future
 
 from ...data.buckets import bucket_for
 from ..ops.log import log_failure
-from ..wire.errors import ClasserError, DeadlineExceeded, InternalError, InvalidRequest, Overloaded, Unavailable
+from ..wire.errors import DeadlineExceeded, InternalError, InvalidRequest, Overloaded, ServeError, Unavailable
 from .queues import Entry, Queues
 from .work import BatchRun, Device, Output, Priority, Scored, Work
 
@@ -67,7 +67,7 @@ class _Batch:
 class Scheduler:
     """Queues texts and runs them on a device, in a thread of its own after `start` (or by `step`, from one thread).
 
-    Every future it hands out ends: with a `Scored`, with a `ClasserError`, or cancelled by its owner.
+    Every future it hands out ends: with a `Scored`, with a `ServeError`, or cancelled by its owner.
 
     Args:
       max_waiting_tokens: how many tokens (each text counted as its bucket's length) may wait before more is refused.
@@ -147,8 +147,8 @@ class Scheduler:
         if self._thread.ident is not None:
             self._thread.join(timeout)
 
-    def expect(self, count: int, deadline: float | None, priority: Priority) -> tuple[int, ClasserError | None]:
-        """Announces texts that have still to be tokenised, so that those behind them reckon with them, until `arrived`.
+    def reserve(self, count: int, deadline: float | None, priority: Priority) -> tuple[int, ServeError | None]:
+        """Announces texts that have still to be tokenised, so that those behind them reckon with them, until `release`.
 
         Returns:
           How many of them were announced, and why the rest was not: they would be refused as things stand, and
@@ -172,8 +172,8 @@ class Scheduler:
             self._expected[priority] += fit
             return fit, error
 
-    def arrived(self, count: int, priority: Priority) -> None:
-        """Ends what `expect` announced: these texts are queued now, or never will be."""
+    def release(self, count: int, priority: Priority) -> None:
+        """Ends what `reserve` announced: these texts are queued now, or never will be."""
         with self._changed:
             self._expected[priority] -= count
 
@@ -192,14 +192,14 @@ class Scheduler:
         """
         now = self._clock()
         futures: list[Future[Scored]] = []
-        refused: list[tuple[Future[Scored], ClasserError]] = []
+        refused: list[tuple[Future[Scored], ServeError]] = []
         with self._changed:
             for work in works:
                 future: Future[Scored] = Future()
                 futures.append(future)
                 try:
                     self._enqueue(work, now, future)
-                except ClasserError as error:
+                except ServeError as error:
                     # Its traceback has the future that is to hold it: another such ring as `_enqueue` tells of.
                     refused.append((future, error.with_traceback(None)))
             self._changed.notify()
@@ -427,7 +427,7 @@ def _raising(error: Exception) -> Callable[[], Sequence[Output]]:
     return collect
 
 
-def _deliver(entry: Entry, result: Scored | ClasserError) -> None:
+def _deliver(entry: Entry, result: Scored | ServeError) -> None:
     if isinstance(result, Scored):
         entry.future.set_result(result)
     else:

@@ -18,7 +18,7 @@ import numpy as np
 
 from ...data.readers import MAX_TEXT_CHARS
 from ..ops.log import log_failure
-from ..wire.errors import ClasserError, InternalError, InvalidRequest, Overloaded
+from ..wire.errors import InternalError, InvalidRequest, Overloaded, ServeError
 
 # What may wait, and what is tokenised at once, in characters. A text also counts as one for itself, so that very
 # many empty ones are not free.
@@ -77,7 +77,7 @@ class _Group:
     texts: Sequence[str]
     chars: int
     spans: bool
-    future: asyncio.Future[list[Tokens | ClasserError]]
+    future: asyncio.Future[list[Tokens | ServeError]]
 
 
 class TokenizerStage:
@@ -92,7 +92,7 @@ class TokenizerStage:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="classer-tokenizer")
         self._worker: asyncio.Task[None] | None = None
 
-    async def tokenize(self, texts: Sequence[str], *, spans: bool = False) -> list[Tokens | ClasserError]:
+    async def tokenize(self, texts: Sequence[str], *, spans: bool = False) -> list[Tokens | ServeError]:
         """The tokens of each text, with their `spans` if asked; or the InternalError of one that it failed on.
 
         Raises:
@@ -146,7 +146,7 @@ class TokenizerStage:
 
 def encode_texts(
     tokenizer: Tokenizer, texts: Sequence[str], max_length: int, *, spans: bool = False
-) -> list[Tokens | ClasserError]:
+) -> list[Tokens | ServeError]:
     """The tokens of each text, with their `spans` if asked; an InternalError for a text that the tokenizer fails on."""
     try:
         encode = tokenizer.encode_with_offsets if spans else tokenizer.encode

@@ -28,10 +28,10 @@ from ..proto import classifier_pb2 as pb
 from ..proto.classifier_pb2_grpc import ClassifierStub
 from ..wire.errors import (
     Cancelled,
-    ClasserError,
     InternalError,
     InvalidRequest,
     Overloaded,
+    ServeError,
     Unauthenticated,
     Unavailable,
 )
@@ -93,7 +93,7 @@ def make_app(
         title="Classer", version=__version__, summary="Text classification.", lifespan=lifespan, responses=_FAILURES
     )
     app.add_middleware(_Limit, metrics=upstream.metrics, max_calls=max_calls, max_bytes=max_bytes)
-    app.add_exception_handler(ClasserError, _answer_error)
+    app.add_exception_handler(ServeError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_exception_handler(Exception, _answer_bug)
@@ -170,7 +170,7 @@ class _Upstream:
         """Makes a call with the caller's key and place in a trace, and counts it. A caller that goes cancels it.
 
         Raises:
-          ClasserError: as the service, or the connection to it, said.
+          ServeError: as the service, or the connection to it, said.
         """
         started = time.perf_counter()
         span = None if self._tracing is None else self._tracing.start(f"HTTP {method}", request.headers, {})
@@ -185,7 +185,7 @@ class _Upstream:
             if method == "ClassifyBatch":
                 counts, refused = text_outcomes(response.items)
             return response
-        except ClasserError as error:
+        except ServeError as error:
             code, reason = code_of(error).name, error.reason
             counts = {code: texts}
             raise
@@ -258,11 +258,11 @@ def _sendable() -> Any:
 
 
 async def _answer_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, ClasserError)
+    assert isinstance(error, ServeError)
     return _error_response(error)
 
 
-def _error_response(error: ClasserError) -> Response:
+def _error_response(error: ServeError) -> Response:
     code = code_of(error).name
     body = ErrorOut(code=code, reason=error.reason, message=str(error), retry_seconds=error.retry_seconds)
     headers = {}

@@ -22,7 +22,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from ..proto import classifier_pb2 as pb
-from ..wire.errors import ClasserError, Forbidden, InternalError, InvalidRequest, Overloaded
+from ..wire.errors import Forbidden, InternalError, InvalidRequest, Overloaded, ServeError
 from ..wire.limits import RETRY_SECONDS
 from ..wire.status import code_of, text_outcomes, trailing_metadata
 from .keys import Allowance, KeyRing
@@ -62,7 +62,7 @@ class _Call:
     refused: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     about: dict[str, str] = dataclasses.field(default_factory=dict)
     stages: Stages | None = None
-    failure: ClasserError | None = None
+    failure: ServeError | None = None
 
     @property
     def key(self) -> str:
@@ -106,7 +106,7 @@ class Guard(grpc.aio.ServerInterceptor):
         metadata = dict(handler_call_details.invocation_metadata or ())
         admin = service.endswith(ADMIN_SERVICE)
         allowance: Allowance | None = None
-        refusal: ClasserError | None = None
+        refusal: ServeError | None = None
         try:
             if self._keys is not None:
                 allowance = self._keys.find(_presented(metadata))
@@ -120,7 +120,7 @@ class Guard(grpc.aio.ServerInterceptor):
                     retry_seconds=RETRY_SECONDS,
                     reason="TOO_MANY_CALLS",
                 )
-        except ClasserError as error:
+        except ServeError as error:
             refusal = error
 
         def begin(context: Any) -> _Call:
@@ -166,7 +166,7 @@ class Guard(grpc.aio.ServerInterceptor):
         async def guarded(requests: AsyncIterator[Any], context: Any) -> None:
             call = begin(context)
             sizes: collections.deque[int] = collections.deque()  # of the messages that are not answered yet
-            refused: list[ClasserError] = []
+            refused: list[ServeError] = []
 
             async def admitted() -> AsyncIterator[Any]:
                 try:
@@ -179,7 +179,7 @@ class Guard(grpc.aio.ServerInterceptor):
                         self._take_bytes(call, size)
                         sizes.append(size)
                         yield request
-                except ClasserError as error:
+                except ServeError as error:
                     refused.append(error)
                     raise
 
@@ -207,7 +207,7 @@ class Guard(grpc.aio.ServerInterceptor):
         code, reason = "OK", ""
         try:
             yield
-        except ClasserError as error:
+        except ServeError as error:
             call.failure = error.with_traceback(None)  # whose frames hold the call: see `Scheduler._enqueue`
         except (asyncio.CancelledError, GeneratorExit, grpc.aio.InternalError) as error:
             left = context.time_remaining()
@@ -297,7 +297,7 @@ def _fail(context: Any, call: _Call) -> None:
         context.set_trailing_metadata(trailing_metadata(call.failure))
 
 
-def _refusing(in_call: Callable[..., Any], begin: Callable[[Any], _Call], error: ClasserError) -> Any:
+def _refusing(in_call: Callable[..., Any], begin: Callable[[Any], _Call], error: ServeError) -> Any:
     """A handler that reads nothing, not even the message, and refuses."""
 
     async def refuse(_: Any, context: Any) -> None:

@@ -12,7 +12,6 @@ import hashlib
 import hmac
 import json
 import math
-import os
 import re
 import secrets
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data.errors import InputError
+from ...data.files import atomic_write
 from ..wire.errors import Overloaded, Unauthenticated
 from .log import logger
 
@@ -126,15 +126,8 @@ def _entry(row: Any, where: str) -> ApiKey:
 def write_keys(path: Path, entries: Iterable[ApiKey]) -> None:
     """Writes a key file, whole or not at all, for its owner's eyes only."""
     text = json.dumps({"keys": [dataclasses.asdict(entry) for entry in entries]}, indent=1)
-    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-        new.replace(path)
-    except BaseException:
-        new.unlink(missing_ok=True)
-        raise
+    with atomic_write(path, mode=0o600, shared=True) as part:
+        part.write_text(text + "\n", encoding="utf-8")
 
 
 class Allowance:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
+import ssl
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,25 +48,49 @@ class Tls:
         return None if cert is None and key is None and ca is None else cls(cert, key, ca)
 
     def server_credentials(self) -> grpc.ServerCredentials:
-        """Raises InputError if a file cannot be read or there is no certificate."""
+        """Raises InputError if a file cannot be used or there is no certificate."""
         if self.cert is None or self.key is None:
             raise InputError("A TLS server needs a certificate and its private key.")
-        pair = (_pem(self.key, "PRIVATE KEY"), _pem(self.cert, "CERTIFICATE"))
-        ca = None if self.ca is None else _pem(self.ca, "CERTIFICATE")
-        return grpc.ssl_server_credentials([pair], root_certificates=ca, require_client_auth=ca is not None)
+        cert, key = _key_pair(self.cert, self.key)
+        ca = None if self.ca is None else _certificates(self.ca)
+        return grpc.ssl_server_credentials([(key, cert)], root_certificates=ca, require_client_auth=ca is not None)
 
     def channel_credentials(self) -> grpc.ChannelCredentials:
-        """Raises InputError if a file cannot be read."""
-        return grpc.ssl_channel_credentials(
-            root_certificates=None if self.ca is None else _pem(self.ca, "CERTIFICATE"),
-            private_key=None if self.key is None else _pem(self.key, "PRIVATE KEY"),
-            certificate_chain=None if self.cert is None else _pem(self.cert, "CERTIFICATE"),
-        )
+        """Raises InputError if a file cannot be used."""
+        ca = None if self.ca is None else _certificates(self.ca)
+        cert, key = (None, None) if self.cert is None or self.key is None else _key_pair(self.cert, self.key)
+        return grpc.ssl_channel_credentials(root_certificates=ca, private_key=key, certificate_chain=cert)
+
+
+def _key_pair(cert: Path, key: Path) -> tuple[bytes, bytes]:
+    """The contents of a certificate's and its private key's file, after a check that they belong together.
+
+    gRPC itself notices at the first handshake only, and says so in its log alone.
+    """
+    pair = _certificates(cert), _pem(key, "PRIVATE KEY")
+    if b"ENCRYPTED" in pair[1]:
+        raise InputError(f"{key} is encrypted with a passphrase; a private key without one was expected.")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(cert, key)
+    except ssl.SSLError as error:
+        if error.reason == "KEY_VALUES_MISMATCH":
+            raise InputError(f"{key} is not the private key of the certificate in {cert}.") from None
+        raise InputError(f"{key} holds a private key that cannot be read; it may be damaged.") from None
+    return pair
+
+
+def _certificates(path: Path) -> bytes:
+    content = _pem(path, "CERTIFICATE")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+    except ssl.SSLError:
+        raise InputError(f"{path} holds a certificate that cannot be read; it may be damaged.") from None
+    return content
 
 
 def _pem(path: Path, kind: str) -> bytes:
     try:
-        content = path.read_bytes()
+        content = Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); a PEM file was expected.") from None
     if f"{kind}-----".encode() not in content:

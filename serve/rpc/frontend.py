@@ -35,7 +35,7 @@ from ..ops.log import configure_logging
 from ..ops.operations import Operations, OperationsConfig
 from ..ops.security import Tls, aio_channel
 from ..proto import classifier_pb2 as pb
-from ..wire.errors import ClasserError, InvalidRequest, Overloaded
+from ..wire.errors import InvalidRequest, Overloaded, ServeError
 from ..wire.limits import MAX_TEXTS, RETRY_SECONDS
 from ..wire.status import error_of, error_of_call, from_status
 
@@ -338,7 +338,7 @@ class FrontEnd:
             await self._health.set(name, status)
 
 
-def _error_of(failure: grpc.aio.AioRpcError) -> ClasserError:
+def _error_of(failure: grpc.aio.AioRpcError) -> ServeError:
     """What the engine said, or what became of the connection to it."""
     if (said := error_of_call(failure)) is not None:
         return said

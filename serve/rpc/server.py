@@ -20,7 +20,7 @@ from grpc_reflection.v1alpha import reflection
 from tqdm import tqdm
 
 from ...data.errors import InputError
-from ..core.engine import Warmed
+from ..core.engine import TimedProgram
 from ..core.models import AUTO, Model, Models, ModelSettings, named_folders
 from ..core.report import describe
 from ..core.scheduler import MAX_WAITING_TOKENS, Scheduler
@@ -245,7 +245,7 @@ class Server:
         if self._front_ends is not None:
             await self._front_ends.stop()  # they are let finish what they have taken on, which the engine answers
         stopping = [asyncio.create_task(one.stop(self._config.drain_seconds)) for one in (self._grpc, self._admin_grpc)]
-        # gRPC would wait for those who watch the health too, and they never leave: only classifying counts.
+        # gRPC would wait for those who watch the health too, and they never leave: only calls to classify count.
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._service.calls.idle.wait(), self._config.drain_seconds)
         for one in (self._grpc, self._admin_grpc):
@@ -258,7 +258,7 @@ class Server:
     async def _load(self, name: str, stop: asyncio.Event) -> Model:
         with tqdm(desc="Compiling programs", unit="program", delay=0.01) as bar:  # not before there is one
 
-            def progress(model: Model, warmed: Warmed | None) -> bool:
+            def progress(model: Model, warmed: TimedProgram | None) -> bool:
                 bar.total = sum(engine.steps for engine in model.engines.values())
                 if warmed is not None:
                     bar.set_postfix_str(

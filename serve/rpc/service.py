@@ -11,12 +11,12 @@ import grpc
 import grpc.aio
 
 from ..core.models import Models
-from ..core.pipeline import Asked, Classifying, Outcome
+from ..core.pipeline import Outcome, Pipeline, ResolvedRequest
 from ..core.scheduler import Scheduler
 from ..core.work import Priority
 from ..proto import classifier_pb2 as pb
 from ..proto.classifier_pb2_grpc import ClassifierServicer
-from ..wire.errors import ClasserError, InvalidRequest, Overloaded, Unavailable
+from ..wire.errors import InvalidRequest, Overloaded, ServeError, Unavailable
 from ..wire.limits import MAX_TEXTS
 from ..wire.status import to_status
 from .describe import model_message, task_message
@@ -61,16 +61,16 @@ class ClassifierService(ClassifierServicer):
 
     def __init__(self, models: Models, scheduler: Scheduler) -> None:
         self._models = models
-        self._classifying = Classifying(models, scheduler)
+        self._pipeline = Pipeline(models, scheduler)
         self.calls = Calls()
         self.ready = False
 
     async def Classify(self, request: pb.ClassifyRequest, context: grpc.aio.ServicerContext) -> pb.ClassifyResponse:
         with self.calls.call():
             self._check_ready()
-            asked = self._classifying.ask(request, context.time_remaining())
-            (outcome,) = await self._classifying.classify([request.text], [asked])
-            if isinstance(outcome, ClasserError):
+            asked = self._pipeline.ask(request, context.time_remaining())
+            (outcome,) = await self._pipeline.classify([request.text], [asked])
+            if isinstance(outcome, ServeError):
                 raise outcome
         return outcome
 
@@ -122,17 +122,17 @@ class ClassifierService(ClassifierServicer):
                 f"The field `{field}` holds {count} {field}; one call takes 1 to {MAX_TEXTS}.", field=field
             )
         if request.texts:
-            asked = self._classifying.ask(request, seconds, priority)
-            return await self._classifying.classify(request.texts, [asked] * count)
+            asked = self._pipeline.ask(request, seconds, priority)
+            return await self._pipeline.classify(request.texts, [asked] * count)
         outcomes: dict[int, Outcome] = {}
-        ready: dict[int, Asked] = {}
+        ready: dict[int, ResolvedRequest] = {}
         for i, one in enumerate(request.requests):
             try:
-                ready[i] = self._classifying.ask(one, seconds, priority)
-            except ClasserError as error:
+                ready[i] = self._pipeline.ask(one, seconds, priority)
+            except ServeError as error:
                 outcomes[i] = error
         texts = [request.requests[i].text for i in ready]
-        outcomes.update(zip(ready, await self._classifying.classify(texts, list(ready.values())), strict=True))
+        outcomes.update(zip(ready, await self._pipeline.classify(texts, list(ready.values())), strict=True))
         return [outcomes[i] for i in range(count)]
 
     async def _patient_batch(
@@ -193,12 +193,12 @@ async def in_order(
 
 def _batch_response(outcomes: Sequence[Outcome]) -> pb.ClassifyBatchResponse:
     # Texts that are refused together share their error, which is written once.
-    distinct = {id(one): one for one in outcomes if isinstance(one, ClasserError)}
+    distinct = {id(one): one for one in outcomes if isinstance(one, ServeError)}
     errors = {key: to_status(one) for key, one in distinct.items()}
     return pb.ClassifyBatchResponse(
         items=[
             pb.ClassifyBatchItem(error=errors[id(one)])
-            if isinstance(one, ClasserError)
+            if isinstance(one, ServeError)
             else pb.ClassifyBatchItem(response=one)
             for one in outcomes
         ]

@@ -1,13 +1,15 @@
-"""What can go wrong with a request: one class a cause, each with a sentence, the same in the server and in the client.
+"""Errors of requests: one class a cause, each with a sentence, the same in the server and in the client.
 
 No gRPC here; `serve/wire/status.py` says which status each of them is on the wire.
 """
 
 from __future__ import annotations
 
+from ...data.errors import ClasserError
 
-class ClasserError(Exception):
-    """A request that got no answer. The message is a whole sentence for the caller, and never holds the text sent.
+
+class ServeError(ClasserError):
+    """A request that got no answer. The message never holds the text sent.
 
     Attributes:
       reason: the cause as a word for programs, stable over versions.
@@ -27,61 +29,61 @@ class ClasserError(Exception):
         self.retry_seconds = retry_seconds
 
 
-class InvalidRequest(ClasserError):
+class InvalidRequest(ServeError):
     """Something in the request is out of its limits; the same request will never succeed."""
 
     reason = "INVALID_REQUEST"
 
 
-class UnknownTask(ClasserError):
+class UnknownTask(ServeError):
     """There is no task or model of that name; the message names those there are."""
 
     reason = "UNKNOWN_TASK"
 
 
-class Overloaded(ClasserError):
+class Overloaded(ServeError):
     """The server has as much waiting as it takes on; nothing was computed, and a later try may succeed."""
 
     reason = "OVERLOADED"
 
 
-class Unavailable(ClasserError):
+class Unavailable(ServeError):
     """No server answers there, or it is starting, stopping or without its device."""
 
     reason = "UNAVAILABLE"
 
 
-class DeadlineExceeded(ClasserError):
+class DeadlineExceeded(ServeError):
     """The deadline passed before there was an answer, or could not be met."""
 
     reason = "DEADLINE_EXCEEDED"
 
 
-class Cancelled(ClasserError):
+class Cancelled(ServeError):
     """The caller, or the server on its way down, gave the request up."""
 
     reason = "CANCELLED"
 
 
-class InternalError(ClasserError):
+class InternalError(ServeError):
     """The server failed on this request; its log says why."""
 
     reason = "INTERNAL"
 
 
-class NotPossible(ClasserError):
+class NotPossible(ServeError):
     """What was asked of a server's models cannot be done as they are: a bundle is broken, a version is in use."""
 
     reason = "NOT_POSSIBLE"
 
 
-class Unauthenticated(ClasserError):
+class Unauthenticated(ServeError):
     """The caller showed no API key, or none that the server knows."""
 
     reason = "UNAUTHENTICATED"
 
 
-class Forbidden(ClasserError):
+class Forbidden(ServeError):
     """The caller's API key is known, but not for this."""
 
     reason = "FORBIDDEN"

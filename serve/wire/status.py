@@ -15,20 +15,20 @@ from google.rpc import error_details_pb2, status_pb2
 from ..proto import classifier_pb2 as pb
 from .errors import (
     Cancelled,
-    ClasserError,
     DeadlineExceeded,
     Forbidden,
     InternalError,
     InvalidRequest,
     NotPossible,
     Overloaded,
+    ServeError,
     Unauthenticated,
     Unavailable,
     UnknownTask,
 )
 from .limits import RETRY_SECONDS
 
-CODES: dict[type[ClasserError], grpc.StatusCode] = {
+CODES: dict[type[ServeError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     UnknownTask: grpc.StatusCode.NOT_FOUND,
     Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -49,7 +49,7 @@ _DOMAIN = "classer"
 _BROKEN = "Internal error from Core"
 
 
-def code_of(error: ClasserError) -> grpc.StatusCode:
+def code_of(error: ServeError) -> grpc.StatusCode:
     """The status code of an error."""
     return CODES.get(type(error), grpc.StatusCode.INTERNAL)
 
@@ -61,13 +61,13 @@ def error_of(
     field: str = "",
     retry_seconds: float | None = None,
     reason: str | None = None,
-) -> ClasserError:
+) -> ServeError:
     """The error of a status code; a code that no Classer server sends is an InternalError."""
     kind = _ERRORS.get(code, InternalError)
     return kind(sentence, field=field, retry_seconds=retry_seconds, reason=reason)
 
 
-def to_status(error: ClasserError) -> status_pb2.Status:
+def to_status(error: ServeError) -> status_pb2.Status:
     """An error as a google.rpc.Status, with ErrorInfo, and BadRequest or RetryInfo where there is something to say."""
     status = status_pb2.Status(code=code_of(error).value[0], message=str(error))
     status.details.add().Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=_DOMAIN))
@@ -81,7 +81,7 @@ def to_status(error: ClasserError) -> status_pb2.Status:
     return status
 
 
-def from_status(status: status_pb2.Status) -> ClasserError:
+def from_status(status: status_pb2.Status) -> ServeError:
     """The reverse of `to_status`."""
     info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
     for detail in status.details:
@@ -108,12 +108,12 @@ def text_outcomes(items: Sequence[pb.ClassifyBatchItem]) -> tuple[Counter[str], 
     return codes, reasons
 
 
-def trailing_metadata(error: ClasserError) -> tuple[tuple[str, bytes], ...]:
+def trailing_metadata(error: ServeError) -> tuple[tuple[str, bytes], ...]:
     """What carries an error's details beside a failed call."""
     return ((_DETAILS_KEY, to_status(error).SerializeToString()),)
 
 
-def error_in(metadata: Any) -> ClasserError | None:
+def error_in(metadata: Any) -> ServeError | None:
     """The error that a failed call's trailing metadata carries; None if none of our servers failed it."""
     for key, value in metadata or ():
         if key == _DETAILS_KEY:
@@ -121,7 +121,7 @@ def error_in(metadata: Any) -> ClasserError | None:
     return None
 
 
-def error_of_call(call: Any) -> ClasserError | None:
+def error_of_call(call: Any) -> ServeError | None:
     """What the server says of a call that failed, or what gRPC says in other words than it means.
 
     That is a refusal of a call, unread, because too many wait (see `listening.make_server`), which comes as CANCELLED

@@ -1,6 +1,7 @@
 import contextlib
 import csv
 import gzip
+import io
 import json
 from pathlib import Path
 
@@ -12,14 +13,26 @@ from hypothesis import strategies as st
 
 from classer.data.errors import InputError
 from classer.data.examples import Example
-from classer.data.readers import MAX_TEXT_CHARS, check_labels, infer_task, read_examples, read_task_folder
+from classer.data.readers import (
+    MAX_TEXT_CHARS,
+    check_labels,
+    data_file,
+    infer_task,
+    read_examples,
+    read_task_folder,
+)
+from classer.data.tables import PIPE, read_rows
 from classer.data.taxonomy import Label, Task, TaskKind
 
 
 def write(folder: Path, name: str, content: str | bytes) -> Path:
     path = folder / name
     data = content.encode() if isinstance(content, str) else content
-    path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    if name.endswith(".zst"):
+        with pyarrow.output_stream(path, compression="zstd") as file:
+            file.write(data)
+    else:
+        path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
     return path
 
 
@@ -35,7 +48,7 @@ def test_csv_with_ids_and_sources(tmp_path: Path):
     ]
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.csv.gz", "A.CSV"])
+@pytest.mark.parametrize("name", ["a.csv", "a.csv.gz", "a.csv.zst", "A.CSV"])
 def test_csv_dialect(tmp_path: Path, name: str):
     content = '\ufefftext,label\r\n"two\r\nlines, and ""quotes""",x\r\n\r\nplain,y|z\r\n'
     path = write(tmp_path, name, content)
@@ -48,7 +61,7 @@ def test_tsv(tmp_path: Path, name: str):
     assert read(write(tmp_path, name, "text\tlabel\na, b\tx\n")) == [("a, b", ("x",))]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
 def test_jsonl(tmp_path: Path, name: str):
     rows = [
         {"text": "one\u2028line", "labels": ["a|b", "c"]},
@@ -152,6 +165,55 @@ def test_errors_name_the_place_and_the_fault(tmp_path: Path, case: str):
     with pytest.raises(InputError, match=message) as caught:
         read(path)
     assert str(path) in str(caught.value)
+
+
+def test_a_broken_zstd_file_is_named(tmp_path: Path):
+    path = write(tmp_path, "a.csv.zst", b"text,label\n" + b"x,y\n" * 1000)
+    for broken in (path.read_bytes()[:-5], b"text,label\nx,y\n"):
+        path.write_bytes(broken)
+        with pytest.raises(InputError, match=r"a\.csv\.zst is no complete zstd file"):
+            read(path)
+
+
+def test_concatenated_zstd_frames_are_one_file(tmp_path: Path):
+    first, second = write(tmp_path, "a.csv.zst", "text,label\nx,y\n"), write(tmp_path, "b.csv.zst", "z,y\n")
+    first.write_bytes(first.read_bytes() + second.read_bytes())
+    assert read(first) == [("x", ("y",)), ("z", ("y",))]
+
+
+def test_standard_input_is_json_lines(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'{"text": "x", "label": "y"}\n{"text": 1}\n')))
+    with pytest.raises(InputError, match=r"^standard input, line 2: no column 'label'"):
+        read(PIPE)
+
+
+def test_a_row_brings_its_own_characters(tmp_path: Path):
+    """`classer predict` writes them again as they were."""
+    headers: list[tuple[list[str], str]] = []
+    path = write(tmp_path, "a.csv", '\ufeffa,"b"\r\n\n"x\r\ny",1.50\r\n"",z')
+    rows = list(read_rows(path, on_header=lambda names, raw: headers.append((names, raw))))
+    assert headers == [(["a", "b"], 'a,"b"\r\n')]
+    assert [row.raw.lstrip("\n") for row in rows] == ['"x\r\ny",1.50\r\n', '"",z']
+    (row,) = read_rows(write(tmp_path, "a.jsonl", '\n{"n": 1.0}\n'))
+    assert (row.fields, row.raw) == ({"n": 1.0}, '{"n": 1.0}\n')
+
+
+def test_a_file_or_a_split_of_a_folder_is_named(tmp_path: Path):
+    folder = tmp_path / "task"
+    folder.mkdir()
+    test = write(folder, "test.csv.gz", "text,label\nx,y\n")
+    assert data_file(test, "train") == test
+    assert data_file(PIPE, "train") == PIPE
+    with pytest.raises(InputError, match=r"task has no task\.json \(or \.yaml\); give a file"):
+        data_file(folder, "test")
+    write(folder, "task.json", "{}")
+    assert data_file(folder, "test") == test
+    with pytest.raises(InputError, match=r"task has no split 'dev'; it has test\."):
+        data_file(folder, "dev")
+    with pytest.raises(InputError, match=r"holds several tasks; name the folder of one, such as .*task\."):
+        data_file(tmp_path, "test")
+    with pytest.raises(InputError, match="There is no file"):
+        data_file(tmp_path / "nothing.csv", "test")
 
 
 def test_missing_file_and_folder(tmp_path: Path):

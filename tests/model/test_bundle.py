@@ -156,7 +156,7 @@ def test_a_save_that_fails_leaves_nothing(tiny_bundle: Bundle, tmp_path: Path, m
         raise OSError("No space left on device")
 
     monkeypatch.setattr(f"classer.model.{step}", fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(InputError, match="/bundle could not be written: no space left on device"):
         save_bundle(tiny_bundle, tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
 

@@ -25,7 +25,7 @@ def planned(*stages: CurriculumStage, sizes: tuple[int, ...] = (100, 300, 100)):
 def test_a_stage_is_as_long_as_its_epochs_and_replays_on_top() -> None:
     first, second = planned(*CURRICULUM)
     assert (first.tasks, first.new, first.seen) == (("topic",), ("topic",), ("topic",))
-    assert (first.num_steps, first.looks) == (40, 4)
+    assert (first.num_steps, first.num_evals) == (40, 4)
     assert second.new == ("topics", "where")
     assert second.seen == ("topic", "topics", "where")
     np.testing.assert_allclose(second.shares_T, [0.2, 0.72, 0.08])
@@ -34,7 +34,7 @@ def test_a_stage_is_as_long_as_its_epochs_and_replays_on_top() -> None:
 
 def test_a_stage_in_steps_without_names_is_for_all_tasks() -> None:
     (only,) = planned(CurriculumStage("all", steps=7, weights={"topic": 3}))
-    assert (only.num_steps, only.looks) == (7, 1)
+    assert (only.num_steps, only.num_evals) == (7, 1)
     np.testing.assert_allclose(only.shares_T, np.array([300, 300, 100]) / 700)
 
 

@@ -19,13 +19,13 @@ from classer.model.config import EncoderConfig
 from classer.model.focus import is_gate
 from classer.model.pretrained import load_encoder
 from classer.model.quantize import Weights
-from classer.train import devlook, focus, loop
+from classer.train import dev_evaluator, focus, loop
 from classer.train.config import Recipe
-from classer.train.devlook import DevLook
+from classer.train.dev_evaluator import DevEvaluator
 from classer.train.evaluation import TokenizedSplit
 from classer.train.fit import fit
 from classer.train.focus import SOFT_SHARE, distilled, draw_focus
-from classer.train.loop import Fitted, Trainee
+from classer.train.loop import FitResult, TrainContext
 from classer.train.probe import probe_head
 from classer.train.runlog import RunLog, open_log
 
@@ -67,14 +67,14 @@ def run(
     task: Task = MULTICLASS,
     *,
     count: int = 45,
-) -> Fitted:
+) -> FitResult:
     train, dev = toy_split(task, count, seed=0), toy_split(task, 20, seed=1)
     config, weights = encoder
-    return fit(Trainee(recipe, Taxonomy((task,)), config, {"toy": train}, {"toy": dev}, 0, out), weights)
+    return fit(TrainContext(recipe, Taxonomy((task,)), config, {"toy": train}, {"toy": dev}, 0, out), weights)
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(encoder, tmp_path_factory: pytest.TempPathFactory) -> Fitted:
+def uninterrupted(encoder, tmp_path_factory: pytest.TempPathFactory) -> FitResult:
     """With dropout, and without early stopping. The pretrained weights stay as they are."""
     before = {name: value.copy() for name, value in encoder[1].items()}
     fitted = run(encoder, tmp_path_factory.mktemp("uninterrupted"))
@@ -83,7 +83,7 @@ def uninterrupted(encoder, tmp_path_factory: pytest.TempPathFactory) -> Fitted:
     return fitted
 
 
-def assert_same(one: Fitted, other: Fitted) -> None:
+def assert_same(one: FitResult, other: FitResult) -> None:
     """Bit for bit."""
     assert dataclasses.replace(one, weights={}) == dataclasses.replace(other, weights={})
     assert one.weights.keys() == other.weights.keys()
@@ -91,7 +91,7 @@ def assert_same(one: Fitted, other: Fitted) -> None:
         np.testing.assert_array_equal(value, other.weights[name], err_msg=name, strict=True)
 
 
-def differ(one: Fitted, other: Fitted) -> bool:
+def differ(one: FitResult, other: FitResult) -> bool:
     return any((value != other.weights[name]).any() for name, value in one.weights.items())
 
 
@@ -130,7 +130,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
 
 @pytest.mark.parametrize("stops", [(3,), (6, 9)], ids=["in the first epoch", "in the second and in the fourth"])
 def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(
-    encoder, tmp_path: Path, monkeypatch, uninterrupted: Fitted, stops: tuple[int, ...]
+    encoder, tmp_path: Path, monkeypatch, uninterrupted: FitResult, stops: tuple[int, ...]
 ) -> None:
     for steps in stops:
         with monkeypatch.context() as patched:
@@ -148,10 +148,10 @@ def test_relations_to_teachers_vectors_are_learnt_and_go_on_after_a_stop(encoder
     vectors_NV[::5] = 0  # texts without one
     train = dataclasses.replace(toy_split(MULTICLASS, 45, seed=0), vectors_NV=vectors_NV)
 
-    def fitted(out: Path, train: TokenizedSplit = train) -> Fitted:
+    def fitted(out: Path, train: TokenizedSplit = train) -> FitResult:
         dev = toy_split(MULTICLASS, 20, seed=1)
         return fit(
-            Trainee(recipe, Taxonomy((MULTICLASS,)), encoder[0], {"toy": train}, {"toy": dev}, 0, out), encoder[1]
+            TrainContext(recipe, Taxonomy((MULTICLASS,)), encoder[0], {"toy": train}, {"toy": dev}, 0, out), encoder[1]
         )
 
     def relation_losses(out: Path) -> list[float]:
@@ -184,9 +184,9 @@ def test_examples_that_only_a_teacher_answered_are_no_negatives(encoder, tmp_pat
     split, dev = toy_split(MULTILABEL, 40, seed=0), toy_split(MULTILABEL, 20, seed=1)
     counts, heads = [], []
     for train in (split, with_soft_only(split, 30)):
-        trainee = Trainee(RECIPE, Taxonomy((MULTILABEL,)), config, {"toy": train}, {"toy": dev}, 0, tmp_path)
-        counts.append(loop._counts(trainee))
-        heads.append(probe_head(RECIPE, trainee.taxonomy, config, weights, {"toy": train}, {"toy": dev}, ["toy"]))
+        context = TrainContext(RECIPE, Taxonomy((MULTILABEL,)), config, {"toy": train}, {"toy": dev}, 0, tmp_path)
+        counts.append(loop._counts(context))
+        heads.append(probe_head(RECIPE, context.taxonomy, config, weights, {"toy": train}, {"toy": dev}, ["toy"]))
     np.testing.assert_array_equal(counts[0][0], counts[1][0])
     assert counts[0][1].tolist() == counts[1][1].tolist() == [40]
     for name, value in heads[0].items():
@@ -215,7 +215,7 @@ def gated(encoder) -> tuple[EncoderConfig, Weights]:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted_focus(gated, tmp_path_factory: pytest.TempPathFactory) -> Fitted:
+def uninterrupted_focus(gated, tmp_path_factory: pytest.TempPathFactory) -> FitResult:
     return run(gated, tmp_path_factory.mktemp("focus"), FOCUSED)
 
 
@@ -236,7 +236,7 @@ def test_training_to_focus_moves_the_gates_and_is_measured_at_both_ends(gated, t
 
 
 def test_gates_that_were_taught_before_begin_with_hard_rows(
-    gated, tmp_path: Path, monkeypatch, uninterrupted_focus: Fitted
+    gated, tmp_path: Path, monkeypatch, uninterrupted_focus: FitResult
 ) -> None:
     seen: list[float] = []
 
@@ -266,7 +266,7 @@ def test_half_of_the_rows_stay_soft_once_others_drop_tokens() -> None:
 
 @pytest.mark.parametrize("stops", [(3, 14, 8)], ids=["both, twice"])
 def test_a_run_that_was_stopped_in_either_stage_ends_as_if_it_had_not_been(
-    gated, tmp_path: Path, monkeypatch, uninterrupted_focus: Fitted, stops: tuple[int, ...]
+    gated, tmp_path: Path, monkeypatch, uninterrupted_focus: FitResult, stops: tuple[int, ...]
 ) -> None:
     for steps in stops:
         with monkeypatch.context() as patched:
@@ -276,12 +276,12 @@ def test_a_run_that_was_stopped_in_either_stage_ends_as_if_it_had_not_been(
     assert_same(run(gated, tmp_path, FOCUSED), uninterrupted_focus)
 
 
-def test_going_on_with_a_finished_run_gives_it_again(encoder, tmp_path: Path, uninterrupted: Fitted) -> None:
+def test_going_on_with_a_finished_run_gives_it_again(encoder, tmp_path: Path, uninterrupted: FitResult) -> None:
     assert_same(run(encoder, tmp_path), uninterrupted)
     assert_same(run(encoder, tmp_path), uninterrupted)
 
 
-def test_the_seed_and_dropout_change_the_outcome(encoder, tmp_path: Path, uninterrupted: Fitted) -> None:
+def test_the_seed_and_dropout_change_the_outcome(encoder, tmp_path: Path, uninterrupted: FitResult) -> None:
     for change in ({"seed": 1}, {"dropout": 0.0}):
         other = run(encoder, tmp_path / str(change), dataclasses.replace(RECIPE, **change))
         assert differ(other, uninterrupted), change
@@ -306,10 +306,10 @@ def test_a_multilabel_dev_set_is_scored_at_the_thresholds_that_it_gives(monkeypa
         def logits(self, *_: object, **__: object) -> np.ndarray:
             return targets_NL - 3
 
-    monkeypatch.setattr(devlook, "Predictor", Unsure)
+    monkeypatch.setattr(dev_evaluator, "Predictor", Unsure)
     dev = {"toy": TokenizedSplit([np.array([CLS, SEP], np.int32)] * 4, csr_array(targets_NL))}
     config = EncoderConfig(20, num_layers=2, d_model=8, num_heads=2, d_ff=16, max_positions=16)
-    look = DevLook(Taxonomy((MULTILABEL,)), config, {}, "float32", dev, [1.0])
+    look = DevEvaluator(Taxonomy((MULTILABEL,)), config, {}, "float32", dev, [1.0])
     with open_log(tmp_path, 1) as log:
         assert look({}, 1, log) == 1
     assert look.sentence == "accuracy 100.00% · macro-F1 1.000"
@@ -318,14 +318,14 @@ def test_a_multilabel_dev_set_is_scored_at_the_thresholds_that_it_gives(monkeypa
 def scripted_scores(monkeypatch: pytest.MonkeyPatch, *scores: float) -> list[Weights]:
     """Makes the dev scores of the epochs to come these; notes the weights of each epoch."""
     seen: list[Weights] = []
-    look = DevLook.__call__
+    look = DevEvaluator.__call__
 
     def scripted(self, weights, step, log) -> float:
         look(self, weights, step, log)
         seen.append({name: np.array(value) for name, value in weights.items()})
         return scores[len(seen) - 1]
 
-    monkeypatch.setattr(DevLook, "__call__", scripted)
+    monkeypatch.setattr(DevEvaluator, "__call__", scripted)
     return seen
 
 
@@ -377,7 +377,7 @@ def test_a_run_that_diverges_says_so(encoder, tmp_path: Path) -> None:
         run(encoder, tmp_path, dataclasses.replace(RECIPE, learning_rate=1e30, warmup=0.0))
 
 
-def test_class_weights_are_used_where_asked_for(encoder, tmp_path: Path, monkeypatch, uninterrupted: Fitted) -> None:
+def test_class_weights_are_used_where_asked_for(encoder, tmp_path: Path, monkeypatch, uninterrupted: FitResult) -> None:
     asked = []
 
     def weights(table: LabelTable, positives_L: np.ndarray, examples_T: np.ndarray) -> np.ndarray:

@@ -101,14 +101,14 @@ def test_a_run_stopped_between_stages_goes_on_to_the_same_weights(
 
     again = dataclasses.replace(job, out=tmp_path / "run", baseline=False)
     with monkeypatch.context() as patched:
-        real = fit.fit_part
+        real = fit.run_phase
 
         def stop_after_first(part, *arguments):
             if part.folder.name == "second":
                 raise Stopped
             return real(part, *arguments)
 
-        patched.setattr(fit, "fit_part", stop_after_first)
+        patched.setattr(fit, "run_phase", stop_after_first)
         with pytest.raises(Stopped):
             train(again)
     resumed = train(dataclasses.replace(again, resume=True))

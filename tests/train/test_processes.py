@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from classer.train.processes import Pace, Stopped, deferred, listen
+from classer.train.processes import CheckpointSchedule, Stopped, deferred, listen
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def send(number: signal.Signals) -> None:
 
 
 def test_an_interrupt_waits_for_the_end_of_a_step(capfd: pytest.CaptureFixture[str]) -> None:
-    pace, steps = Pace(0, 0), []
+    pace, steps = CheckpointSchedule(0, 0), []
 
     def loop() -> None:
         with deferred():
@@ -66,7 +66,7 @@ def test_outside_of_the_loop_signals_act_at_once() -> None:
 
 
 def test_a_stop_is_told_at_the_end_of_a_step() -> None:
-    pace = Pace(0, 0)
+    pace = CheckpointSchedule(0, 0)
     assert pace.after(1) == (False, False)
 
     def loop() -> None:

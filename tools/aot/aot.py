@@ -138,7 +138,7 @@ class Report:
 
 
 def aot(argv: Sequence[str]) -> None:
-    """Compile training and inference for GPUs and TPUs that are not there: memory, FLOPs and traffic."""
+    """Compile for GPUs and TPUs that are not attached: memory, FLOPs, traffic."""
     a = tyro.cli(AotArguments, prog="classer aot", args=list(argv), description=aot.__doc__)
     topology = Topology.parse(a.topology)
     prepare_process(topology)

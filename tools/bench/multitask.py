@@ -31,6 +31,7 @@ import numpy as np
 import tyro
 
 from classer.data.errors import InputError
+from classer.data.files import staged_folder
 from classer.data.readers import read_task_folder
 from classer.data.taxonomy import TaskKind
 from classer.tools.cli.main import run
@@ -156,7 +157,11 @@ def main(a: MultitaskArguments) -> None:
 
 def draw_sample(a: MultitaskArguments, sample: Path) -> None:
     """Copies each task's folder, with a sample of its examples in the order of the file."""
-    part = sample.with_name("data.part")
+    with staged_folder(sample) as part:
+        _fill_sample(a, part)
+
+
+def _fill_sample(a: MultitaskArguments, part: Path) -> None:
     for task in (*TASKS, *TRANSFERS):
         most = a.scale.held_out | ({"train": a.scale.tasks[task].texts} if task in TASKS else {})
         (part / task).mkdir(parents=True, exist_ok=True)
@@ -168,7 +173,6 @@ def draw_sample(a: MultitaskArguments, sample: Path) -> None:
             size = most.get(split) or len(rows)
             kept = np.sort(np.random.default_rng(0).permutation(len(rows))[:size])
             (part / task / f"{split}.jsonl").write_text("".join(rows[i] for i in kept), encoding="utf-8")
-    part.rename(sample)
 
 
 def flatten(folder: Path, flat: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,32 @@ from typing import Annotated, Any
 import tyro
 
 from classer.data.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextsArguments:
+    """
+    Attributes:
+      data: texts: a CSV, TSV or JSONL file (also with .gz or .zst), a Parquet file, a folder with task.json, or - for
+        JSON Lines from standard input.
+      split: which split of a folder.
+      text_column: the column or field that holds the text.
+    """
+
+    data: Path
+    split: str = "test"
+    text_column: str = "text"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExamplesArguments(TextsArguments):
+    """
+    Attributes:
+      label_column: the column or field that holds the label or labels; by default `label` or `labels`.
+    """
+
+    label_column: str | None = None
+
 
 BundleArgument = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="BUNDLE")]
 

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateArguments(MeasureArguments):
-    __doc__ = f"""{MeasureArguments.__doc__}
+    """
+    Attributes:
       focus: the share of all tokens to keep on the mean over layers, or one share a layer with commas between; 1 is
         all. The bundle must have been trained with --focus-epochs.
       threshold: hierarchical tasks: an answer that is less probable than this stops at a label above; 0 never does.

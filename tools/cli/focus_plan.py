@@ -14,14 +14,16 @@ from .measured import MeasureArguments, load_measured
 
 @dataclasses.dataclass(frozen=True)
 class FocusPlanArguments(MeasureArguments):
-    __doc__ = f"""{MeasureArguments.__doc__}
+    """
+    Attributes:
+      split: which split of a folder.
       max_loss: points of accuracy that may be lost; the plan is the fastest within them.
       speedup: how many times as fast as the dense classifier the plan is to be, instead of `max_loss`.
       texts: at most so many texts of the split, drawn at random; 0 is all.
       compute_dtype: of activations, between the products.
     """
 
-    split: str = "dev"
+    split: str = dataclasses.field(default="dev", kw_only=True)
     max_loss: float | None = None
     speedup: float | None = None
     texts: int = 2000
@@ -29,7 +31,7 @@ class FocusPlanArguments(MeasureArguments):
 
 
 def focus_plan(argv: Sequence[str]) -> None:
-    """Find what each layer should keep, for a loss of accuracy or a speed; prints it as --focus takes it."""
+    """Find the share that each layer keeps, for --max-loss or --speedup."""
     a = parse(FocusPlanArguments, argv, "classer focus-plan", focus_plan.__doc__)
     bundle, task, split = load_measured(a)
     from classer.train.focus_plan import plan_focus

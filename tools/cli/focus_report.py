@@ -15,7 +15,8 @@ from .measured import MeasureArguments, load_measured
 
 @dataclasses.dataclass(frozen=True)
 class FocusReportArguments(MeasureArguments):
-    __doc__ = f"""{MeasureArguments.__doc__}
+    """
+    Attributes:
       focuses: the budgets to measure beside the dense classifier, each as `classer evaluate --focus` takes it.
       texts: at most so many texts of the split, drawn at random, are measured; 0 is all.
       timed_texts: how many of them the time is measured on.
@@ -36,7 +37,7 @@ class FocusReportArguments(MeasureArguments):
 
 
 def focus_report(argv: Sequence[str]) -> None:
-    """Measure a bundle at several budgets: accuracy, speed and latency, as a table and a picture."""
+    """Measure a bundle at several focus budgets: accuracy, speed, latency."""
     a = parse(FocusReportArguments, argv, "classer focus-report", focus_report.__doc__)
     bundle, task, split = load_measured(a)
     from classer.model.focus import Focus

@@ -11,7 +11,7 @@ from .environment import from_environment
 
 
 def frontend(argv: Sequence[str]) -> None:
-    """Run a front end, on this machine or another, before an engine that `classer serve` runs."""
+    """Run a front end for an engine that `classer serve` runs, here or elsewhere."""
     from classer.serve.ops.operations import OperationsConfig
     from classer.serve.rpc.frontend import FrontEndConfig, run_front_end
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from classer.serve.wire.errors import ClasserError, DeadlineExceeded
+from classer.serve.wire.errors import DeadlineExceeded, ServeError
 from classer.serve.wire.status import CODES, code_of
 
 OK, TIMED_OUT = "OK", "TIMED_OUT"
@@ -24,7 +24,7 @@ OK, TIMED_OUT = "OK", "TIMED_OUT"
 OUTCOMES = (OK, *(code.name for code in CODES.values()), TIMED_OUT)
 _MEMORY_SECONDS = 0.5
 
-# Makes the call of that number; one outcome for each of its texts. Raises a ClasserError if it failed as a whole.
+# Makes the call of that number; one outcome for each of its texts. Raises a ServeError if it failed as a whole.
 Call = Callable[[int], Awaitable[Sequence[str]]]
 
 
@@ -56,7 +56,7 @@ class Recorder:
             outcomes = await call(number)
             # A batch none of whose texts was answered was refused, though the call itself ended well.
             outcome = OK if OK in outcomes else collections.Counter(outcomes).most_common(1)[0][0]
-        except ClasserError as error:
+        except ServeError as error:
             outcome = code_of(error).name
             if isinstance(error, DeadlineExceeded) and time() - start - sent >= self.timeout:
                 outcome = TIMED_OUT

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from classer.data.errors import InputError
 
-from .arguments import parse
+from .arguments import TextsArguments, parse
 from .connection import ConnectionArguments
 
 if TYPE_CHECKING:
@@ -47,13 +47,11 @@ WARM_UP_CALLERS = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class LoadTestArguments(ConnectionArguments):
+class LoadTestArguments(TextsArguments, ConnectionArguments):
     """
     Attributes:
-      data: a file with a column of texts (CSV, TSV, JSON Lines, Parquet); they are sent in random order, over and over.
       server: address of a running `classer serve`, HOST:PORT.
       task: name of the task; needed only if the model has several.
-      text_column: the column of the texts.
       mode: poisson: calls of independent users at --rate; ramp: from --rate to --to-rate; step: each of --rates in
         turn; closed: --callers who each wait for their answer; search: the highest rate at which 99 % of the answers
         come within --target-ms.
@@ -75,10 +73,8 @@ class LoadTestArguments(ConnectionArguments):
       out: a new folder for the report: load.json, report.md and pictures.
     """
 
-    data: Path
     server: str = "localhost:50051"
     task: str | None = None
-    text_column: str = "text"
     mode: Mode = "poisson"
     rate: float = 50.0
     to_rate: float = 200.0
@@ -135,7 +131,7 @@ class LoadTestArguments(ConnectionArguments):
 
 
 def load_test(argv: Sequence[str]) -> None:
-    """Load a running server with real texts and report its latency and throughput."""
+    """Load a running server with real texts, in random order, and report its latency and throughput."""
     run_load_test(parse(LoadTestArguments, argv, "classer load-test", load_test.__doc__))
 
 
@@ -144,11 +140,11 @@ def run_load_test(arguments: LoadTestArguments) -> None:
 
     Raises:
       InputError: the texts cannot be read, or it would make more calls than --max-calls.
-      ClasserError: no healthy server answers there, or it refuses the first call.
+      ServeError: no healthy server answers there, or it refuses the first call.
     """
-    from classer.data.readers import read_texts
+    from classer.data.readers import data_file, read_texts
 
-    texts = read_texts(arguments.data, text_column=arguments.text_column)
+    texts = read_texts(data_file(arguments.data, arguments.split), text_column=arguments.text_column)
     _check_count(arguments)
     asyncio.run(_run(arguments, texts))
 
@@ -216,7 +212,7 @@ def make_call(
     clients: Sequence[AsyncClient], texts: Sequence[str], a: LoadTestArguments, rng: np.random.Generator
 ) -> Call:
     """What makes the call of a number: with its own texts, over one of the connections."""
-    from classer.serve.wire.errors import ClasserError
+    from classer.serve.wire.errors import ServeError
     from classer.serve.wire.status import code_of
 
     from .load_runner import OK
@@ -231,7 +227,7 @@ def make_call(
             await client.classify(own[0], a.task, timeout=a.timeout)
             return (OK,)
         outcomes = await client.classify_batch(own, a.task, timeout=a.timeout)
-        return [code_of(one).name if isinstance(one, ClasserError) else OK for one in outcomes]
+        return [code_of(one).name if isinstance(one, ServeError) else OK for one in outcomes]
 
     return call
 

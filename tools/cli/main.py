@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import importlib
 import io
 import os
 import signal
@@ -10,57 +12,69 @@ import sys
 from collections.abc import Callable, Sequence
 
 from classer import __version__
-from classer.data.errors import InputError
+from classer.data.errors import ClasserError, InputError
+from classer.data.extras import missing_packages
 from classer.data.fetch import cache_folder
+from classer.data.files import disk_error
 from classer.serve.ops.cache import check_private
-from classer.serve.wire.errors import ClasserError
-from classer.tools.aot.aot import aot
 
-from .classify import classify
-from .evaluate import evaluate
-from .export import export, verify_export
-from .focus_plan import focus_plan
-from .focus_report import focus_report
-from .frontend import frontend
-from .gateway import gateway
-from .info import info
-from .keys import keys
-from .load_test import load_test
-from .prepare import prepare
-from .quantize import quantize
-from .serve import serve
-from .teach import teach
-from .train import train
-from .upcycle import upcycle
 
-# In the order in which a newcomer meets them.
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    "train": train,
-    "serve": serve,
-    "classify": classify,
-    "evaluate": evaluate,
-    "info": info,
-    "export": export,
-    "verify-export": verify_export,
-    "gateway": gateway,
-    "keys": keys,
-    "load-test": load_test,
-    "frontend": frontend,
-    "quantize": quantize,
-    "teach": teach,
-    "focus-report": focus_report,
-    "focus-plan": focus_plan,
-    "prepare": prepare,
-    "upcycle": upcycle,
-    "aot": aot,
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """An entry of the table of commands.
+
+    Attributes:
+      summary: one line for `classer --help`, the first line of the function's docstring.
+      extra: the extra of the distribution that brings what the command imports; "" for the base.
+      module: the module that defines the command's function; by default the command's name in this folder.
+    """
+
+    summary: str
+    extra: str
+    module: str = ""
+
+    def load(self, name: str) -> Callable[[Sequence[str]], None]:
+        """Imports the module of the command called `name`, and returns its function."""
+        function = name.replace("-", "_")
+        return getattr(importlib.import_module(self.module or f"{__package__}.{function}"), function)
+
+
+# In the order in which a newcomer meets them. Modules are imported when their command runs.
+COMMANDS: dict[str, Command] = {
+    "train": Command("Train a classifier on labelled texts; leaves a bundle to serve in OUT/bundle.", "train"),
+    "serve": Command("Serve bundles over gRPC.", "serve"),
+    "classify": Command("Ask a running server which labels a text has.", ""),
+    "evaluate": Command("Measure a bundle on labelled texts.", "train"),
+    "info": Command("Check a bundle and say what is in it.", "local"),
+    "export": Command("Write a bundle for another runtime, checked in that runtime.", "export"),
+    "verify-export": Command(
+        "Check an export: checksums, and the golden texts in its runtime.", "export", "classer.tools.cli.export"
+    ),
+    "gateway": Command("Offer a running server over HTTP and JSON, with an OpenAPI page.", "http"),
+    "keys": Command("Make, list and revoke the API keys of a server.", ""),
+    "load-test": Command("Load a running server with real texts and report its latency and throughput.", "train"),
+    "frontend": Command("Run a front end for an engine that `classer serve` runs, here or elsewhere.", "serve"),
+    "quantize": Command("Turn a float32 bundle into an INT8 one.", "train"),
+    "teach": Command("Ask teachers for soft labels, which `classer train --soft-labels` learns from.", "teachers"),
+    "focus-report": Command("Measure a bundle at several focus budgets: accuracy, speed, latency.", "train"),
+    "focus-plan": Command("Find the share that each layer keeps, for --max-loss or --speedup.", "train"),
+    "prepare": Command("Turn labelled texts into cleaned, deduplicated, tokenised training shards.", "prepare"),
+    "convert": Command("Turn a pretrained encoder of the BERT family into the native architecture.", "train"),
+    "aot": Command(
+        "Compile for GPUs and TPUs that are not attached: memory, FLOPs, traffic.",
+        "train",
+        "classer.tools.aot.aot",
+    ),
 }
+# A command's former name → its name. Works for one more version.
+RENAMED = {"upcycle": "convert"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. What the user can mend is one sentence on stderr and exit code 2."""
     if argv is None:
         argv = sys.argv[1:]
-        if argv[:1] in (["train"], ["upcycle"]):
+        if argv[:1] in (["train"], ["convert"], ["upcycle"]):
             tune_allocator()
     return run(dispatch, argv)
 
@@ -69,16 +83,30 @@ def dispatch(argv: Sequence[str]) -> None:
     """Hands the arguments over to the command that the first of them names.
 
     Raises:
-      InputError: there is no such command.
+      InputError: there is no such command, or its packages are not installed.
     """
+    if argv and argv[0] in RENAMED:
+        new = RENAMED[argv[0]]
+        print(f"classer: `classer {argv[0]}` is deprecated and will be removed; use `classer {new}`.", file=sys.stderr)
+        argv = [new, *argv[1:]]
     if argv[:1] == ["--version"]:
         print(f"classer {__version__}")
     elif not argv or argv[0] in ("-h", "--help"):
         print(_usage())
     elif argv[0] in COMMANDS:
-        COMMANDS[argv[0]](argv[1:])
+        _run_command(argv[0], argv[1:])
     else:
         raise InputError(f"There is no command '{argv[0]}'. There are: {', '.join(COMMANDS)}.")
+
+
+def _run_command(name: str, argv: Sequence[str]) -> None:
+    command = COMMANDS[name]
+    try:
+        command.load(name)(argv)
+    except ModuleNotFoundError as e:
+        if not command.extra or e.name is None or e.name.split(".")[0] == "classer":
+            raise
+        raise missing_packages(f"classer {name}", e.name.split(".")[0], command.extra) from None
 
 
 def run(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
@@ -95,16 +123,18 @@ def run(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
             command(list(argv))
         finally:
             sys.stdout.flush()  # here, where a reader that left can be caught
-    except (InputError, ClasserError) as e:
+    except ClasserError as e:
         return _fail(str(e))
     except BrokenPipeError:
         # Who read the output wants no more of it (`| head`). What is left in the buffer goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as e:
-        if e.filename is None:
+        if e.filename is not None:
+            return _fail(f"{e.filename}: {e.strerror}.")
+        if (reason := disk_error(e)) is None:
             raise
-        return _fail(f"{e.filename}: {e.strerror}.")
+        return _fail(f"Something could not be written: {reason[0].lower()}{reason[1:]}.")
     except KeyboardInterrupt:
         print("classer: stopped.", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -146,7 +176,7 @@ def tune_allocator() -> None:
 def _usage() -> str:
     lines = ["usage: classer COMMAND [OPTIONS]", "", "Train, quantise, serve and query text classifiers.", ""]
     for name, command in COMMANDS.items():
-        lines.append(f"  {name:13} {(command.__doc__ or '').splitlines()[0]}")
+        lines.append(f"  {name:13} {command.summary}")
     lines += ["", "`classer COMMAND --help` lists a command's options."]
     return "\n".join(lines)
 

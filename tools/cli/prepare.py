@@ -46,7 +46,7 @@ class PrepareArguments(PrepareConfig):
 
 
 def prepare(argv: Sequence[str]) -> None:
-    """Turn labelled texts into training shards: cleaned, deduplicated, decontaminated, tokenised."""
+    """Turn labelled texts into cleaned, deduplicated, tokenised training shards."""
     a = tyro.cli(PrepareArguments, prog="classer prepare", args=list(argv), description=prepare.__doc__)
     config = PrepareConfig(**{field.name: getattr(a, field.name) for field in dataclasses.fields(PrepareConfig)})
     plan = Plan.make(config, a.inputs, a.evaluation, _tokenizer_folder(a.tokenizer), a.out)

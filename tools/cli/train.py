@@ -32,7 +32,7 @@ def train(argv: Sequence[str]) -> None:
 
     processes.join()
     processes.listen()
-    first = processes.is_first()
+    first = processes.is_primary()
     started = time.monotonic()
     try:
         result = run_job(job)

@@ -6,14 +6,14 @@ import datetime
 import importlib.metadata
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from classer.data.errors import InputError
+from classer.data.files import staged_folder
 from classer.model.bundle import Bundle
 from classer.model.focus import Focus
 from classer.model.variants import variant_predictor
@@ -83,7 +83,7 @@ def export_bundle(request: Request, target: str, out: Path, say: Say = lambda se
     if out.exists():
         raise InputError(f"{out} exists already and was not touched; name a new folder with --out.")
     module = FORMATS[target].load_module()
-    with staged(out) as staging:
+    with staged_folder(out) as staging:
         say(f"Writing {target}, {request.precision} …")
         module.write(request, staging)
         write_shared(staging, request.bundle, golden(request, target), _readme(request, target, module.usage(request)))
@@ -163,20 +163,6 @@ def golden(request: Request, target: str) -> list[Golden]:
         Golden(text, tuple(row_ids.tolist()), tuple(map(float, row)))
         for text, row_ids, row in zip(texts, ids, rows, strict=True)
     ]
-
-
-@contextmanager
-def staged(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that gets its name when all went well, and vanishes otherwise."""
-    staging = out.with_name(out.name + ".part")
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        staging.mkdir(parents=True)
-        yield staging
-        staging.rename(out)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
 
 
 def _check_precision(bundle: Bundle, target: str, kind: Format, precision: str) -> None:

@@ -14,7 +14,7 @@ import pytest
 from classer.serve.client import client as client_module
 from classer.serve.client.client import AsyncClient, Client, InvalidRequest, Unavailable
 from classer.serve.proto import classifier_pb2 as pb
-from classer.serve.wire.errors import ClasserError
+from classer.serve.wire.errors import ServeError
 from classer.serve.wire.limits import MAX_MESSAGE_BYTES, MAX_TEXTS
 from classer.serve.wire.status import code_of, error_in, error_of, from_status, to_status, trailing_metadata
 
@@ -29,8 +29,8 @@ def test_importing_the_client_loads_nothing_heavy() -> None:
         assert f"'{heavy}'" not in loaded
 
 
-@pytest.mark.parametrize("error", ClasserError.__subclasses__())
-def test_each_error_comes_back_as_itself(error: type[ClasserError]) -> None:
+@pytest.mark.parametrize("error", ServeError.__subclasses__())
+def test_each_error_comes_back_as_itself(error: type[ServeError]) -> None:
     sent = error("Why it was.")
     for received in (from_status(to_status(sent)), error_of(code_of(sent), str(sent))):
         assert type(received) is error
@@ -131,7 +131,7 @@ def test_a_server_that_is_something_else() -> None:
     try:
         with Client(f"127.0.0.1:{port}") as client:
             assert not client.healthy()
-            with pytest.raises(ClasserError, match="is not a Classer server"):
+            with pytest.raises(ServeError, match="is not a Classer server"):
                 client.classify("a")
     finally:
         server.stop(None)

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import classer
-from classer.data.errors import InputError
+from classer.data.errors import ClasserError, InputError
 from classer.data.taxonomy import Label, Task, TaskKind, Taxonomy
 from classer.model.bundle import Bundle, quantize, save_bundle
 from classer.model.classifier import TextClassifier
@@ -30,7 +30,7 @@ from classer.serve.client.client import Client
 from classer.serve.client.local import LocalModel, load
 from classer.serve.client.results import Classification
 from classer.serve.core.engine import Engine
-from classer.serve.wire.errors import ClasserError, InvalidRequest, NotPossible, UnknownTask
+from classer.serve.wire.errors import InvalidRequest, NotPossible, UnknownTask
 from classer.tests.helpers import FILLERS, TAXONOMY, TREE, VOCAB, with_gates
 
 KINDS = Taxonomy((*TAXONOMY.tasks, Task("sure", TaskKind.BINARY, (Label("yes"), Label("no"))), TREE))

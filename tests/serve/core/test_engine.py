@@ -60,11 +60,11 @@ def engine_of(programs: Programs, max_length: int = 100, **options) -> Engine:
 GOLDEN_IDS = [np.arange(1, n, dtype=np.int32) for n in (4, 6, 60)]
 
 
-def off(texts: Sequence[int], logits_NL: np.ndarray) -> float:
+def max_error(texts: Sequence[int], logits_NL: np.ndarray) -> float:
     return float(np.abs(logits_NL[:, 0] - [GOLDEN_IDS[i].sum() for i in texts]).max())
 
 
-GOLDEN = Golden(GOLDEN_IDS, off, tolerance=0.5)
+GOLDEN = Golden(GOLDEN_IDS, max_error, tolerance=0.5)
 
 
 def test_programs_are_those_that_the_model_can_fill() -> None:
@@ -168,7 +168,7 @@ def test_each_bucket_runs_in_the_fastest_precision_that_computes_the_golden_outp
     short = [(32, 16), (1, 16), (8, 16), (32, 32), (1, 32), (8, 32), (32, 64), (32, 100)]
     assert precisions.short.compiled == short
     assert precisions.wrong.compiled == [(32, 16), (32, 32), (32, 64), (32, 100)]
-    assert {warmed.precision: warmed.off for warmed in engine.measured if warmed.length == 32} == {
+    assert {warmed.precision: warmed.max_error for warmed in engine.measured if warmed.length == 32} == {
         "float32": 0,
         "bfloat16": 0,
         "int8": 1,
@@ -192,7 +192,7 @@ def test_where_a_plan_misses_the_golden_outputs_the_other_precisions_are_measure
     list(engine.warm_up())
     assert engine.plan == {16: "float32", 32: "float32", 64: "bfloat16", 100: "bfloat16"}
     assert precisions.wrong.compiled == [(32, 32)]
-    assert [(one.precision, one.off, one.chosen) for one in engine.measured if one.length == 32] == [
+    assert [(one.precision, one.max_error, one.chosen) for one in engine.measured if one.length == 32] == [
         ("int8", 1, False),
         ("float32", 0, True),
         ("bfloat16", 0, False),
@@ -211,7 +211,7 @@ def test_smaller_batches_must_compute_the_golden_outputs_too(plan: dict[int, str
     list(engine.warm_up())
     assert engine.ready
     assert engine.plan == {16: "bfloat16", 32: "bfloat16", 64: "bfloat16", 100: "bfloat16"}
-    assert {one.precision: one.off for one in engine.measured if one.length == 32}["float32"] == 1
+    assert {one.precision: one.max_error for one in engine.measured if one.length == 32}["float32"] == 1
     programs = Programs()
     programs.wrong_sizes = {1}
     with pytest.raises(InputError, match=r"up to 32 × 16 tokens: float32 is off by 1\.0000"):

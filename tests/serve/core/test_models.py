@@ -25,7 +25,7 @@ from classer.model.bundle import Bundle, save_bundle
 from classer.model.focus import Focus
 from classer.model.variants import Variant
 from classer.serve.core import models as served
-from classer.serve.core.engine import Warmed
+from classer.serve.core.engine import TimedProgram
 from classer.serve.core.models import Model, Models, ModelSettings, State, named_folders
 from classer.serve.proto import classifier_pb2 as pb
 from classer.serve.proto.classifier_pb2_grpc import ClassifierStub, ModelAdminStub
@@ -328,7 +328,7 @@ def versions(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Bundle) -> d
 def meanwhile(change: Callable[[], object]) -> Callable[..., bool]:
     """A load's `progress` that makes one change while programs are compiled."""
 
-    def progress(model: Model, warmed: Warmed | None) -> bool:
+    def progress(model: Model, warmed: TimedProgram | None) -> bool:
         if warmed is None:
             change()
         return True

@@ -182,11 +182,11 @@ def test_a_text_is_refused_even_before_it_is_tokenised(
 ) -> None:
     """Where what waits would take too long."""
     scheduler.submit_all(device.work(name) for name in range(6))
-    fit, refused = scheduler.expect(1, clock.now + 2, Priority.INTERACTIVE)
+    fit, refused = scheduler.reserve(1, clock.now + 2, Priority.INTERACTIVE)
     assert (fit, type(refused)) == (0, DeadlineExceeded)
     assert refused is not None
     assert refused.retry_seconds == pytest.approx(2)
-    assert scheduler.expect(1, clock.now + 4, Priority.INTERACTIVE) == (1, None)
+    assert scheduler.reserve(1, clock.now + 4, Priority.INTERACTIVE) == (1, None)
     run_all(scheduler)
     assert scheduler.backlog_seconds == 0
 
@@ -196,24 +196,24 @@ def test_announced_texts_count_until_they_arrive(clock: FakeClock, device: FakeD
     scheduler = Scheduler(clock=clock)
     scheduler.submit_all(device.work(name) for name in range(200))
     run_all(scheduler)
-    fit, refused = scheduler.expect(60, clock.now + 14.1, Priority.INTERACTIVE)
+    fit, refused = scheduler.reserve(60, clock.now + 14.1, Priority.INTERACTIVE)
     assert fit == 31  # 30 of them take ten seconds, and MARGIN is kept
     assert isinstance(refused, DeadlineExceeded)
-    assert scheduler.expect(1, clock.now + 8, Priority.INTERACTIVE)[0] == 0
-    assert scheduler.expect(1, clock.now + 15, Priority.INTERACTIVE) == (1, None)
-    assert scheduler.expect(1, clock.now + 8, Priority.BULK)[0] == 0
-    scheduler.arrived(32, Priority.INTERACTIVE)
-    assert scheduler.expect(1, clock.now + 0.1, Priority.BULK)[0] == 1
-    assert scheduler.expect(1, clock.now + 0.1, Priority.INTERACTIVE)[0] == 1  # bulk ones do not go before it
-    assert scheduler.expect(1, None, Priority.BULK) == (1, None)
+    assert scheduler.reserve(1, clock.now + 8, Priority.INTERACTIVE)[0] == 0
+    assert scheduler.reserve(1, clock.now + 15, Priority.INTERACTIVE) == (1, None)
+    assert scheduler.reserve(1, clock.now + 8, Priority.BULK)[0] == 0
+    scheduler.release(32, Priority.INTERACTIVE)
+    assert scheduler.reserve(1, clock.now + 0.1, Priority.BULK)[0] == 1
+    assert scheduler.reserve(1, clock.now + 0.1, Priority.INTERACTIVE)[0] == 1  # bulk ones do not go before it
+    assert scheduler.reserve(1, None, Priority.BULK) == (1, None)
 
 
 def test_nothing_is_announced_to_a_full_or_closed_scheduler(scheduler: Scheduler, device: FakeDevice) -> None:
     scheduler.submit_all(device.work(name, 16) for name in range(4))
-    fit, refused = scheduler.expect(1, None, Priority.INTERACTIVE)
+    fit, refused = scheduler.reserve(1, None, Priority.INTERACTIVE)
     assert (fit, type(refused)) == (0, Overloaded)
     scheduler.close()
-    fit, refused = scheduler.expect(1, None, Priority.INTERACTIVE)
+    fit, refused = scheduler.reserve(1, None, Priority.INTERACTIVE)
     assert (fit, type(refused)) == (0, Unavailable)
 
 

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from classer.serve.core.scheduler import BULK_PATIENCE, BULK_SHARE, Scheduler
 from classer.serve.core.work import Priority, Scored
-from classer.serve.wire.errors import ClasserError, DeadlineExceeded, InternalError, InvalidRequest
+from classer.serve.wire.errors import DeadlineExceeded, InternalError, InvalidRequest, ServeError
 from classer.tests.serve.core.fakes import BUCKETS, MAX_BATCH, FakeClock, FakeDevice
 
 
@@ -145,7 +145,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert sent.future.result(0).output.logits_L.tolist() == [name, name]
                 assert not sent.poison
             else:
-                assert isinstance(error, ClasserError)
+                assert isinstance(error, ServeError)
                 assert isinstance(error, InternalError) <= sent.poison
                 assert isinstance(error, InvalidRequest) == (sent.length > BUCKETS[-1])
                 assert not isinstance(error, DeadlineExceeded) or sent.deadline is not None

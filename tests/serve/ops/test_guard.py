@@ -25,7 +25,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from classer.data.errors import InputError
+from classer.data.errors import ClasserError, InputError
 from classer.serve.client.client import (
     AsyncClient,
     Client,
@@ -92,6 +92,12 @@ def test_a_refused_call_leaves_nothing_to_the_garbage_collector() -> None:
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("certificates")
     write_certificates(folder)
+    for name in ("server.pem", "server.key"):
+        lines = (folder / name).read_text().splitlines()
+        damaged = [lines[0], *lines[2:-3], lines[-1]]
+        (folder / name.replace("server", "damaged")).write_text("\n".join(damaged) + "\n")
+    locked = (folder / "server.key").read_text().replace("PRIVATE KEY", "ENCRYPTED PRIVATE KEY")
+    (folder / "locked.key").write_text(locked)
     return folder
 
 
@@ -107,9 +113,20 @@ def test_tls_answers_those_who_trust_it_and_nobody_in_the_clear(certificates: Pa
                 return (await client.classify("a")).best.name
 
         assert asyncio.run(ask()) == "sport"
-        for tls in (None, Tls(ca=certificates / "stranger.pem")):
-            with Client(running.address, tls=tls) as client, pytest.raises(Unavailable):
+        for tls, says in (
+            (None, "expect TLS"),
+            (Tls(ca=certificates / "stranger.pem"), "authority that is not trusted here.*--tls-ca"),
+        ):
+            with Client(running.address, tls=tls) as client, pytest.raises(Unavailable, match=says):
                 client.classify("a", timeout=3)
+
+
+def test_a_tls_client_of_a_server_without_tls_is_told(certificates: Path) -> None:
+    trusting = Tls(ca=certificates / "ca.pem")
+    with guarded() as running, Client(running.address, tls=trusting) as client:
+        with pytest.raises(Unavailable) as error:
+            client.classify("a", timeout=3)
+        assert "does not speak TLS" in str(error.value)
 
 
 def test_mutual_tls_answers_certified_clients_only(certificates: Path, caplog) -> None:
@@ -132,6 +149,10 @@ def test_mutual_tls_answers_certified_clients_only(certificates: Path, caplog) -
         ({"tls_client_ca": "ca.pem"}, "needs --tls-cert"),
         ({"tls_cert": "server.pem", "tls_key": "server.pem"}, "holds no private key"),
         ({"tls_cert": "none.pem", "tls_key": "server.key"}, "none.pem cannot be read"),
+        ({"tls_cert": "server.pem", "tls_key": "client.key"}, "client.key is not the private key of .*server.pem"),
+        ({"tls_cert": "damaged.pem", "tls_key": "server.key"}, "damaged.pem holds a certificate that cannot be read"),
+        ({"tls_cert": "server.pem", "tls_key": "damaged.key"}, "damaged.key holds a private key that cannot be read"),
+        ({"tls_cert": "server.pem", "tls_key": "locked.key"}, "locked.key is encrypted"),
         ({"keys": "server.pem"}, "not valid JSON"),
     ],
 )
@@ -139,6 +160,30 @@ def test_bad_files_are_refused_with_a_sentence(certificates: Path, fields: dict[
     config = OperationsConfig(**{name: certificates / file for name, file in fields.items()})  # pyright: ignore
     with pytest.raises(InputError, match=says):
         Guarded(config).stop()
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"ca": "none.pem"}, "none.pem cannot be read"),
+        ({"ca": "damaged.pem"}, "damaged.pem holds a certificate that cannot be read"),
+        ({"ca": "server.key"}, "holds no certificate"),
+        ({"cert": "client.pem"}, "without its private key"),
+        ({"cert": "client.pem", "key": "server.key"}, "server.key is not the private key of .*client.pem"),
+    ],
+)
+def test_a_clients_bad_tls_files_are_refused_with_a_sentence(
+    certificates: Path, fields: dict[str, str], says: str
+) -> None:
+    files = {name: certificates / file for name, file in fields.items()}
+    with pytest.raises(ClasserError, match=says):
+        Client(tls=Tls(**files))
+
+    async def connect() -> None:
+        AsyncClient(tls=Tls(**files))
+
+    with pytest.raises(ClasserError, match=says):
+        asyncio.run(connect())
 
 
 # Keys

@@ -29,7 +29,7 @@ serve(ServeConfig(bundles=(sys.argv[1],), port=0, precision="float32"))
 HELD = """
 import sys
 from classer.serve.core.engine import Engine
-from classer.tools.cli import main
+from classer.tools.cli.main import main
 launch = Engine.launch
 def held(*arguments):
     print("Held", flush=True)

@@ -34,7 +34,7 @@ from classer.serve.client.client import (
     UnknownTask,
 )
 from classer.serve.core.engine import Engine
-from classer.serve.core.pipeline import Foreseen
+from classer.serve.core.pipeline import LatencyEstimate
 from classer.serve.core.work import Output
 from classer.serve.proto import classifier_pb2 as pb
 from classer.serve.proto.classifier_pb2_grpc import ClassifierStub
@@ -352,7 +352,7 @@ def test_a_batch_that_takes_too_long_does_not_take_the_calls_other_answers(runni
 
     monkeypatch.setattr(Engine, "launch", launch)
     # Else an earlier test's calls would say how long before the deadline it must be.
-    monkeypatch.setattr(running.server._service._classifying, "_way_back", Foreseen(1.0))
+    monkeypatch.setattr(running.server._service._pipeline, "_way_back", LatencyEstimate(1.0))
     try:
         with grpc.insecure_channel(running.address) as channel:
             request = pb.ClassifyBatchRequest(texts=["card", "card " * 40], task="topic")
@@ -360,7 +360,7 @@ def test_a_batch_that_takes_too_long_does_not_take_the_calls_other_answers(runni
         assert short.response.labels
         assert long.error.code == grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
         # That the call waited for the other text says nothing about the way back.
-        assert running.server._service._classifying._way_back == Foreseen(1.0)
+        assert running.server._service._pipeline._way_back == LatencyEstimate(1.0)
     finally:
         held.set()
     assert eventually(lambda: running.server.scheduler.waiting_tokens == 0)
@@ -390,10 +390,10 @@ def test_what_cannot_be_answered_in_time_is_not_even_tokenised(
 
 
 def test_an_answers_way_back_is_taken_off_deadlines(running, client: Client, monkeypatch) -> None:
-    classifying = running.server._service._classifying
-    monkeypatch.setattr(classifying, "_way_back", Foreseen())
+    pipeline = running.server._service._pipeline
+    monkeypatch.setattr(pipeline, "_way_back", LatencyEstimate())
     client.classify("card", "topic")
-    assert 0 < classifying._way_back.mean < classifying._way_back.most < TIMEOUT
+    assert 0 < pipeline._way_back.mean < pipeline._way_back.most < TIMEOUT
     clock = running.server.scheduler.clock
     for seconds, mean, spread, taken in (
         (10.0, 2.0, 0.0, 2.0),
@@ -402,11 +402,11 @@ def test_an_answers_way_back_is_taken_off_deadlines(running, client: Client, mon
         (10.0, 0.0, 0.0, 0.04),  # what is not seen from here
         (0.1, 0.0, 0.0, 0.01),
     ):
-        monkeypatch.setattr(classifying, "_way_back", Foreseen(mean, spread))
-        asked = classifying.ask(pb.ClassifyRequest(task="topic"), seconds)
+        monkeypatch.setattr(pipeline, "_way_back", LatencyEstimate(mean, spread))
+        asked = pipeline.ask(pb.ClassifyRequest(task="topic"), seconds)
         assert asked.deadline - clock() == pytest.approx(seconds - taken, abs=1.0)
         assert asked.give_up - asked.deadline == pytest.approx(taken / 2)
-    asked = classifying.ask(pb.ClassifyRequest(task="topic"), None)
+    asked = pipeline.ask(pb.ClassifyRequest(task="topic"), None)
     assert (asked.deadline, asked.give_up) == (None, math.inf)
 
 

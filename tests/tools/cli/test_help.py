@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
-from classer.tools.cli.main import COMMANDS, main
+from classer.tools.cli.main import COMMANDS, RENAMED, main
 
-from ..conftest import LAUNCHER, Classer
+from ..conftest import LAUNCHER, ROOT, Classer
 
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 # With room for a busy machine; alone each takes less than one.
 HEAVY = "import sys; sys.stderr.write(' '.join({'jax', 'tensorflow', 'aqt', 'flax', 'grpc'} & sys.modules.keys()))"
 
@@ -40,10 +42,20 @@ def test_the_list_of_commands(capsys: pytest.CaptureFixture[str]) -> None:
     usage = capsys.readouterr().out
     assert main(["--help"]) == 0
     assert capsys.readouterr().out == usage
-    for name in COMMANDS:
+    for name, command in COMMANDS.items():
+        assert (command.load(name).__doc__ or "").splitlines()[0] == command.summary
+        assert command.extra in {"", *EXTRAS}
         assert re.search(rf"^  {name} +[A-Z].{{10,}}\.$", usage, re.MULTILINE)
     assert main(["--version"]) == 0
     assert re.fullmatch(r"classer \d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
+
+
+def test_a_former_name_of_a_command_still_works_and_says_its_new_one(capsys: pytest.CaptureFixture[str]) -> None:
+    for old, new in RENAMED.items():
+        assert main([old, "--data", "nothing.csv", "--out", "nowhere", "--tokens", "1"]) == 2
+        deprecation, error = capsys.readouterr().err.splitlines()
+        assert deprecation == f"classer: `classer {old}` is deprecated and will be removed; use `classer {new}`."
+        assert error.startswith("classer: error: tokens is 1; conversion needs")
 
 
 def test_help_of_the_launcher_names_its_targets_and_points_to_train(classer: Classer) -> None:

@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import selectors
+import shutil
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -266,6 +267,20 @@ def test_a_real_run_leaves_a_report(classer: Classer, server: str, trained: Trai
     done = classer("load-test", *options, "--mode", "closed", "--callers", 3, "--batch", 7, "--max-calls", 12)
     assert done.returncode == 0, done.stderr
     assert "12 calls" in done.stdout
+
+
+def test_a_task_folder_and_standard_input_name_texts(
+    classer: Classer, server: str, trained: Trained, tmp_path: Path
+) -> None:
+    (tmp_path / "task.json").write_text("{}")
+    shutil.copy(trained.test, tmp_path / "dev.csv")
+    options = ("--server", server, "--mode", "closed", "--callers", 1, "--max-calls", 3, "--warm-up", 0)
+    done = classer("load-test", "--data", tmp_path, "--split", "dev", *options)
+    assert (done.returncode, done.stderr.count("error")) == (0, 0), done.stderr
+    done = classer("load-test", "--data", "-", *options, stdin=b'{"text": "rain"}\n')
+    assert done.returncode == 0, done.stderr
+    done = classer("load-test", "--data", tmp_path, *options)
+    assert (done.returncode, done.stderr) == (2, f"classer: error: {tmp_path} has no split 'test'; it has dev.\n")
 
 
 @pytest.mark.parametrize(

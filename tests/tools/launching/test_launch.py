@@ -29,8 +29,8 @@ from classer.tools.launching import local as launch_local
 from classer.tools.launching import slurm as launch_slurm
 from classer.tools.launching.job import Launch, where
 from classer.train.config import CurriculumStage, Recipe, TrainJob
-from classer.train.place import Place
-from classer.train.processes import Pace, Stopped
+from classer.train.place import ProcessInfo
+from classer.train.processes import CheckpointSchedule, Stopped
 
 from ..conftest import LAUNCHER, Classer
 
@@ -70,12 +70,12 @@ def test_a_name_is_made_from_the_folder(out: str, name: str) -> None:
 
 def test_a_process_learns_who_it_is() -> None:
     given = {"CLASSER_COORDINATOR": "host:1", "CLASSER_NUM_PROCESSES": "4"}
-    assert Place.from_environment({"SLURM_PROCID": "3"}) is None
+    assert ProcessInfo.from_environment({"SLURM_PROCID": "3"}) is None
     for rank in ("CLASSER_PROCESS_ID", "SLURM_PROCID", "JOB_COMPLETION_INDEX"):
-        assert Place.from_environment(given | {rank: "3"}) == Place("host:1", 4, 3)
+        assert ProcessInfo.from_environment(given | {rank: "3"}) == ProcessInfo("host:1", 4, 3)
     for wrong in ({}, {"CLASSER_PROCESS_ID": "4"}, {"CLASSER_PROCESS_ID": "-1"}, {"SLURM_PROCID": "first"}):
         with pytest.raises(InputError, match="CLASSER_NUM_PROCESSES must be a number"):
-            Place.from_environment(given | wrong)
+            ProcessInfo.from_environment(given | wrong)
 
 
 @pytest.mark.parametrize(
@@ -97,13 +97,13 @@ def test_a_job_says_where_its_checkpoints_are(recipe: Recipe, folders: str) -> N
 
 def test_a_save_is_due_by_steps_and_by_the_clock() -> None:
     now = 0.0
-    pace = Pace(5, 1.0, clock=lambda: now)
+    pace = CheckpointSchedule(5, 1.0, clock=lambda: now)
     due = []
     for step in range(1, 21):
         now = step * 20.0
         due.append(pace.after(step)[0])
     assert [step for step, save in enumerate(due, start=1) if save] == [3, 5, 8, 10, 13, 15, 18, 20]
-    assert [Pace(0, 0.0, clock=lambda: 1e9).after(step) for step in (1, 2)] == [(False, False)] * 2
+    assert [CheckpointSchedule(0, 0.0, clock=lambda: 1e9).after(step) for step in (1, 2)] == [(False, False)] * 2
 
 
 # Slurm and Kubernetes
@@ -200,7 +200,7 @@ def test_the_manifests_are_an_indexed_job_and_its_service() -> None:
     container = pod["containers"][0]
     variables = {variable["name"]: variable["value"] for variable in container["env"]}
     assert variables["CLASSER_COORDINATOR"] == "x-0.x:8476"
-    assert Place.from_environment(variables | {"JOB_COMPLETION_INDEX": "2"}) == Place("x-0.x:8476", 3, 2)
+    assert ProcessInfo.from_environment(variables | {"JOB_COMPLETION_INDEX": "2"}) == ProcessInfo("x-0.x:8476", 3, 2)
     assert container["command"] == list(COMMAND)
     assert container["resources"]["limits"] == {"memory": "30Gi", "nvidia.com/gpu": "8"}
     assert job["metadata"]["namespace"] == "ml"

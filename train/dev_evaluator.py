@@ -13,11 +13,11 @@ from ..model.quantize import Weights
 from .calibration import fit_thresholds
 from .evaluation import TokenizedSplit, measure
 from .metrics import Metrics
-from .processes import each_its_share
+from .processes import shard_of
 from .runlog import RunLog
 
 
-class DevLook:
+class DevEvaluator:
     """Reads dev sets with given weights, logs what it sees, and scores it.
 
     Args:
@@ -82,7 +82,7 @@ class DevLook:
         by_task = {}
         for name, split in self._dev.items():
             columns = self._taxonomy.slice_of(name)
-            logits_NL = each_its_share(lambda ids, columns=columns: predictor.logits(ids, columns=columns), split.ids)
+            logits_NL = shard_of(lambda ids, columns=columns: predictor.logits(ids, columns=columns), split.ids)
             task, targets_NL = self._taxonomy.task(name), split.targets_NL
             calibration = Calibration()
             if not task.kind.exclusive:  # as it will choose labels in the end

@@ -1,4 +1,4 @@
-"""Upcycling: a pretrained encoder becomes one of the native architecture, by `model.upcycling` and then by healing.
+"""Conversion: a pretrained encoder becomes one of the native architecture, by `model.convert` and then by healing.
 
 Healing is layer-by-layer distillation on unlabelled texts: after each layer the student's stream, normalised, scaled
 and shifted, is held against what the teacher's layer answers (hidden states as in TinyBERT, Jiao et al. 2019,
@@ -32,12 +32,12 @@ from ..data.pipeline import Batch, TrainBatches, TrainExamples
 from ..data.readers import read_texts
 from ..data.tokenizer import WordPieceTokenizer
 from ..model.config import ComputeDtype, EncoderConfig
+from ..model.convert import Converted, convert_encoder
 from ..model.encoder import Encoder
 from ..model.layers import EncoderLayer
 from ..model.ops import rms_norm
 from ..model.pretrained import MINILM, fetch_encoder, load_encoder, save_encoder
 from ..model.quantize import Weights, flatten, variables
-from ..model.upcycling import Upcycled, upcycle
 from .checkpoints import Checkpoints, Progress
 from .config import Recipe
 from .runlog import RunLog
@@ -53,8 +53,8 @@ STEPS_BETWEEN_CHECKPOINTS = 200
 
 
 @dataclasses.dataclass(frozen=True)
-class UpcycleJob:
-    """One upcycling.
+class ConvertJob:
+    """One conversion.
 
     Attributes:
       data: files of texts (CSV, TSV, JSONL or Parquet); labels are not read.
@@ -67,7 +67,7 @@ class UpcycleJob:
       learning_rate: its peak, after the warm-up; it then falls to 0 along a cosine.
       compute_dtype: of activations and products.
       seed: of the shuffles.
-      resume: go on with the upcycling in `out` from its last checkpoint.
+      resume: go on with the conversion in `out` from its last checkpoint.
     """
 
     data: tuple[Path, ...]
@@ -84,7 +84,7 @@ class UpcycleJob:
 
     def __post_init__(self) -> None:
         if self.tokens < MIN_TOKENS:
-            raise InputError(f"tokens is {self.tokens}; upcycling needs {MIN_TOKENS:,} at least.")
+            raise InputError(f"tokens is {self.tokens}; conversion needs {MIN_TOKENS:,} at least.")
         if not 8 <= self.max_length <= BUCKETS[-1]:
             raise InputError(f"max_length is {self.max_length}; it must be between 8 and {BUCKETS[-1]}.")
         if self.batch_size < 1:
@@ -93,7 +93,7 @@ class UpcycleJob:
             raise InputError(f"learning_rate is {self.learning_rate}; it must be above 0.")
 
 
-class Likeness(NamedTuple):
+class Similarity(NamedTuple):
     """The mean cosine between student and teacher on held-out texts: of tokens, and of the texts' mean vectors."""
 
     tokens: float
@@ -103,7 +103,7 @@ class Likeness(NamedTuple):
         return f"cosine to the teacher {self.tokens:.4f} (tokens), {self.texts:.4f} (mean of a text)"
 
 
-def run_upcycle(job: UpcycleJob, say: Callable[[str], object] = print) -> Likeness:
+def run_convert(job: ConvertJob, say: Callable[[str], object] = print) -> Similarity:
     """Runs a job; `job.out` is then an encoder folder, to name as `--encoder`, with `metrics.jsonl` beside it.
 
     Raises:
@@ -133,8 +133,8 @@ def run_upcycle(job: UpcycleJob, say: Callable[[str], object] = print) -> Likene
         total += len(row)
         if total >= FITTED_TOKENS:
             break
-    fitted = upcycle(teacher, teacher_weights, *_pad(some))
-    compare = functools.partial(_likeness, teacher, teacher_weights, fitted.config, held_out)
+    fitted = convert_encoder(teacher, teacher_weights, *_pad(some))
+    compare = functools.partial(_similarity, teacher, teacher_weights, fitted.config, held_out)
     before = compare(fitted.weights, fitted.bias_ID[-1])
     say(f"Fitted in closed form to {total:,} tokens: {before}.")
 
@@ -148,7 +148,7 @@ def run_upcycle(job: UpcycleJob, say: Callable[[str], object] = print) -> Likene
         if (folder / name).is_file():
             shutil.copyfile(folder / name, job.out / name)
     (job.out / "README.md").write_text(
-        f"An encoder of Classer's native architecture, upcycled from {job.encoder} on {tokens_seen:,} tokens in "
+        f"An encoder of Classer's native architecture, converted from {job.encoder} on {tokens_seen:,} tokens in "
         f"{hours:.2f} hours.\n\nOn {len(held_out)} held-out texts: {after}.\n",
         encoding="utf-8",
     )
@@ -157,7 +157,7 @@ def run_upcycle(job: UpcycleJob, say: Callable[[str], object] = print) -> Likene
 
 
 def _read(
-    job: UpcycleJob, tokenizer: WordPieceTokenizer, say: Callable[[str], object]
+    job: ConvertJob, tokenizer: WordPieceTokenizer, say: Callable[[str], object]
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Token ids of texts to train on and of texts held out, both in random order."""
     texts = [text for file in job.data for text in read_texts(file, text_column=job.text_column)]
@@ -172,7 +172,7 @@ def _read(
 
 
 def _heal(
-    job: UpcycleJob, teacher: EncoderConfig, weights: Weights, fitted: Upcycled, train: list[np.ndarray], pad_id: int
+    job: ConvertJob, teacher: EncoderConfig, weights: Weights, fitted: Converted, train: list[np.ndarray], pad_id: int
 ) -> tuple[Any, int]:
     """Trains the student's parameters; they and the tokens seen."""
     epoch_tokens = sum(map(len, train))
@@ -275,14 +275,14 @@ def _layer_outputs(
     return [layers[f"layer_{i}"]["__call__"][0][0] for i in range(config.num_layers)]
 
 
-def _likeness(
+def _similarity(
     teacher: EncoderConfig,
     teacher_weights: Weights,
     student: EncoderConfig,
     texts: Sequence[np.ndarray],
     weights: Weights,
     bias_D: np.ndarray,
-) -> Likeness:
+) -> Similarity:
     @functools.partial(jax.jit, static_argnums=0)
     def hidden(config: EncoderConfig, params: Any, tokens_BS: jax.Array, lengths_B: jax.Array) -> jax.Array:
         return cast(Any, Encoder(config).apply({"params": params}, tokens_BS, lengths_B)).hidden_BKD
@@ -295,7 +295,7 @@ def _likeness(
     )
     read_BSD = read_BSD + bias_D
     means = [(x * real_BS[..., None]).sum(axis=1) for x in (wanted_BSD, read_BSD)]
-    return Likeness(_cosine(wanted_BSD[real_BS], read_BSD[real_BS]), _cosine(*means))
+    return Similarity(_cosine(wanted_BSD[real_BS], read_BSD[real_BS]), _cosine(*means))
 
 
 def _cosine(x_ND: np.ndarray, y_ND: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""`classer upcycle`: healing an upcycled encoder on texts; what it leaves, refuses, and goes on from."""
+"""`classer convert`: converting an encoder and healing it on texts; what it leaves, refuses, and resumes from."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from classer.data.errors import InputError
 from classer.data.taxonomy import TaskKind
 from classer.model.pretrained import load_encoder
 from classer.tests.helpers import write_encoder, write_toy_data
-from classer.train import upcycle as module
+from classer.train import convert as module
 from classer.train.config import Recipe, TrainJob
+from classer.train.convert import ConvertJob, run_convert
 from classer.train.run import train
-from classer.train.upcycle import UpcycleJob, run_upcycle
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> UpcycleJob:
-    folder = tmp_path_factory.mktemp("upcycle")
+def job(tmp_path_factory: pytest.TempPathFactory) -> ConvertJob:
+    folder = tmp_path_factory.mktemp("convert")
     encoder = write_encoder(folder / "bert", hidden_size=32, intermediate_size=96)
     data = write_toy_data(folder / "texts.jsonl", TaskKind.MULTICLASS, 6_000)
-    return UpcycleJob((data,), folder / "native", str(encoder), tokens=60_000, max_length=16, learning_rate=1e-3)
+    return ConvertJob((data,), folder / "native", str(encoder), tokens=60_000, max_length=16, learning_rate=1e-3)
 
 
 @pytest.fixture(scope="module")
-def said(job: UpcycleJob) -> list[str]:
+def said(job: ConvertJob) -> list[str]:
     lines: list[str] = []
-    run_upcycle(job, lines.append)
+    run_convert(job, lines.append)
     return lines
 
 
@@ -44,7 +44,7 @@ def test_healing_brings_the_student_nearer_to_its_teacher(said: list[str]) -> No
 
 
 @pytest.mark.slow
-def test_what_is_left_is_an_encoder_to_train_from(job: UpcycleJob, said: list[str], tmp_path: Path) -> None:
+def test_what_is_left_is_an_encoder_to_train_from(job: ConvertJob, said: list[str], tmp_path: Path) -> None:
     config, _ = load_encoder(job.out)
     assert (config.norm, config.activation, config.pre_norm, config.biases) == ("rms", "swiglu", True, False)
     assert config.rope_base
@@ -56,15 +56,15 @@ def test_what_is_left_is_an_encoder_to_train_from(job: UpcycleJob, said: list[st
     assert result.bundle.encoder == config
 
 
-def test_a_finished_encoder_is_left_alone(job: UpcycleJob, said: list[str]) -> None:
+def test_a_finished_encoder_is_left_alone(job: ConvertJob, said: list[str]) -> None:
     before = (job.out / "model.safetensors").read_bytes()
     with pytest.raises(InputError, match="holds a finished encoder; nothing in it was touched"):
-        run_upcycle(dataclasses.replace(job, resume=True))
+        run_convert(dataclasses.replace(job, resume=True))
     assert (job.out / "model.safetensors").read_bytes() == before
 
 
 def test_resuming_ends_as_an_uninterrupted_run(
-    job: UpcycleJob, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    job: ConvertJob, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "STEPS_BETWEEN_CHECKPOINTS", 7)
     cut_off = dataclasses.replace(job, out=tmp_path / "again")
@@ -77,11 +77,11 @@ def test_resuming_ends_as_an_uninterrupted_run(
 
     monkeypatch.setattr(module.RunLog, "step", stop_at_12)
     with pytest.raises(KeyboardInterrupt):
-        run_upcycle(cut_off)
+        run_convert(cut_off)
     with pytest.raises(InputError, match="is not empty; nothing in it was touched"):
-        run_upcycle(cut_off)
+        run_convert(cut_off)
     monkeypatch.setattr(module.RunLog, "step", step)
-    run_upcycle(dataclasses.replace(cut_off, resume=True))
+    run_convert(dataclasses.replace(cut_off, resume=True))
     for name, value in load_encoder(cut_off.out)[1].items():
         np.testing.assert_array_equal(value, load_encoder(job.out)[1][name])
 
@@ -89,23 +89,23 @@ def test_resuming_ends_as_an_uninterrupted_run(
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"tokens": 10}, "tokens is 10; upcycling needs 10,000 at least."),
+        ({"tokens": 10}, "tokens is 10; conversion needs 10,000 at least."),
         ({"max_length": 4}, "max_length is 4; it must be between 8 and 512."),
         ({"learning_rate": float("nan")}, "learning_rate is nan; it must be above 0."),
         ({"batch_size": 0}, "batch_size is 0; it must be at least 1."),
     ],
 )
-def test_numbers_out_of_range_are_refused(job: UpcycleJob, change: dict, sentence: str) -> None:
+def test_numbers_out_of_range_are_refused(job: ConvertJob, change: dict, sentence: str) -> None:
     with pytest.raises(InputError) as caught:
         dataclasses.replace(job, **change)
     assert str(caught.value) == sentence
 
 
-def test_too_few_texts_and_nothing_to_resume_are_refused(job: UpcycleJob, tmp_path: Path) -> None:
+def test_too_few_texts_and_nothing_to_resume_are_refused(job: ConvertJob, tmp_path: Path) -> None:
     few = write_toy_data(tmp_path / "few.jsonl", TaskKind.MULTICLASS, 20)
     with pytest.raises(InputError, match="20 texts are too few; 256 are held out"):
-        run_upcycle(dataclasses.replace(job, data=(few,), out=tmp_path / "out"))
+        run_convert(dataclasses.replace(job, data=(few,), out=tmp_path / "out"))
     with pytest.raises(InputError, match=r"There is nothing to resume in .*: it holds no checkpoints"):
-        run_upcycle(dataclasses.replace(job, out=tmp_path / "out", resume=True))
+        run_convert(dataclasses.replace(job, out=tmp_path / "out", resume=True))
     with pytest.raises(InputError, match="no column 'body', only 'text', 'label'; see --text-column"):
-        run_upcycle(dataclasses.replace(job, text_column="body", out=tmp_path / "out"))
+        run_convert(dataclasses.replace(job, text_column="body", out=tmp_path / "out"))

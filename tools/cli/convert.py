@@ -1,4 +1,4 @@
-"""The command `classer upcycle`."""
+"""The command `classer convert`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from .arguments import check_can_make, parse
 
 
-def upcycle(argv: Sequence[str]) -> None:
+def convert(argv: Sequence[str]) -> None:
     """Turn a pretrained encoder of the BERT family into the native architecture."""
-    from classer.train.upcycle import UpcycleJob, run_upcycle
+    from classer.train.convert import ConvertJob, run_convert
 
-    job = parse(UpcycleJob, argv, "classer upcycle", upcycle.__doc__)
+    job = parse(ConvertJob, argv, "classer convert", convert.__doc__)
     check_can_make(job.out)
-    run_upcycle(job)
+    run_convert(job)
     print(f"Train from it:  classer train --encoder {shlex.quote(str(job.out))} --data FILE --out FOLDER")

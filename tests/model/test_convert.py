@@ -11,10 +11,10 @@ import pytest
 
 from classer.data.errors import InputError
 from classer.model.config import NATIVE_SIZES, EncoderConfig, native, native_like
+from classer.model.convert import _slowest_first, convert_encoder
 from classer.model.encoder import Encoder
 from classer.model.pretrained import load_encoder
 from classer.model.quantize import Weights, variables
-from classer.model.upcycling import _slowest_first, upcycle
 from classer.tests.helpers import write_encoder
 
 
@@ -40,9 +40,9 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> tuple[EncoderConfig, We
     return config, weights | {name: np.zeros_like(weights[name])}
 
 
-def test_the_upcycled_encoder_answers_like_its_teacher(teacher: tuple[EncoderConfig, Weights]) -> None:
+def test_the_converted_encoder_answers_like_its_teacher(teacher: tuple[EncoderConfig, Weights]) -> None:
     rng = np.random.default_rng(0)
-    made = upcycle(*teacher, *random_texts(rng, 400, 24))
+    made = convert_encoder(*teacher, *random_texts(rng, 400, 24))
     texts = random_texts(rng, 50, 24)
     real_BS = np.arange(24) < texts[1][:, None]
     wanted_ND, read_ND = hidden(*teacher, *texts)[real_BS], hidden(made.config, made.weights, *texts)[real_BS]
@@ -61,7 +61,7 @@ def test_the_upcycled_encoder_answers_like_its_teacher(teacher: tuple[EncoderCon
 
 def test_the_readouts_turn_the_stream_into_what_the_teacher_answers(teacher: tuple[EncoderConfig, Weights]) -> None:
     texts = random_texts(np.random.default_rng(1), 200, 24)
-    made = upcycle(*teacher, *texts)
+    made = convert_encoder(*teacher, *texts)
     real_BS = np.arange(24) < texts[1][:, None]
     wanted_ND = hidden(*teacher, *texts)[real_BS]
     read_ND = hidden(made.config, made.weights, *texts)[real_BS] + made.bias_ID[-1]
@@ -91,7 +91,7 @@ def test_turning_heads_to_the_slow_dimensions_leaves_their_scores_alone() -> Non
     assert (slow_H > 2 * fast_H).all()
 
 
-def test_a_berts_native_likeness_is_a_native_size() -> None:
+def test_a_berts_native_similarity_is_a_native_size() -> None:
     for size, d_ff in (("classer-22m", 1536), ("classer-110m", 3072)):
         layers, d_model, heads, _ = NATIVE_SIZES[size]
         bert = EncoderConfig(
@@ -101,16 +101,16 @@ def test_a_berts_native_likeness_is_a_native_size() -> None:
         assert native_like(bert) == dataclasses.replace(expected, gated=False)
 
 
-def test_only_berts_are_upcycled(teacher: tuple[EncoderConfig, Weights]) -> None:
+def test_only_berts_are_converted(teacher: tuple[EncoderConfig, Weights]) -> None:
     config = dataclasses.replace(teacher[0], pre_norm=True)
-    with pytest.raises(InputError, match="Only encoders of the BERT family can be upcycled"):
-        upcycle(config, teacher[1], *random_texts(np.random.default_rng(0), 4, 8))
+    with pytest.raises(InputError, match="Only encoders of the BERT family can be converted"):
+        convert_encoder(config, teacher[1], *random_texts(np.random.default_rng(0), 4, 8))
 
 
 def test_a_written_encoder_comes_back(teacher: tuple[EncoderConfig, Weights], tmp_path: Path) -> None:
     from classer.model.pretrained import save_encoder
 
-    made = upcycle(*teacher, *random_texts(np.random.default_rng(0), 100, 16))
+    made = convert_encoder(*teacher, *random_texts(np.random.default_rng(0), 100, 16))
     save_encoder(tmp_path, made.config, made.weights)
     config, weights = load_encoder(tmp_path)
     assert config == made.config

@@ -1,4 +1,4 @@
-"""A pretrained BERT-family encoder, turned into the native architecture in closed form; `train.upcycle` then heals it.
+"""A pretrained BERT-family encoder → the native architecture, in closed form. `train.convert` heals it afterwards.
 
 BERT normalises after each residual sum, u = a + f(a), a' = γ ⊙ LN(u) + β. The native architecture keeps a residual
 stream r that is only ever added to, and normalises what its sublayers read: RMSNorm(r) ⊙ s. Both meet when r is kept
@@ -39,7 +39,7 @@ RIDGE = 1e-4  # share of the mean square of the inputs
 LEAST_SCALE = 0.2
 
 
-class Upcycled(NamedTuple):
+class Converted(NamedTuple):
     """An encoder of the native architecture that imitates another.
 
     Attributes:
@@ -53,9 +53,9 @@ class Upcycled(NamedTuple):
     bias_ID: np.ndarray
 
 
-def upcycle(
+def convert_encoder(
     teacher: EncoderConfig, weights: Weights, tokens_BS: np.ndarray, lengths_B: np.ndarray, d_ff: int | None = None
-) -> Upcycled:
+) -> Converted:
     """Fits a native encoder of the same depth and width to a pretrained one.
 
     Args:
@@ -67,7 +67,9 @@ def upcycle(
       InputError: the teacher has norms before its sublayers, or no biases: it is not of the BERT family.
     """
     if teacher.pre_norm or teacher.activation != "gelu" or teacher.rope_base is not None:
-        raise InputError("Only encoders of the BERT family can be upcycled: GELU, learned positions, norms after sums.")
+        raise InputError(
+            "Only encoders of the BERT family can be converted: GELU, learned positions, norms after sums."
+        )
     student = native_like(teacher, d_ff)
     batch = _Batch(tokens_BS.shape, lengths_B)
     ours: Weights = {
@@ -89,7 +91,7 @@ def upcycle(
         scales.append(scale_D)
         biases.append(bias_D)
     ours["encoder.final_norm.scale"] = scales[-1]
-    return Upcycled(student, ours, np.stack(scales), np.stack(biases))
+    return Converted(student, ours, np.stack(scales), np.stack(biases))
 
 
 class _Batch(NamedTuple):
