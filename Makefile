@@ -37,7 +37,7 @@ format: .venv/.stamp-dev ## format the code and mend what lint can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-proto: .venv/.stamp-dev ## make the Python files of serve/proto/classifier.proto anew
+proto: .venv/.stamp-dev ## regenerate the Python files of serve/proto/classifier.proto, and lint it
 	$(BIN)/python -m classer.serve.proto.generate
 
 bench: .venv/.stamp-dev ## fine-tuning speed beside PyTorch; DATA names a folder with task.json

@@ -5,8 +5,11 @@ Dropout and budgets are functions of the recipe's seed and the step, so that the
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import json
+import logging
 import math
 import shutil
 import threading
@@ -22,6 +25,8 @@ from ..data.errors import InputError
 from ..data.files import atomic_write, disk_error
 from .processes import all_gather, broadcast, is_primary
 from .step import TrainState
+
+MAX_REASON = 120  # characters of a library's message in a sentence for the user
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,9 +165,10 @@ class Checkpoints:
         while (step := self._manager.latest_step()) is not None:
             restored, reason = None, ""
             try:
-                restored = self.restore(like, step)
+                with _silenced("absl", "asyncio"):
+                    restored = self.restore(like, step)
             except Exception as e:  # Orbax and TensorStore raise many kinds for a file that is not whole
-                reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+                reason = f"it cannot be read: {_clause(e)}"
             reason = next(filter(None, all_gather(reason)), "")  # of several processes all use it, or none
             if restored is not None and not reason:
                 state, progress = restored
@@ -256,6 +262,33 @@ class Checkpoints:
 
     def _checksums_of(self, step: int) -> Path:
         return self._folder / f"checksums-{step}.json"
+
+
+@contextlib.contextmanager
+def _silenced(*names: str) -> Iterator[None]:
+    """Drops the records of these loggers.
+
+    Of a damaged checkpoint Orbax (by absl) and asyncio log a traceback for each array, beside what they raise.
+    """
+    loggers = [logging.getLogger(name) for name in names]
+    for logger in loggers:
+        logger.addFilter(_drop)
+    try:
+        yield
+    finally:
+        gc.collect()  # asyncio logs the exceptions of tasks that nobody awaited when they are collected
+        for logger in loggers:
+            logger.removeFilter(_drop)
+
+
+def _drop(record: logging.LogRecord) -> bool:
+    return False
+
+
+def _clause(error: Exception) -> str:
+    """The first line of an error, cut where it begins to list details."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) <= MAX_REASON else line[:MAX_REASON].rsplit(" ", 1)[0] + " …"
 
 
 class _NamingFailures:

@@ -1,1 +1,1 @@
-"""The Python clients. They load neither JAX nor TensorFlow."""
+"""Python clients, without JAX or TensorFlow, and a model in this process."""

@@ -1,7 +1,7 @@
 """The Python client: `Client` for scripts and threads, `AsyncClient` for asyncio. Loads neither JAX nor TensorFlow.
 
 with Client("localhost:50051") as client:
-    print(client.classify("my card has not arrived").best.name)
+    print(client.classify("my card has not arrived").best.label)
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from ..wire.errors import (
     Unavailable,
     UnknownTask,
 )
-from ..wire.status import error_of, error_of_call
-from .requests import Options, batch_requests, chunks, one_request
+from ..wire.status import error_of, error_of_call, from_status
+from .requests import ClassifyOptions, batch_requests, chunks, one_request
 from .results import (
     Classification,
     EvidenceSpan,
@@ -40,7 +40,6 @@ from .results import (
     ScoredLabel,
     TaskInfo,
     read_classification,
-    read_outcomes,
     read_tasks,
 )
 
@@ -49,12 +48,12 @@ __all__ = [
     "Cancelled",
     "ClasserError",
     "Classification",
+    "ClassifyOptions",
     "Client",
     "DeadlineExceeded",
     "EvidenceSpan",
     "InternalError",
     "InvalidRequest",
-    "Options",
     "Overloaded",
     "ScoredLabel",
     "ServeError",
@@ -117,7 +116,7 @@ class Client:
         self._channel.close()
 
     def classify(
-        self, text: str, task: str | None = None, *, timeout: float = 10.0, **options: Unpack[Options]
+        self, text: str, task: str | None = None, *, timeout: float = 10.0, **options: Unpack[ClassifyOptions]
     ) -> Classification:
         """Classifies one text.
 
@@ -125,7 +124,7 @@ class Client:
           text: at most 1,000,000 characters; may be empty.
           task: may be left out if the server has one only.
           timeout: seconds.
-          options: see `Options`.
+          options: see `ClassifyOptions`.
 
         Raises:
           ServeError: one of its kinds, by cause.
@@ -135,7 +134,12 @@ class Client:
             return read_classification(self._classifier.Classify(request, timeout=timeout))
 
     def classify_batch(
-        self, texts: Sequence[str], task: str | None = None, *, timeout: float = 60.0, **options: Unpack[Options]
+        self,
+        texts: Sequence[str],
+        task: str | None = None,
+        *,
+        timeout: float = 60.0,
+        **options: Unpack[ClassifyOptions],
     ) -> list[Outcome]:
         """Classifies any number of texts, in as few calls as the server's limits allow, one after the other.
 
@@ -154,11 +158,16 @@ class Client:
         outcomes: list[Outcome] = []
         for request in batch_requests(texts, task, options):
             with _typed_errors(self.server, timeout):
-                outcomes += read_outcomes(self._classifier.ClassifyBatch(request, timeout=timeout))
+                outcomes += _outcomes(self._classifier.ClassifyBatch(request, timeout=timeout))
         return outcomes
 
     def classify_stream(
-        self, texts: Iterable[str], task: str | None = None, *, timeout: float | None = None, **options: Unpack[Options]
+        self,
+        texts: Iterable[str],
+        task: str | None = None,
+        *,
+        timeout: float | None = None,
+        **options: Unpack[ClassifyOptions],
     ) -> Iterator[Outcome]:
         """Classifies texts in bulk: an outcome for each, in order, as they are done.
 
@@ -187,7 +196,7 @@ class Client:
 
         with _typed_errors(self.server, timeout, failed):
             for response in self._classifier.ClassifyStream(requests(), timeout=timeout):
-                yield from read_outcomes(response)
+                yield from _outcomes(response)
 
     def tasks(self, model: str | None = None, *, timeout: float = 10.0) -> list[TaskInfo]:
         """What the server can be asked for, of one model or of all."""
@@ -241,7 +250,7 @@ class AsyncClient:
         await self._channel.close()
 
     async def classify(
-        self, text: str, task: str | None = None, *, timeout: float = 10.0, **options: Unpack[Options]
+        self, text: str, task: str | None = None, *, timeout: float = 10.0, **options: Unpack[ClassifyOptions]
     ) -> Classification:
         """`Client.classify`. Cancelling the awaiting task cancels the request in the server too."""
         request = one_request(text, task, options)
@@ -249,13 +258,18 @@ class AsyncClient:
             return read_classification(await self._classifier.Classify(request, timeout=timeout))
 
     async def classify_batch(
-        self, texts: Sequence[str], task: str | None = None, *, timeout: float = 60.0, **options: Unpack[Options]
+        self,
+        texts: Sequence[str],
+        task: str | None = None,
+        *,
+        timeout: float = 60.0,
+        **options: Unpack[ClassifyOptions],
     ) -> list[Outcome]:
         """`Client.classify_batch`."""
         outcomes: list[Outcome] = []
         for request in batch_requests(texts, task, options):
             with _typed_errors(self.server, timeout):
-                outcomes += read_outcomes(await self._classifier.ClassifyBatch(request, timeout=timeout))
+                outcomes += _outcomes(await self._classifier.ClassifyBatch(request, timeout=timeout))
         return outcomes
 
     async def classify_stream(
@@ -264,7 +278,7 @@ class AsyncClient:
         task: str | None = None,
         *,
         timeout: float | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[ClassifyOptions],
     ) -> AsyncIterator[Outcome]:
         """`Client.classify_stream`, to be iterated with `async for`."""
         failed: list[Exception] = []
@@ -280,7 +294,7 @@ class AsyncClient:
 
         with _typed_errors(self.server, timeout, failed):
             async for response in self._classifier.ClassifyStream(requests(), timeout=timeout):
-                for outcome in read_outcomes(response):
+                for outcome in _outcomes(response):
                     yield outcome
 
     async def tasks(self, model: str | None = None, *, timeout: float = 10.0) -> list[TaskInfo]:
@@ -361,6 +375,14 @@ def _what_it_says(error: Any) -> tuple[grpc.StatusCode, str, ServeError | None]:
     Every RpcError that a call raises is itself a call with these methods; the base class does not say so.
     """
     return error.code(), error.details() or "", error_of_call(error)
+
+
+def _outcomes(response: pb.ClassifyBatchResponse) -> list[Outcome]:
+    """Each text's answer, or the error of its own."""
+    return [
+        from_status(item.error) if item.HasField("error") else read_classification(item.response)
+        for item in response.items
+    ]
 
 
 def _health_request() -> health_pb2.HealthCheckRequest:

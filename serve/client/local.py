@@ -43,7 +43,7 @@ def load(path: str | os.PathLike[str], *, focus: float | str = 1, precision: str
     """Loads a trained bundle, to classify in this process.
 
     >>> model = classer.load("runs/tickets/bundle")
-    >>> model.classify("my card has not arrived").best.name
+    >>> model.classify("my card has not arrived").best.label
     'card arrival'
 
     Loading checks the whole bundle. A program is compiled when a text of its length first needs it, which takes some
@@ -68,6 +68,7 @@ class _Request(NamedTuple):
     task: Task
     engine: Engine
     threshold: float | None
+    focus: str
 
 
 class LocalModel:
@@ -150,7 +151,7 @@ class LocalModel:
         """Classifies one text.
 
         >>> answer = model.classify("my card has not arrived", threshold=0.5)
-        >>> answer.best.name, answer.best.score, answer.chosen
+        >>> answer.best.label, answer.best.score, answer.chosen
         ('card arrival', 0.97, ('card arrival',))
 
         Args:
@@ -211,6 +212,7 @@ class LocalModel:
                     int(top_k),
                     threshold=request.threshold,
                     evidence=evidence,
+                    focus=request.focus,
                 )
             )
             for one in results:
@@ -297,7 +299,7 @@ class LocalModel:
                 else ("this model was not trained for focus (`classer train --focus-epochs`)")
             )
             raise InvalidRequest(f"evidence needs a focus that leaves tokens out; {hint}.", field="evidence")
-        return _Request(found, engine, threshold)
+        return _Request(found, engine, threshold, self._focus(focus))
 
     def _task(self, name: str | None) -> Task:
         if not isinstance(name, str | None):
@@ -305,9 +307,11 @@ class LocalModel:
             raise InvalidRequest(f"task is {_described(name)}; it is the name of a task: {known}.", field="task")
         return self._answers.task(name or "")
 
+    def _focus(self, focus: float | str | None) -> str:
+        return self._settings.focuses[0] if focus is None else _focus_text(focus)
+
     def _engine(self, focus: float | str | None) -> Engine:
-        text = self._settings.focuses[0] if focus is None else _focus_text(focus)
-        parsed = Focus.parse(text, self._bundle.encoder.num_layers)
+        parsed = Focus.parse(self._focus(focus), self._bundle.encoder.num_layers)
         with self._lock:
             if self._closed:
                 raise NotPossible(f"The model '{self.name}' is closed; load it again.")
@@ -381,7 +385,7 @@ def _bundle_folder(path: str | os.PathLike[str]) -> Path:
 def _focus_text(focus: float | str) -> str:
     if isinstance(focus, bool) or not isinstance(focus, str | int | float | np.number):
         raise InputError(f"focus is {_described(focus)}; it is a number above 0 and at most 1, or a str of several.")
-    return str(focus)
+    return focus if isinstance(focus, str) else f"{focus:g}"
 
 
 def _chunks(texts: Iterable[str], method: str) -> Iterator[list[str]]:

@@ -1,13 +1,14 @@
-"""What the Python client asks: its options, and the messages that carry them. Loads neither JAX nor TensorFlow."""
+"""Requests of the Python client: their options, and the messages that carry them."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Sequence
-from typing import Any, Literal, TypedDict
+from typing import Literal, TypedDict
 
 from ..proto import classifier_pb2 as pb
+from ..wire.enums import value_of
 from ..wire.errors import InvalidRequest
 from ..wire.limits import MAX_MESSAGE_BYTES, MAX_TEXTS
 
@@ -15,18 +16,20 @@ from ..wire.limits import MAX_MESSAGE_BYTES, MAX_TEXTS
 _BATCH_BYTES = MAX_MESSAGE_BYTES // 2
 
 
-class Options(TypedDict, total=False):
-    """What a request may ask for beside its text and its task.
+class ClassifyOptions(TypedDict, total=False):
+    """Options of a request, beside its task and time-out.
 
     Attributes:
-      top_k: how many labels to return, best first; 0 leaves it to the server (5). Chosen ones come in any case.
-      threshold: the score from which a label is chosen, 0 to 1, instead of the model's own.
-      focus: how much of the text is read: one of those that the server was started with, such as 0.5.
-      evidence: whether to say what the model read to its last layer; only a focused server can.
-      model: which model, where several have the task.
-      model_version: which version of it; its default one if left out.
-      priority: "interactive" if someone waits for the answer, "bulk" if nobody does.
-      request_id: the caller's own name for the request, which comes back; at most 128 characters of printable ASCII.
+      top_k: number of labels to return, best first; at least 1, default 5. Chosen labels are returned in any case.
+      threshold: score from which a label is chosen, 0 to 1, in place of the model's own thresholds.
+      focus: share of the text that the model reads to its last layer: one that the server was started with, such as
+        0.5.
+      evidence: whether to return the spans that the model kept to its last layer; needs a focus below 1.
+      model: name of the model; needed where several have the task.
+      model_version: version of the model; default: its default version.
+      priority: "interactive" if someone waits for the answer, else "bulk".
+      request_id: the caller's own name for the request, returned in the answer; at most 128 characters of printable
+        ASCII.
     """
 
     top_k: int
@@ -56,46 +59,56 @@ async def chunks(texts: Iterable[str] | AsyncIterable[str], size: int) -> AsyncI
         yield some
 
 
-def _fields(task: str | None, options: Options) -> dict[str, Any]:
-    """A request's fields but for its texts."""
-    if unknown := options.keys() - Options.__annotations__.keys():
-        raise TypeError(f"There is no option '{min(unknown)}'; there are: {', '.join(Options.__annotations__)}.")
-    fields: dict[str, Any] = {"task": task or "", **options}
+def _message(task: str | None, options: ClassifyOptions) -> pb.ClassifyOptions:
+    """The options as a message. Raises TypeError: an unknown option. Raises InvalidRequest: a wrong value."""
+    known = ClassifyOptions.__annotations__
+    if unknown := options.keys() - known.keys():
+        raise TypeError(f"There is no option '{min(unknown)}'; there are: {', '.join(known)}.")
+    fields = {**options, "task": task or ""}
     if "focus" in fields:
         fields["focus"] = str(fields["focus"])
     if "priority" in fields:
         if fields["priority"] not in ("interactive", "bulk"):
-            raise InvalidRequest(f"priority is {fields['priority']!r}; it is 'interactive' or 'bulk'.")
-        fields["priority"] = fields["priority"].upper()
-    return fields
-
-
-def one_request(text: str, task: str | None, options: Options) -> pb.ClassifyRequest:
-    """Raises InvalidRequest: gRPC could not carry it, or the server would refuse it whatever the model."""
-    fields = _fields(task, options)
+            raise InvalidRequest(
+                f"priority is {fields['priority']!r}; it must be 'interactive' or 'bulk'.", field="priority"
+            )
+        fields["priority"] = value_of(pb.Priority, fields["priority"])
     with _unsendable():
-        request = pb.ClassifyRequest(text=text, **fields)
+        return pb.ClassifyOptions(**fields)
+
+
+def one_request(text: str, task: str | None, options: ClassifyOptions) -> pb.ClassifyRequest:
+    """The request for one text.
+
+    Raises:
+      InvalidRequest: an argument has the wrong type, or the message is larger than a server takes.
+      TypeError: there is no option of that name.
+    """
+    message = _message(task, options)
+    with _unsendable():
+        request = pb.ClassifyRequest(text=text, options=message)
     _check_bytes(request.ByteSize())
     return request
 
 
-def batch_requests(texts: Sequence[str], task: str | None, options: Options) -> Iterator[pb.ClassifyBatchRequest]:
-    """Cuts the texts into calls that the server takes. Raises as `one_request`."""
+def batch_requests(
+    texts: Sequence[str], task: str | None, options: ClassifyOptions
+) -> Iterator[pb.ClassifyBatchRequest]:
+    """The requests for any number of texts, each within a server's limits. Raises as `one_request`."""
     if isinstance(texts, str):
-        raise InvalidRequest("classify_batch takes a list of texts; for one text use classify.")
+        raise InvalidRequest("classify_batch takes a list of texts; for one text use classify.", field="texts")
     if not texts:
-        raise InvalidRequest("classify_batch was given no texts; give it at least one.")
-    fields = _fields(task, options)
+        raise InvalidRequest("classify_batch was given no texts; give it at least one.", field="texts")
+    message = _message(task, options)
     with _unsendable():
         sizes = [len(text.encode()) for text in texts]
-        pb.ClassifyBatchRequest(**fields)
     start = 0
     while start < len(texts):
         end, total = start + 1, sizes[start]
         while end < len(texts) and end - start < MAX_TEXTS and total + sizes[end] <= _BATCH_BYTES:
             total += sizes[end]
             end += 1
-        request = pb.ClassifyBatchRequest(texts=texts[start:end], **fields)
+        request = pb.ClassifyBatchRequest(text_batch=pb.TextBatch(texts=texts[start:end], options=message))
         _check_bytes(request.ByteSize())
         yield request
         start = end
@@ -103,18 +116,18 @@ def batch_requests(texts: Sequence[str], task: str | None, options: Options) -> 
 
 @contextlib.contextmanager
 def _unsendable() -> Iterator[None]:
-    """Refuses what protobuf cannot carry with a sentence instead of its own error."""
+    """Turns protobuf's errors into InvalidRequest."""
     try:
         yield
     except UnicodeEncodeError:
         raise InvalidRequest("The text holds a lone surrogate, which UTF-8 cannot carry; decode it properly.") from None
     except (TypeError, ValueError, AttributeError) as error:
         raise InvalidRequest(
-            f"The text and the task must be strings, top_k a number from 0, every option of its own type: {error}."
+            f"The text and the task must be strings, top_k a number from 1, every option of its own type: {error}."
         ) from None
 
 
 def _check_bytes(size: int) -> None:
-    # Beyond this gRPC itself would refuse, as if the server were overloaded.
+    # gRPC itself would refuse a larger one with the status of an overloaded server.
     if size > MAX_MESSAGE_BYTES:
         raise InvalidRequest(f"The request has {size} bytes; the server takes {MAX_MESSAGE_BYTES} at most.")

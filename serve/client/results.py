@@ -1,21 +1,31 @@
-"""What the Python client gives its callers, and how it is read from messages. Loads neither JAX nor TensorFlow."""
+"""Result types: what a model answers, from a server (`Client`) or in this process (`classer.load`).
+
+No gRPC here. The fields are those of the messages in serve/proto/classifier.proto.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from datetime import timedelta
+from typing import Any
 
 from ..proto import classifier_pb2 as pb
+from ..wire.enums import word_of
 from ..wire.errors import ServeError
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ScoredLabel:
-    """A label, its calibrated probability (0 … 1), and whether it is (part of) the answer.
+    """A label of an answer.
 
-    `path` names the labels from the root of its tree to this one; empty where the task has no tree.
+    Attributes:
+      label: the label's text.
+      score: calibrated probability, 0 to 1.
+      chosen: whether the label belongs to the answer.
+      path: labels from the root of the hierarchy to this one, itself included; empty for a task without a hierarchy.
     """
 
-    name: str
+    label: str
     score: float
     chosen: bool
     path: tuple[str, ...] = ()
@@ -23,7 +33,13 @@ class ScoredLabel:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EvidenceSpan:
-    """Characters `start` to `end` (exclusive) of the text that the model read to its last layer, and their share."""
+    """A span of the text that the model kept to its last layer.
+
+    Attributes:
+      start: first character, from 0.
+      end: one past the last character.
+      score: share of the evidence; the shares of a text sum to one.
+    """
 
     start: int
     end: int
@@ -35,16 +51,18 @@ class Classification:
     """The answer to one text.
 
     Attributes:
-      task: the task that was answered.
-      labels: highest score first: the `top_k` best ones, and every chosen one; of a tree these are leaves, before them
-        the inner label at which the answer stops, if it does.
-      truncated: the text was longer than the model reads, so that its end was not looked at.
-      tokens: how many tokens the model read.
-      queue_micros: how long the text waited for the device, in microseconds.
-      compute_micros: how long the device took over the batch that the text was in, in microseconds.
-      model_version: a hash of the bundle that answered.
-      evidence: what the model read to its last layer, in the order of the text, if it was asked for.
-      model: the name of the model that answered.
+      task: name of the task.
+      labels: the `top_k` best labels and every chosen one, highest score first. Of a hierarchical task these are
+        leaves, after the inner label at which the answer stops, if it does.
+      truncated: whether the text was longer than the model reads, so that its end was dropped.
+      tokens: number of tokens read, the start and end markers included.
+      model: name of the model.
+      model_version: hash of the bundle's content.
+      focus: focus that the text was read with, such as "0.5"; "1" reads every token.
+      precision: precision of the program that ran: "float32", "bfloat16" or "int8".
+      queue_duration: time that the text waited for the device.
+      compute_duration: time that the device took for the batch that held the text.
+      evidence: spans kept to the last layer, in the order of the text; empty unless asked for.
       request_id: the request's own.
     """
 
@@ -52,35 +70,42 @@ class Classification:
     labels: tuple[ScoredLabel, ...]
     truncated: bool
     tokens: int
-    queue_micros: int
-    compute_micros: int
-    model_version: str
-    evidence: tuple[EvidenceSpan, ...] = ()
     model: str = ""
+    model_version: str = ""
+    focus: str = ""
+    precision: str = ""
+    queue_duration: timedelta = timedelta()
+    compute_duration: timedelta = timedelta()
+    evidence: tuple[EvidenceSpan, ...] = ()
     request_id: str = ""
 
     @property
     def best(self) -> ScoredLabel:
-        """The label of the highest score (of a multilabel task, chosen or not); of a tree the chosen one."""
-        # Other servers may rank the labels above a leaf too, none of which is less probable.
+        """The label of the highest score, chosen or not; of a hierarchical task the chosen one."""
+        # A server of another version may list the labels above a leaf first: none of them is less probable.
         return next((label for label in self.labels if label.chosen and label.path), self.labels[0])
 
     @property
     def chosen(self) -> tuple[str, ...]:
-        """The names of the labels that hold: one of an exclusive task, any number (also none) of a multilabel one."""
-        return tuple(label.name for label in self.labels if label.chosen)
+        """The chosen labels, highest score first: one of an exclusive task, any number of a multilabel one."""
+        return tuple(label.label for label in self.labels if label.chosen)
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields as JSON has them: durations in seconds."""
+        fields = dataclasses.asdict(self)
+        return {name: v.total_seconds() if isinstance(v, timedelta) else v for name, v in fields.items()}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TaskInfo:
-    """A task that a server answers.
+    """A task that can be asked for.
 
     Attributes:
-      name: what `classify` takes.
+      name: value for the argument `task`.
       kind: "binary", "multiclass", "multilabel" or "hierarchical".
-      num_labels: how many labels it has.
-      model: the model that answers it, which `classify` takes too.
-      model_version: a hash of that model's bundle.
+      num_labels: number of its labels.
+      model: name of the model that answers it.
+      model_version: hash of that model's bundle.
     """
 
     name: str
@@ -94,31 +119,28 @@ Outcome = Classification | ServeError
 
 
 def read_classification(response: pb.ClassifyResponse) -> Classification:
+    """The answer that a message carries."""
     return Classification(
         task=response.task,
         labels=tuple(
-            ScoredLabel(label.name, label.score, label.chosen, tuple(label.path)) for label in response.labels
+            ScoredLabel(label.label, label.score, label.chosen, tuple(label.path)) for label in response.labels
         ),
         truncated=response.truncated,
         tokens=response.tokens,
-        queue_micros=response.queue_micros,
-        compute_micros=response.compute_micros,
-        model_version=response.model_version,
-        evidence=tuple(EvidenceSpan(span.start, span.end, span.score) for span in response.evidence),
         model=response.model,
+        model_version=response.model_version,
+        focus=response.focus,
+        precision=word_of(pb.Precision, response.precision),
+        queue_duration=response.queue_duration.ToTimedelta(),
+        compute_duration=response.compute_duration.ToTimedelta(),
+        evidence=tuple(EvidenceSpan(span.start, span.end, span.score) for span in response.evidence),
         request_id=response.request_id,
     )
 
 
-def read_outcomes(response: pb.ClassifyBatchResponse) -> list[Outcome]:
-    """Each text's answer, or the error of its own."""
-    from ..wire.status import from_status  # here, so that a model in this process loads no gRPC
-
-    return [
-        from_status(item.error) if item.HasField("error") else read_classification(item.response)
-        for item in response.items
-    ]
-
-
 def read_tasks(response: pb.ListTasksResponse) -> list[TaskInfo]:
-    return [TaskInfo(one.name, one.kind, one.num_labels, one.model, one.model_version) for one in response.tasks]
+    """The tasks that a message carries."""
+    return [
+        TaskInfo(one.name, word_of(pb.TaskKind, one.kind), one.num_labels, one.model, one.model_version)
+        for one in response.tasks
+    ]

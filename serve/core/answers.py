@@ -6,6 +6,7 @@ Axes: `N` texts, `L` labels of one task.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from ...data.taxonomy import Task, TaskKind, Taxonomy
 from ...model.decode import Calibration, choose_all, probabilities
 from ...model.evidence import evidence_spans
 from ..proto import classifier_pb2 as pb
+from ..wire.enums import value_of
 from ..wire.errors import InternalError, InvalidRequest, UnknownTask
 from ..wire.limits import DEFAULT_TOP_K
 from .tokenizing import Tokens
@@ -94,6 +96,7 @@ class Answers:
         *,
         threshold: float | None = None,
         evidence: bool = False,
+        focus: str = "",
     ) -> list[pb.ClassifyResponse | InternalError]:
         """Responses to N texts.
 
@@ -107,6 +110,7 @@ class Answers:
             another the best one is then chosen only if it reaches that; in a tree, the first from the best leaf upwards
             that does.
           evidence: whether to say what was kept of each; the tokens must have their spans.
+          focus: what the texts were read with, as responses give it.
 
         Returns:
           One for each text; an InternalError for one whose logits are not finite.
@@ -132,7 +136,7 @@ class Answers:
             ]
             labels = [
                 pb.ScoredLabel(
-                    name=task.label_names[label],
+                    label=task.label_names[label],
                     score=float(probs_NL[i, label]),
                     chosen=bool(chosen_NL[i, label]),
                     path=task.path(label) if tree else (),
@@ -141,13 +145,15 @@ class Answers:
             ]
             response = pb.ClassifyResponse(
                 task=task.name,
+                model=self._name,
+                model_version=self._version,
                 labels=labels,
                 truncated=read.truncated,
                 tokens=len(read.ids),
-                queue_micros=round(one.queue_seconds * 1e6),
-                compute_micros=round(one.compute_seconds * 1e6),
-                model=self._name,
-                model_version=self._version,
+                focus=focus,
+                precision=value_of(pb.Precision, one.output.precision),
+                queue_duration=timedelta(seconds=one.queue_seconds),
+                compute_duration=timedelta(seconds=one.compute_seconds),
             )
             if evidence and one.output.kept is not None and read.spans is not None:
                 for start, end, score in evidence_spans(one.output.kept, read.spans):

@@ -250,12 +250,12 @@ class Engine:
         tokens_BS, lengths_B = pad_batch(ids, size, bucket, self._pad_id)
         if not self.focused:
             collect = warmed.program.launch(tokens_BS, lengths_B)
-            return lambda: [Output(logits_L) for logits_L in collect()[: len(ids)]]
+            return lambda: [Output(logits_L, None, warmed.precision) for logits_L in collect()[: len(ids)]]
         explain = warmed.program.launch_explain(tokens_BS, lengths_B)
 
         def outputs() -> list[Output]:
             logits_BL, kept_B = explain()
-            return [Output(logits_BL[i], kept_B[i]) for i in range(len(ids))]
+            return [Output(logits_BL[i], kept_B[i], warmed.precision) for i in range(len(ids))]
 
         return outputs
 

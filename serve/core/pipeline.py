@@ -30,7 +30,6 @@ MEAN_RATE, SPREAD_RATE, SPREADS = 1 / 8, 1 / 4, 4
 MAX_WAY_BACK_SHARE = 0.5
 MIN_WAY_BACK, MIN_WAY_BACK_SHARE = 0.04, 0.1
 
-Options = pb.ClassifyRequest | pb.ClassifyBatchRequest
 Outcome = pb.ClassifyResponse | ServeError
 
 
@@ -46,6 +45,7 @@ class ResolvedRequest:
     model: Model
     task: Task
     engine: Engine
+    focus: str
     top_k: int
     threshold: float | None
     evidence: bool
@@ -85,12 +85,12 @@ class Pipeline:
         self._way_back = LatencyEstimate()  # seconds from the device's answer until it can be sent
 
     def ask(
-        self, options: Options, seconds: float | None, priority: Priority = Priority.INTERACTIVE
+        self, options: pb.ClassifyOptions, seconds: float | None, priority: Priority = Priority.INTERACTIVE
     ) -> ResolvedRequest:
         """Checks the options of a request.
 
         Args:
-          options: the request.
+          options: those of the request.
           seconds: how long the caller will wait; None for ever.
           priority: what it is if the request does not say.
 
@@ -99,6 +99,8 @@ class Pipeline:
         """
         model, task = self._models.resolve(options.task, options.model, options.model_version)
         engine = model.engine(options.focus)
+        if options.HasField("top_k") and not options.top_k:
+            raise InvalidRequest("The field `top_k` must be at least 1.", field="top_k")
         if options.evidence and not engine.focused:
             raise InvalidRequest(
                 "The field `evidence` is set, but this model reads every token, so that none stands out; ask for a "
@@ -107,18 +109,22 @@ class Pipeline:
             )
         threshold = options.threshold if options.HasField("threshold") else None
         check_threshold(threshold)
-        if options.priority not in (pb.PRIORITY_UNSPECIFIED, pb.INTERACTIVE, pb.BULK):
-            raise InvalidRequest("The field `priority` is none of INTERACTIVE and BULK.", field="priority")
+        if options.priority not in pb.Priority.values():
+            raise InvalidRequest(
+                "The field `priority` must be PRIORITY_INTERACTIVE or PRIORITY_BULK.", field="priority"
+            )
         if options.priority != pb.PRIORITY_UNSPECIFIED:
-            priority = Priority.BULK if options.priority == pb.BULK else Priority.INTERACTIVE
+            priority = Priority.BULK if options.priority == pb.PRIORITY_BULK else Priority.INTERACTIVE
         name = options.request_id
         if len(name) > MAX_REQUEST_ID or not (name.isascii() and (name.isprintable() or not name)):
             raise InvalidRequest(
                 f"The field `request_id` takes at most {MAX_REQUEST_ID} characters of printable ASCII.",
                 field="request_id",
             )
-        if options.timeout_micros:
-            own = options.timeout_micros / 1e6
+        if options.HasField("timeout"):
+            own = options.timeout.ToNanoseconds() / 1e9
+            if own <= 0:
+                raise InvalidRequest("The field `timeout` must be above 0.", field="timeout")
             seconds = own if seconds is None else min(own, seconds)
         deadline, give_up = None, math.inf
         if seconds is not None:
@@ -130,6 +136,7 @@ class Pipeline:
             model,
             task,
             engine,
+            options.focus or next(iter(model.engines)),
             options.top_k,
             threshold,
             options.evidence,
@@ -214,8 +221,11 @@ class Pipeline:
         outcomes: dict[int, Outcome],
     ) -> None:
         done = list(scored)
-        keys = [(one.model, one.task.name, one.top_k, one.threshold, one.evidence) for one in (asked[i] for i in done)]
-        for (model, _, top_k, threshold, evidence), group in _grouped(done, keys):
+        keys = [
+            (one.model, one.task.name, one.focus, one.top_k, one.threshold, one.evidence)
+            for one in (asked[i] for i in done)
+        ]
+        for (model, _, focus, top_k, threshold, evidence), group in _grouped(done, keys):
             answers = model.answers.answer(
                 asked[group[0]].task,
                 [tokens[i] for i in group],
@@ -223,6 +233,7 @@ class Pipeline:
                 top_k,
                 threshold=threshold,
                 evidence=evidence,
+                focus=focus,
             )
             for i, answer in zip(group, answers, strict=True):
                 if isinstance(answer, pb.ClassifyResponse):

@@ -57,10 +57,12 @@ class Output(NamedTuple):
     Attributes:
       logits_L: (L,) float32, over all labels of the model.
       kept: the tokens that it read to the end; None where nothing is left out.
+      precision: what the program computed in; empty where that is not known.
     """
 
     logits_L: np.ndarray
     kept: Kept | None = None
+    precision: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""The HTTP gateway: JSON over HTTP in front of the gRPC service."""
+"""HTTP gateway: JSON over HTTP in front of a gRPC server."""

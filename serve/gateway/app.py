@@ -39,15 +39,19 @@ from ..wire.limits import MAX_MESSAGE_BYTES, RETRY_SECONDS
 from ..wire.status import code_of, error_of, error_of_call, text_outcomes
 from .messages import (
     HTTP_STATUS,
+    INPUT_TAGS,
     BatchOut,
-    Classified,
-    ClassifyBatchBody,
+    ClassificationOut,
     ClassifyBody,
     ErrorOut,
     Failure,
+    ModelOut,
+    ModelsOut,
     TasksOut,
-    classified,
-    item,
+    classification_out,
+    error_out,
+    item_out,
+    model_out,
     task_out,
 )
 
@@ -56,7 +60,7 @@ _HEALTH_SECONDS = 1.0
 _LIST_SECONDS = 10.0
 _API_KEY_HEADER = "x-api-key"
 _CLASSIFIER = pb.DESCRIPTOR.services_by_name["Classifier"].full_name
-_FIELDS = ClassifyBody.model_fields.keys() | ClassifyBatchBody.model_fields.keys()
+_FIELDS = ClassifyBody.model_fields.keys()
 _FAILURES: dict[int | str, dict[str, Any]] = {
     status: {"model": Failure} for status in sorted({*HTTP_STATUS.values(), 413})
 }
@@ -99,24 +103,38 @@ def make_app(
     app.add_exception_handler(Exception, _answer_bug)
 
     @app.post("/v1/classify")
-    async def classify(body: ClassifyBody, request: Request) -> Classified:
-        """Classifies one text."""
-        with _sendable():
-            message = pb.ClassifyRequest(text=body.text, **body.fields())
-        call = upstream.call("Classify", request, message, body.timeout_ms / 1e3, texts=1)
-        return classified(await call)
+    async def classify(body: ClassifyBody, request: Request) -> ClassificationOut | BatchOut:
+        """Classifies one text, or each of a list of texts.
 
-    @app.post("/v1/classify-batch")
-    async def classify_batch(body: ClassifyBatchBody, request: Request) -> BatchOut:
-        """Classifies up to 1,024 texts; each has an answer or an error of its own."""
+        The answer to a text is an object; the answer to a list has an item for each text: its answer, or its error.
+        """
         with _sendable():
-            message = pb.ClassifyBatchRequest(texts=body.texts, **body.fields())
-        call = upstream.call("ClassifyBatch", request, message, body.timeout_ms / 1e3, texts=len(body.texts))
-        return BatchOut(items=[item(one) for one in (await call).items])
+            options = body.options()
+            if isinstance(body.input, str):
+                message = pb.ClassifyRequest(text=body.input, options=options)
+            else:
+                message = pb.ClassifyBatchRequest(text_batch=pb.TextBatch(texts=body.input, options=options))
+        if isinstance(message, pb.ClassifyRequest):
+            return classification_out(await upstream.call("Classify", request, message, body.timeout, texts=1))
+        call = upstream.call("ClassifyBatch", request, message, body.timeout, texts=len(body.input))
+        return BatchOut(items=[item_out(item) for item in (await call).items])
+
+    @app.get("/v1/models")
+    async def models(request: Request) -> ModelsOut:
+        """Lists the versions of the models."""
+        found = await upstream.call("ListModels", request, pb.ListModelsRequest(), _LIST_SECONDS, texts=0)
+        return ModelsOut(models=[model_out(model) for model in found.models])
+
+    @app.get("/v1/models/{name}")
+    async def model(request: Request, name: str, version: str = "") -> ModelOut:
+        """Gets one model: its tasks with all their labels, and its programs."""
+        with _sendable():
+            message = pb.GetModelRequest(name=name, version=version)
+        return model_out(await upstream.call("GetModel", request, message, _LIST_SECONDS, texts=0))
 
     @app.get("/v1/tasks")
     async def tasks(request: Request, model: str = "") -> TasksOut:
-        """The tasks that can be asked for."""
+        """Lists the tasks that can be asked for."""
         with _sendable():
             message = pb.ListTasksRequest(model=model)
         found = await upstream.call("ListTasks", request, message, _LIST_SECONDS, texts=0)
@@ -263,28 +281,33 @@ async def _answer_error(_: Request, error: Exception) -> Response:
 
 
 def _error_response(error: ServeError) -> Response:
-    code = code_of(error).name
-    body = ErrorOut(code=code, reason=error.reason, message=str(error), retry_seconds=error.retry_seconds)
+    body = error_out(error)
     headers = {}
     if error.retry_seconds is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_seconds)))
-    if code == "UNAUTHENTICATED":
+    if body.code == "UNAUTHENTICATED":
         headers["www-authenticate"] = KEY_SCHEME.strip()
-    return JSONResponse(Failure(error=body).model_dump(), HTTP_STATUS.get(code, 500), headers)
+    return JSONResponse(Failure(error=body).model_dump(), HTTP_STATUS.get(body.code, 500), headers)
 
 
 async def _answer_invalid(request: Request, error: Exception) -> Response:
-    """Says which field is wrong and how, but neither its value nor the names of fields that are none of ours."""
+    """Names the path of the wrong field and what it must be; repeats neither its value nor an unknown field's name."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    where = [str(part) if isinstance(part, int) or part in _FIELDS else "(unknown)" for part in first["loc"][1:]]
+    path = ""
+    for part in first["loc"][1:]:
+        if part not in INPUT_TAGS:
+            path += f"[{part}]" if isinstance(part, int) else str(part) if part in _FIELDS else "(unknown)"
     if first["type"] == "json_invalid":
-        sentence = "The body is not valid JSON."
+        sentence, path = "The body is not valid JSON.", ""
     elif first["type"] == "extra_forbidden":
-        sentence = f"The body has a field that is not known; known are: {', '.join(sorted(_FIELDS))}."
+        sentence, path = f"The body has an unknown field; the fields are: {', '.join(sorted(_FIELDS))}.", ""
+    elif first["type"] == "missing":
+        sentence = f"The field `{path or 'body'}` is missing."
     else:
-        sentence = f"The field `{'.'.join(where) or 'body'}` is not valid: {first['msg']}."
-    return await _answer_error(request, InvalidRequest(sentence))
+        said = str(first["msg"])
+        sentence = f"The field `{path or 'body'}` is wrong: {said[:1].lower()}{said[1:]}."
+    return await _answer_error(request, InvalidRequest(sentence, field=path))
 
 
 async def _answer_http(_: Request, error: Exception) -> Response:
@@ -295,7 +318,11 @@ async def _answer_http(_: Request, error: Exception) -> Response:
         405: "This path does not take this method.",
     }
     code = {404: "NOT_FOUND", 405: "UNIMPLEMENTED"}.get(error.status_code, "INVALID_ARGUMENT")
-    body = ErrorOut(code=code, reason=code, message=known.get(error.status_code, "The request is not valid."))
+    body = ErrorOut(
+        code=code,
+        reason=code,
+        message=known.get(error.status_code, "The request is not valid."),
+    )
     return JSONResponse(Failure(error=body).model_dump(), error.status_code, error.headers)
 
 

@@ -244,15 +244,15 @@ class Guard(grpc.aio.ServerInterceptor):
             response = pb.ClassifyBatchResponse.FromString(response)
         if isinstance(response, pb.ClassifyResponse):
             call.texts["OK"] += 1
-            call.stages = Stages(response.queue_micros / 1e6, response.compute_micros / 1e6)
+            call.stages = _stages(response)
         elif isinstance(response, pb.ClassifyBatchResponse):
             codes, reasons = text_outcomes(response.items)
             call.texts.update(codes)
             call.refused.update(reasons)
             answered = (item.response for item in response.items if item.HasField("response"))
-            longest = max(answered, key=lambda one: one.queue_micros, default=None)
+            longest = max(answered, key=lambda one: one.queue_duration.ToNanoseconds(), default=None)
             if longest is not None:
-                call.stages = Stages(longest.queue_micros / 1e6, longest.compute_micros / 1e6)
+                call.stages = _stages(longest)
 
     def _write_down(self, call: _Call, code: str, reason: str) -> None:
         seconds = time.perf_counter() - call.started
@@ -350,6 +350,10 @@ def _no_message(method: str) -> InvalidRequest:
     return InvalidRequest(f"The bytes sent are no request of {method} as Protocol Buffers write it.")
 
 
+def _stages(response: pb.ClassifyResponse) -> Stages:
+    return Stages(response.queue_duration.ToNanoseconds() / 1e9, response.compute_duration.ToNanoseconds() / 1e9)
+
+
 def _size(request: Any) -> int:
     return len(request) if isinstance(request, bytes) else request.ByteSize()
 
@@ -364,5 +368,5 @@ def _count(method: str, request: Any) -> int:
     if isinstance(request, pb.ClassifyRequest):
         return 1
     if isinstance(request, pb.ClassifyBatchRequest):
-        return len(request.requests) or len(request.texts)
+        return len(request.request_batch.requests) or len(request.text_batch.texts)
     return 0

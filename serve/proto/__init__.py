@@ -1,1 +1,1 @@
-"""The wire format: classifier.proto and what `generate.py` made of it."""
+"""The interface on the wire, `classifier.proto`, and the Python files that are generated from it."""

@@ -22,62 +22,78 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$classer/serve/proto/classifier.proto\x12\nclasser.v1\x1a\x17google/rpc/status.proto\"\xfd\x01\n\x0f\x43lassifyRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x10\n\x08\x65vidence\x18\x04 \x01(\x08\x12\r\n\x05model\x18\x05 \x01(\t\x12\x15\n\rmodel_version\x18\x06 \x01(\t\x12\x16\n\tthreshold\x18\x07 \x01(\x02H\x00\x88\x01\x01\x12\r\n\x05\x66ocus\x18\x08 \x01(\t\x12&\n\x08priority\x18\t \x01(\x0e\x32\x14.classer.v1.Priority\x12\x12\n\nrequest_id\x18\n \x01(\t\x12\x16\n\x0etimeout_micros\x18\x0b \x01(\x04\x42\x0c\n\n_threshold\"H\n\x0bScoredLabel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x02\x12\x0e\n\x06\x63hosen\x18\x03 \x01(\x08\x12\x0c\n\x04path\x18\x04 \x03(\t\"9\n\x0c\x45videnceSpan\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0b\n\x03\x65nd\x18\x02 \x01(\r\x12\r\n\x05score\x18\x03 \x01(\x02\"\x80\x02\n\x10\x43lassifyResponse\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\'\n\x06labels\x18\x02 \x03(\x0b\x32\x17.classer.v1.ScoredLabel\x12\x11\n\ttruncated\x18\x03 \x01(\x08\x12\x0e\n\x06tokens\x18\x04 \x01(\r\x12\x14\n\x0cqueue_micros\x18\x05 \x01(\x04\x12\x16\n\x0e\x63ompute_micros\x18\x06 \x01(\x04\x12\x15\n\rmodel_version\x18\x07 \x01(\t\x12*\n\x08\x65vidence\x18\x08 \x03(\x0b\x32\x18.classer.v1.EvidenceSpan\x12\r\n\x05model\x18\t \x01(\t\x12\x12\n\nrequest_id\x18\n \x01(\t\"\xb2\x02\n\x14\x43lassifyBatchRequest\x12\r\n\x05texts\x18\x01 \x03(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x10\n\x08\x65vidence\x18\x04 \x01(\x08\x12\r\n\x05model\x18\x05 \x01(\t\x12\x15\n\rmodel_version\x18\x06 \x01(\t\x12\x16\n\tthreshold\x18\x07 \x01(\x02H\x00\x88\x01\x01\x12\r\n\x05\x66ocus\x18\x08 \x01(\t\x12&\n\x08priority\x18\t \x01(\x0e\x32\x14.classer.v1.Priority\x12\x12\n\nrequest_id\x18\n \x01(\t\x12\x16\n\x0etimeout_micros\x18\x0b \x01(\x04\x12-\n\x08requests\x18\x0c \x03(\x0b\x32\x1b.classer.v1.ClassifyRequestB\x0c\n\n_threshold\"t\n\x11\x43lassifyBatchItem\x12\x30\n\x08response\x18\x01 \x01(\x0b\x32\x1c.classer.v1.ClassifyResponseH\x00\x12#\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\x08\n\x06result\"E\n\x15\x43lassifyBatchResponse\x12,\n\x05items\x18\x01 \x03(\x0b\x32\x1d.classer.v1.ClassifyBatchItem\"!\n\x10ListTasksRequest\x12\r\n\x05model\x18\x01 \x01(\t\"4\n\x11ListTasksResponse\x12\x1f\n\x05tasks\x18\x01 \x03(\x0b\x32\x10.classer.v1.Task\"\x7f\n\x04Task\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x12\n\nnum_labels\x18\x03 \x01(\r\x12!\n\x06labels\x18\x04 \x03(\x0b\x32\x11.classer.v1.Label\x12\r\n\x05model\x18\x05 \x01(\t\x12\x15\n\rmodel_version\x18\x06 \x01(\t\"8\n\x05Label\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x0c\n\x04path\x18\x03 \x03(\t\"0\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"\x87\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x12\n\nis_default\x18\x03 \x01(\x08\x12%\n\x05state\x18\x04 \x01(\x0e\x32\x16.classer.v1.ModelState\x12\x11\n\tprecision\x18\x05 \x01(\t\x12\x12\n\nmax_length\x18\x06 \x01(\r\x12\x0f\n\x07\x66ocuses\x18\x07 \x03(\t\x12\x1f\n\x05tasks\x18\x08 \x03(\x0b\x32\x10.classer.v1.Task\x12%\n\x08programs\x18\t \x03(\x0b\x32\x13.classer.v1.Program\x12\x11\n\tin_flight\x18\n \x01(\r\x12\x11\n\tloaded_at\x18\x0b \x01(\x01\"c\n\x07Program\x12\x0e\n\x06\x62ucket\x18\x01 \x01(\r\x12\x12\n\nbatch_size\x18\x02 \x01(\r\x12\x11\n\tprecision\x18\x03 \x01(\t\x12\r\n\x05\x66ocus\x18\x04 \x01(\t\x12\x12\n\nrun_micros\x18\x05 \x01(\x04\"\x13\n\x11ListModelsRequest\"H\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.classer.v1.Model\x12\x0f\n\x07\x62undles\x18\x02 \x03(\t\"W\n\x10LoadModelRequest\x12\x0e\n\x06\x62undle\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x13\n\x0bnot_default\x18\x03 \x01(\x08\x12\x10\n\x08keep_old\x18\x04 \x01(\x08\"3\n\x12UnloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"\x15\n\x13UnloadModelResponse\"9\n\x18SetDefaultVersionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t*?\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x0f\n\x0bINTERACTIVE\x10\x01\x12\x08\n\x04\x42ULK\x10\x02*O\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x0b\n\x07LOADING\x10\x01\x12\t\n\x05READY\x10\x02\x12\x0c\n\x08RETIRING\x10\x03\x32\x8a\x03\n\nClassifier\x12\x45\n\x08\x43lassify\x12\x1b.classer.v1.ClassifyRequest\x1a\x1c.classer.v1.ClassifyResponse\x12T\n\rClassifyBatch\x12 .classer.v1.ClassifyBatchRequest\x1a!.classer.v1.ClassifyBatchResponse\x12Y\n\x0e\x43lassifyStream\x12 .classer.v1.ClassifyBatchRequest\x1a!.classer.v1.ClassifyBatchResponse(\x01\x30\x01\x12H\n\tListTasks\x12\x1c.classer.v1.ListTasksRequest\x1a\x1d.classer.v1.ListTasksResponse\x12:\n\x08GetModel\x12\x1b.classer.v1.GetModelRequest\x1a\x11.classer.v1.Model2\xb5\x02\n\nModelAdmin\x12K\n\nListModels\x12\x1d.classer.v1.ListModelsRequest\x1a\x1e.classer.v1.ListModelsResponse\x12<\n\tLoadModel\x12\x1c.classer.v1.LoadModelRequest\x1a\x11.classer.v1.Model\x12N\n\x0bUnloadModel\x12\x1e.classer.v1.UnloadModelRequest\x1a\x1f.classer.v1.UnloadModelResponse\x12L\n\x11SetDefaultVersion\x12$.classer.v1.SetDefaultVersionRequest\x1a\x11.classer.v1.Modelb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$classer/serve/proto/classifier.proto\x12\nclasser.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\x92\x02\n\x0f\x43lassifyOptions\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rmodel_version\x18\x03 \x01(\t\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x16\n\tthreshold\x18\x05 \x01(\x02H\x01\x88\x01\x01\x12\r\n\x05\x66ocus\x18\x06 \x01(\t\x12\x10\n\x08\x65vidence\x18\x07 \x01(\x08\x12&\n\x08priority\x18\x08 \x01(\x0e\x32\x14.classer.v1.Priority\x12*\n\x07timeout\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nrequest_id\x18\n \x01(\tB\x08\n\x06_top_kB\x0c\n\n_threshold\"M\n\x0f\x43lassifyRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12,\n\x07options\x18\x02 \x01(\x0b\x32\x1b.classer.v1.ClassifyOptions\"I\n\x0bScoredLabel\x12\r\n\x05label\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x02\x12\x0e\n\x06\x63hosen\x18\x03 \x01(\x08\x12\x0c\n\x04path\x18\x04 \x03(\t\"9\n\x0c\x45videnceSpan\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0b\n\x03\x65nd\x18\x02 \x01(\r\x12\r\n\x05score\x18\x03 \x01(\x02\"\xf3\x02\n\x10\x43lassifyResponse\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rmodel_version\x18\x03 \x01(\t\x12\'\n\x06labels\x18\x04 \x03(\x0b\x32\x17.classer.v1.ScoredLabel\x12\x11\n\ttruncated\x18\x05 \x01(\x08\x12\x0e\n\x06tokens\x18\x06 \x01(\r\x12\r\n\x05\x66ocus\x18\x07 \x01(\t\x12(\n\tprecision\x18\x08 \x01(\x0e\x32\x15.classer.v1.Precision\x12*\n\x08\x65vidence\x18\t \x03(\x0b\x32\x18.classer.v1.EvidenceSpan\x12\x31\n\x0equeue_duration\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x10\x63ompute_duration\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nrequest_id\x18\x0c \x01(\t\"H\n\tTextBatch\x12\r\n\x05texts\x18\x01 \x03(\t\x12,\n\x07options\x18\x02 \x01(\x0b\x32\x1b.classer.v1.ClassifyOptions\"=\n\x0cRequestBatch\x12-\n\x08requests\x18\x01 \x03(\x0b\x32\x1b.classer.v1.ClassifyRequest\"\x7f\n\x14\x43lassifyBatchRequest\x12+\n\ntext_batch\x18\x01 \x01(\x0b\x32\x15.classer.v1.TextBatchH\x00\x12\x31\n\rrequest_batch\x18\x02 \x01(\x0b\x32\x18.classer.v1.RequestBatchH\x00\x42\x07\n\x05\x62\x61tch\"t\n\x11\x43lassifyBatchItem\x12\x30\n\x08response\x18\x01 \x01(\x0b\x32\x1c.classer.v1.ClassifyResponseH\x00\x12#\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\x08\n\x06result\"E\n\x15\x43lassifyBatchResponse\x12,\n\x05items\x18\x01 \x03(\x0b\x32\x1d.classer.v1.ClassifyBatchItem\"!\n\x10ListTasksRequest\x12\r\n\x05model\x18\x01 \x01(\t\"4\n\x11ListTasksResponse\x12\x1f\n\x05tasks\x18\x01 \x03(\x0b\x32\x10.classer.v1.Task\"\x99\x01\n\x04Task\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\"\n\x04kind\x18\x02 \x01(\x0e\x32\x14.classer.v1.TaskKind\x12\x12\n\nnum_labels\x18\x03 \x01(\r\x12%\n\x06labels\x18\x04 \x03(\x0b\x32\x15.classer.v1.TaskLabel\x12\r\n\x05model\x18\x05 \x01(\t\x12\x15\n\rmodel_version\x18\x06 \x01(\t\"=\n\tTaskLabel\x12\r\n\x05label\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x0c\n\x04path\x18\x03 \x03(\t\"0\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"\xba\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x12\n\nis_default\x18\x03 \x01(\x08\x12%\n\x05state\x18\x04 \x01(\x0e\x32\x16.classer.v1.ModelState\x12(\n\tprecision\x18\x05 \x01(\x0e\x32\x15.classer.v1.Precision\x12\x12\n\nmax_length\x18\x06 \x01(\r\x12\x0f\n\x07\x66ocuses\x18\x07 \x03(\t\x12\x1f\n\x05tasks\x18\x08 \x03(\x0b\x32\x10.classer.v1.Task\x12%\n\x08programs\x18\t \x03(\x0b\x32\x13.classer.v1.Program\x12\x11\n\tin_flight\x18\n \x01(\r\x12-\n\tload_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x97\x01\n\x07Program\x12\x0e\n\x06\x62ucket\x18\x01 \x01(\r\x12\x12\n\nbatch_size\x18\x02 \x01(\r\x12(\n\tprecision\x18\x03 \x01(\x0e\x32\x15.classer.v1.Precision\x12\r\n\x05\x66ocus\x18\x04 \x01(\t\x12/\n\x0crun_duration\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x13\n\x11ListModelsRequest\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.classer.v1.Model\"\x14\n\x12ListBundlesRequest\"&\n\x13ListBundlesResponse\x12\x0f\n\x07\x62undles\x18\x01 \x03(\t\"X\n\x10LoadModelRequest\x12\x0e\n\x06\x62undle\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x14\n\x0ckeep_default\x18\x03 \x01(\x08\x12\x10\n\x08keep_old\x18\x04 \x01(\x08\"3\n\x12UnloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"\x15\n\x13UnloadModelResponse\"9\n\x18SetDefaultVersionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t*Q\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x01\x12\x11\n\rPRIORITY_BULK\x10\x02*\x8b\x01\n\x08TaskKind\x12\x19\n\x15TASK_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10TASK_KIND_BINARY\x10\x01\x12\x18\n\x14TASK_KIND_MULTICLASS\x10\x02\x12\x18\n\x14TASK_KIND_MULTILABEL\x10\x03\x12\x1a\n\x16TASK_KIND_HIERARCHICAL\x10\x04*i\n\tPrecision\x12\x19\n\x15PRECISION_UNSPECIFIED\x10\x00\x12\x15\n\x11PRECISION_FLOAT32\x10\x01\x12\x16\n\x12PRECISION_BFLOAT16\x10\x02\x12\x12\n\x0ePRECISION_INT8\x10\x03*s\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_LOADING\x10\x01\x12\x15\n\x11MODEL_STATE_READY\x10\x02\x12\x18\n\x14MODEL_STATE_RETIRING\x10\x03\x32\xd7\x03\n\nClassifier\x12\x45\n\x08\x43lassify\x12\x1b.classer.v1.ClassifyRequest\x1a\x1c.classer.v1.ClassifyResponse\x12T\n\rClassifyBatch\x12 .classer.v1.ClassifyBatchRequest\x1a!.classer.v1.ClassifyBatchResponse\x12Y\n\x0e\x43lassifyStream\x12 .classer.v1.ClassifyBatchRequest\x1a!.classer.v1.ClassifyBatchResponse(\x01\x30\x01\x12H\n\tListTasks\x12\x1c.classer.v1.ListTasksRequest\x1a\x1d.classer.v1.ListTasksResponse\x12K\n\nListModels\x12\x1d.classer.v1.ListModelsRequest\x1a\x1e.classer.v1.ListModelsResponse\x12:\n\x08GetModel\x12\x1b.classer.v1.GetModelRequest\x1a\x11.classer.v1.Model2\xb8\x02\n\nModelAdmin\x12N\n\x0bListBundles\x12\x1e.classer.v1.ListBundlesRequest\x1a\x1f.classer.v1.ListBundlesResponse\x12<\n\tLoadModel\x12\x1c.classer.v1.LoadModelRequest\x1a\x11.classer.v1.Model\x12N\n\x0bUnloadModel\x12\x1e.classer.v1.UnloadModelRequest\x1a\x1f.classer.v1.UnloadModelResponse\x12L\n\x11SetDefaultVersion\x12$.classer.v1.SetDefaultVersionRequest\x1a\x11.classer.v1.Modelb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'classer.serve.proto.classifier_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PRIORITY']._serialized_start=2235
-  _globals['_PRIORITY']._serialized_end=2298
-  _globals['_MODELSTATE']._serialized_start=2300
-  _globals['_MODELSTATE']._serialized_end=2379
-  _globals['_CLASSIFYREQUEST']._serialized_start=78
-  _globals['_CLASSIFYREQUEST']._serialized_end=331
-  _globals['_SCOREDLABEL']._serialized_start=333
-  _globals['_SCOREDLABEL']._serialized_end=405
-  _globals['_EVIDENCESPAN']._serialized_start=407
-  _globals['_EVIDENCESPAN']._serialized_end=464
-  _globals['_CLASSIFYRESPONSE']._serialized_start=467
-  _globals['_CLASSIFYRESPONSE']._serialized_end=723
-  _globals['_CLASSIFYBATCHREQUEST']._serialized_start=726
-  _globals['_CLASSIFYBATCHREQUEST']._serialized_end=1032
-  _globals['_CLASSIFYBATCHITEM']._serialized_start=1034
-  _globals['_CLASSIFYBATCHITEM']._serialized_end=1150
-  _globals['_CLASSIFYBATCHRESPONSE']._serialized_start=1152
-  _globals['_CLASSIFYBATCHRESPONSE']._serialized_end=1221
-  _globals['_LISTTASKSREQUEST']._serialized_start=1223
-  _globals['_LISTTASKSREQUEST']._serialized_end=1256
-  _globals['_LISTTASKSRESPONSE']._serialized_start=1258
-  _globals['_LISTTASKSRESPONSE']._serialized_end=1310
-  _globals['_TASK']._serialized_start=1312
-  _globals['_TASK']._serialized_end=1439
-  _globals['_LABEL']._serialized_start=1441
-  _globals['_LABEL']._serialized_end=1497
-  _globals['_GETMODELREQUEST']._serialized_start=1499
-  _globals['_GETMODELREQUEST']._serialized_end=1547
-  _globals['_MODEL']._serialized_start=1550
-  _globals['_MODEL']._serialized_end=1813
-  _globals['_PROGRAM']._serialized_start=1815
-  _globals['_PROGRAM']._serialized_end=1914
-  _globals['_LISTMODELSREQUEST']._serialized_start=1916
-  _globals['_LISTMODELSREQUEST']._serialized_end=1935
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1937
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2009
-  _globals['_LOADMODELREQUEST']._serialized_start=2011
-  _globals['_LOADMODELREQUEST']._serialized_end=2098
-  _globals['_UNLOADMODELREQUEST']._serialized_start=2100
-  _globals['_UNLOADMODELREQUEST']._serialized_end=2151
-  _globals['_UNLOADMODELRESPONSE']._serialized_start=2153
-  _globals['_UNLOADMODELRESPONSE']._serialized_end=2174
-  _globals['_SETDEFAULTVERSIONREQUEST']._serialized_start=2176
-  _globals['_SETDEFAULTVERSIONREQUEST']._serialized_end=2233
-  _globals['_CLASSIFIER']._serialized_start=2382
-  _globals['_CLASSIFIER']._serialized_end=2776
-  _globals['_MODELADMIN']._serialized_start=2779
-  _globals['_MODELADMIN']._serialized_end=3088
+  _globals['_PRIORITY']._serialized_start=2655
+  _globals['_PRIORITY']._serialized_end=2736
+  _globals['_TASKKIND']._serialized_start=2739
+  _globals['_TASKKIND']._serialized_end=2878
+  _globals['_PRECISION']._serialized_start=2880
+  _globals['_PRECISION']._serialized_end=2985
+  _globals['_MODELSTATE']._serialized_start=2987
+  _globals['_MODELSTATE']._serialized_end=3102
+  _globals['_CLASSIFYOPTIONS']._serialized_start=143
+  _globals['_CLASSIFYOPTIONS']._serialized_end=417
+  _globals['_CLASSIFYREQUEST']._serialized_start=419
+  _globals['_CLASSIFYREQUEST']._serialized_end=496
+  _globals['_SCOREDLABEL']._serialized_start=498
+  _globals['_SCOREDLABEL']._serialized_end=571
+  _globals['_EVIDENCESPAN']._serialized_start=573
+  _globals['_EVIDENCESPAN']._serialized_end=630
+  _globals['_CLASSIFYRESPONSE']._serialized_start=633
+  _globals['_CLASSIFYRESPONSE']._serialized_end=1004
+  _globals['_TEXTBATCH']._serialized_start=1006
+  _globals['_TEXTBATCH']._serialized_end=1078
+  _globals['_REQUESTBATCH']._serialized_start=1080
+  _globals['_REQUESTBATCH']._serialized_end=1141
+  _globals['_CLASSIFYBATCHREQUEST']._serialized_start=1143
+  _globals['_CLASSIFYBATCHREQUEST']._serialized_end=1270
+  _globals['_CLASSIFYBATCHITEM']._serialized_start=1272
+  _globals['_CLASSIFYBATCHITEM']._serialized_end=1388
+  _globals['_CLASSIFYBATCHRESPONSE']._serialized_start=1390
+  _globals['_CLASSIFYBATCHRESPONSE']._serialized_end=1459
+  _globals['_LISTTASKSREQUEST']._serialized_start=1461
+  _globals['_LISTTASKSREQUEST']._serialized_end=1494
+  _globals['_LISTTASKSRESPONSE']._serialized_start=1496
+  _globals['_LISTTASKSRESPONSE']._serialized_end=1548
+  _globals['_TASK']._serialized_start=1551
+  _globals['_TASK']._serialized_end=1704
+  _globals['_TASKLABEL']._serialized_start=1706
+  _globals['_TASKLABEL']._serialized_end=1767
+  _globals['_GETMODELREQUEST']._serialized_start=1769
+  _globals['_GETMODELREQUEST']._serialized_end=1817
+  _globals['_MODEL']._serialized_start=1820
+  _globals['_MODEL']._serialized_end=2134
+  _globals['_PROGRAM']._serialized_start=2137
+  _globals['_PROGRAM']._serialized_end=2288
+  _globals['_LISTMODELSREQUEST']._serialized_start=2290
+  _globals['_LISTMODELSREQUEST']._serialized_end=2309
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2311
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2366
+  _globals['_LISTBUNDLESREQUEST']._serialized_start=2368
+  _globals['_LISTBUNDLESREQUEST']._serialized_end=2388
+  _globals['_LISTBUNDLESRESPONSE']._serialized_start=2390
+  _globals['_LISTBUNDLESRESPONSE']._serialized_end=2428
+  _globals['_LOADMODELREQUEST']._serialized_start=2430
+  _globals['_LOADMODELREQUEST']._serialized_end=2518
+  _globals['_UNLOADMODELREQUEST']._serialized_start=2520
+  _globals['_UNLOADMODELREQUEST']._serialized_end=2571
+  _globals['_UNLOADMODELRESPONSE']._serialized_start=2573
+  _globals['_UNLOADMODELRESPONSE']._serialized_end=2594
+  _globals['_SETDEFAULTVERSIONREQUEST']._serialized_start=2596
+  _globals['_SETDEFAULTVERSIONREQUEST']._serialized_end=2653
+  _globals['_CLASSIFIER']._serialized_start=3105
+  _globals['_CLASSIFIER']._serialized_end=3576
+  _globals['_MODELADMIN']._serialized_start=3579
+  _globals['_MODELADMIN']._serialized_end=3891
 # @@protoc_insertion_point(module_scope)

@@ -26,14 +26,16 @@ if _version_not_supported:
 
 
 class ClassifierStub:
-    """Classifies texts with the tasks of the models that a server has loaded.
+    """Classification of texts, with the tasks of the models that a server has loaded.
 
-    Errors of all methods, each with google.rpc details (ErrorInfo with a reason of the domain "classer"; and as said):
-    INVALID_ARGUMENT    a field is out of its limits; the message says which and the limit, never what the text was
-    (BadRequest names the field)
-    NOT_FOUND           there is no such task or model; the message names those there are
-    RESOURCE_EXHAUSTED  more waits than the server takes on; nothing was computed (RetryInfo says when to try again)
-    DEADLINE_EXCEEDED   the deadline passed first, or cannot be met; such a text is never computed
+    Errors of all methods. Each carries google.rpc details: an ErrorInfo of the domain "classer", whose reason is a word
+    for programs, and what is named below. No message repeats the text.
+    INVALID_ARGUMENT    a field is out of its limits; the message names the field and the limit (BadRequest)
+    UNAUTHENTICATED     the server asks for an API key, and the call has none that it knows
+    PERMISSION_DENIED   the API key does not allow this method or model
+    NOT_FOUND           there is no such task or model; the message names those there are (BadRequest)
+    RESOURCE_EXHAUSTED  the queue is full or a quota is used up; nothing was computed (RetryInfo)
+    DEADLINE_EXCEEDED   the deadline passed or cannot be met; a text that cannot be answered in time is not computed
     UNAVAILABLE         the server is starting, stopping or has lost its device
     INTERNAL            the server failed on this text; its log says why
     """
@@ -64,6 +66,11 @@ class ClassifierStub:
                 request_serializer=classer_dot_serve_dot_proto_dot_classifier__pb2.ListTasksRequest.SerializeToString,
                 response_deserializer=classer_dot_serve_dot_proto_dot_classifier__pb2.ListTasksResponse.FromString,
                 _registered_method=True)
+        self.ListModels = channel.unary_unary(
+                '/classer.v1.Classifier/ListModels',
+                request_serializer=classer_dot_serve_dot_proto_dot_classifier__pb2.ListModelsRequest.SerializeToString,
+                response_deserializer=classer_dot_serve_dot_proto_dot_classifier__pb2.ListModelsResponse.FromString,
+                _registered_method=True)
         self.GetModel = channel.unary_unary(
                 '/classer.v1.Classifier/GetModel',
                 request_serializer=classer_dot_serve_dot_proto_dot_classifier__pb2.GetModelRequest.SerializeToString,
@@ -72,14 +79,16 @@ class ClassifierStub:
 
 
 class ClassifierServicer:
-    """Classifies texts with the tasks of the models that a server has loaded.
+    """Classification of texts, with the tasks of the models that a server has loaded.
 
-    Errors of all methods, each with google.rpc details (ErrorInfo with a reason of the domain "classer"; and as said):
-    INVALID_ARGUMENT    a field is out of its limits; the message says which and the limit, never what the text was
-    (BadRequest names the field)
-    NOT_FOUND           there is no such task or model; the message names those there are
-    RESOURCE_EXHAUSTED  more waits than the server takes on; nothing was computed (RetryInfo says when to try again)
-    DEADLINE_EXCEEDED   the deadline passed first, or cannot be met; such a text is never computed
+    Errors of all methods. Each carries google.rpc details: an ErrorInfo of the domain "classer", whose reason is a word
+    for programs, and what is named below. No message repeats the text.
+    INVALID_ARGUMENT    a field is out of its limits; the message names the field and the limit (BadRequest)
+    UNAUTHENTICATED     the server asks for an API key, and the call has none that it knows
+    PERMISSION_DENIED   the API key does not allow this method or model
+    NOT_FOUND           there is no such task or model; the message names those there are (BadRequest)
+    RESOURCE_EXHAUSTED  the queue is full or a quota is used up; nothing was computed (RetryInfo)
+    DEADLINE_EXCEEDED   the deadline passed or cannot be met; a text that cannot be answered in time is not computed
     UNAVAILABLE         the server is starting, stopping or has lost its device
     INTERNAL            the server failed on this text; its log says why
     """
@@ -92,31 +101,38 @@ class ClassifierServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ClassifyBatch(self, request, context):
-        """Classifies up to 1,024 texts. Each has an answer or an error of its own: one that cannot be classified does not
-        fail the others. The call itself fails only for what is wrong with the whole of it: no texts, too many, no such
-        task.
+        """Classifies up to 1,024 texts. Each text has an answer or an error of its own; one that cannot be classified does
+        not fail the others. The call fails only for an error of the whole: no texts, too many texts, or an unknown task of
+        a TextBatch.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ClassifyStream(self, request_iterator, context):
-        """Classifies any number of texts, in bulk: each message is answered by one, in order. The server reads on only as it
-        gets work done; what elsewhere is refused with RESOURCE_EXHAUSTED waits here.
+        """Classifies any number of texts. Each message is answered by one message, in order. The server reads a message only
+        when work before it is done: a full queue delays the stream instead of failing it with RESOURCE_EXHAUSTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListTasks(self, request, context):
-        """The tasks that can be asked for.
+        """Lists the tasks of the default versions of all models.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListModels(self, request, context):
+        """Lists every version of every model that is loaded, being loaded, or retired and still answering.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetModel(self, request, context):
-        """One model: its tasks with all their labels, and its programs.
+        """Gets one model: its tasks with all their labels, and its programs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -145,6 +161,11 @@ def add_ClassifierServicer_to_server(servicer, server):
                     request_deserializer=classer_dot_serve_dot_proto_dot_classifier__pb2.ListTasksRequest.FromString,
                     response_serializer=classer_dot_serve_dot_proto_dot_classifier__pb2.ListTasksResponse.SerializeToString,
             ),
+            'ListModels': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListModels,
+                    request_deserializer=classer_dot_serve_dot_proto_dot_classifier__pb2.ListModelsRequest.FromString,
+                    response_serializer=classer_dot_serve_dot_proto_dot_classifier__pb2.ListModelsResponse.SerializeToString,
+            ),
             'GetModel': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModel,
                     request_deserializer=classer_dot_serve_dot_proto_dot_classifier__pb2.GetModelRequest.FromString,
@@ -159,14 +180,16 @@ def add_ClassifierServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Classifier:
-    """Classifies texts with the tasks of the models that a server has loaded.
+    """Classification of texts, with the tasks of the models that a server has loaded.
 
-    Errors of all methods, each with google.rpc details (ErrorInfo with a reason of the domain "classer"; and as said):
-    INVALID_ARGUMENT    a field is out of its limits; the message says which and the limit, never what the text was
-    (BadRequest names the field)
-    NOT_FOUND           there is no such task or model; the message names those there are
-    RESOURCE_EXHAUSTED  more waits than the server takes on; nothing was computed (RetryInfo says when to try again)
-    DEADLINE_EXCEEDED   the deadline passed first, or cannot be met; such a text is never computed
+    Errors of all methods. Each carries google.rpc details: an ErrorInfo of the domain "classer", whose reason is a word
+    for programs, and what is named below. No message repeats the text.
+    INVALID_ARGUMENT    a field is out of its limits; the message names the field and the limit (BadRequest)
+    UNAUTHENTICATED     the server asks for an API key, and the call has none that it knows
+    PERMISSION_DENIED   the API key does not allow this method or model
+    NOT_FOUND           there is no such task or model; the message names those there are (BadRequest)
+    RESOURCE_EXHAUSTED  the queue is full or a quota is used up; nothing was computed (RetryInfo)
+    DEADLINE_EXCEEDED   the deadline passed or cannot be met; a text that cannot be answered in time is not computed
     UNAVAILABLE         the server is starting, stopping or has lost its device
     INTERNAL            the server failed on this text; its log says why
     """
@@ -280,6 +303,33 @@ class Classifier:
             _registered_method=True)
 
     @staticmethod
+    def ListModels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/classer.v1.Classifier/ListModels',
+            classer_dot_serve_dot_proto_dot_classifier__pb2.ListModelsRequest.SerializeToString,
+            classer_dot_serve_dot_proto_dot_classifier__pb2.ListModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def GetModel(request,
             target,
             options=(),
@@ -308,11 +358,12 @@ class Classifier:
 
 
 class ModelAdminStub:
-    """Changes which models a server answers with, while it runs. It listens on a port of its own, which `classer serve
-    --admin-port` opens. Bundles are named, never given by a path: a server knows the folders of those names from its
-    start (`--bundles`, `--loadable`).
+    """Administration of the models of a running server, on a port of its own (`classer serve --admin-port`).
 
-    Errors: as of Classifier; FAILED_PRECONDITION where a bundle cannot be used or a version not be unloaded.
+    Bundles are named, never given by a path: the server knows the folder of each name from its start (`--bundles`,
+    `--loadable`).
+
+    Errors: those of Classifier, and FAILED_PRECONDITION where a bundle cannot be used or a version cannot be unloaded.
     """
 
     def __init__(self, channel):
@@ -321,10 +372,10 @@ class ModelAdminStub:
         Args:
             channel: A grpc.Channel.
         """
-        self.ListModels = channel.unary_unary(
-                '/classer.v1.ModelAdmin/ListModels',
-                request_serializer=classer_dot_serve_dot_proto_dot_classifier__pb2.ListModelsRequest.SerializeToString,
-                response_deserializer=classer_dot_serve_dot_proto_dot_classifier__pb2.ListModelsResponse.FromString,
+        self.ListBundles = channel.unary_unary(
+                '/classer.v1.ModelAdmin/ListBundles',
+                request_serializer=classer_dot_serve_dot_proto_dot_classifier__pb2.ListBundlesRequest.SerializeToString,
+                response_deserializer=classer_dot_serve_dot_proto_dot_classifier__pb2.ListBundlesResponse.FromString,
                 _registered_method=True)
         self.LoadModel = channel.unary_unary(
                 '/classer.v1.ModelAdmin/LoadModel',
@@ -344,37 +395,39 @@ class ModelAdminStub:
 
 
 class ModelAdminServicer:
-    """Changes which models a server answers with, while it runs. It listens on a port of its own, which `classer serve
-    --admin-port` opens. Bundles are named, never given by a path: a server knows the folders of those names from its
-    start (`--bundles`, `--loadable`).
+    """Administration of the models of a running server, on a port of its own (`classer serve --admin-port`).
 
-    Errors: as of Classifier; FAILED_PRECONDITION where a bundle cannot be used or a version not be unloaded.
+    Bundles are named, never given by a path: the server knows the folder of each name from its start (`--bundles`,
+    `--loadable`).
+
+    Errors: those of Classifier, and FAILED_PRECONDITION where a bundle cannot be used or a version cannot be unloaded.
     """
 
-    def ListModels(self, request, context):
-        """Every version that is loaded, loading, or retired and still answering its last requests.
+    def ListBundles(self, request, context):
+        """Lists the bundles that LoadModel takes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def LoadModel(self, request, context):
-        """Loads a bundle, and returns once it is warm. Requests that name no version then go to it, if it was made the
-        default; those before it are answered by the version that they began with. One bundle is loaded at a time.
+        """Loads a bundle. Returns once its programs are compiled and run. If it becomes the default version, later requests
+        that name no version go to it; requests in flight are answered by the version that they began with. One bundle is
+        loaded at a time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnloadModel(self, request, context):
-        """Takes a version out. Requests that it has begun are answered; its memory is freed after the last of them.
+        """Unloads a version. Requests in flight are answered; its memory is freed after the last of them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SetDefaultVersion(self, request, context):
-        """Makes a loaded version the one that answers requests which name none.
+        """Sets the version that answers requests which name none.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -383,10 +436,10 @@ class ModelAdminServicer:
 
 def add_ModelAdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'ListModels': grpc.unary_unary_rpc_method_handler(
-                    servicer.ListModels,
-                    request_deserializer=classer_dot_serve_dot_proto_dot_classifier__pb2.ListModelsRequest.FromString,
-                    response_serializer=classer_dot_serve_dot_proto_dot_classifier__pb2.ListModelsResponse.SerializeToString,
+            'ListBundles': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListBundles,
+                    request_deserializer=classer_dot_serve_dot_proto_dot_classifier__pb2.ListBundlesRequest.FromString,
+                    response_serializer=classer_dot_serve_dot_proto_dot_classifier__pb2.ListBundlesResponse.SerializeToString,
             ),
             'LoadModel': grpc.unary_unary_rpc_method_handler(
                     servicer.LoadModel,
@@ -412,15 +465,16 @@ def add_ModelAdminServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ModelAdmin:
-    """Changes which models a server answers with, while it runs. It listens on a port of its own, which `classer serve
-    --admin-port` opens. Bundles are named, never given by a path: a server knows the folders of those names from its
-    start (`--bundles`, `--loadable`).
+    """Administration of the models of a running server, on a port of its own (`classer serve --admin-port`).
 
-    Errors: as of Classifier; FAILED_PRECONDITION where a bundle cannot be used or a version not be unloaded.
+    Bundles are named, never given by a path: the server knows the folder of each name from its start (`--bundles`,
+    `--loadable`).
+
+    Errors: those of Classifier, and FAILED_PRECONDITION where a bundle cannot be used or a version cannot be unloaded.
     """
 
     @staticmethod
-    def ListModels(request,
+    def ListBundles(request,
             target,
             options=(),
             channel_credentials=None,
@@ -433,9 +487,9 @@ class ModelAdmin:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/classer.v1.ModelAdmin/ListModels',
-            classer_dot_serve_dot_proto_dot_classifier__pb2.ListModelsRequest.SerializeToString,
-            classer_dot_serve_dot_proto_dot_classifier__pb2.ListModelsResponse.FromString,
+            '/classer.v1.ModelAdmin/ListBundles',
+            classer_dot_serve_dot_proto_dot_classifier__pb2.ListBundlesRequest.SerializeToString,
+            classer_dot_serve_dot_proto_dot_classifier__pb2.ListBundlesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -31,11 +31,10 @@ class ModelAdminService(ModelAdminServicer):
         self.ready = False
         self._tasks: set[asyncio.Task[Model]] = set()
 
-    async def ListModels(
-        self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext
-    ) -> pb.ListModelsResponse:
-        models = [model_message(model, self._models, labels=False) for model in self._models]
-        return pb.ListModelsResponse(models=models, bundles=sorted(self._models.folders))
+    async def ListBundles(
+        self, request: pb.ListBundlesRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ListBundlesResponse:
+        return pb.ListBundlesResponse(bundles=sorted(self._models.folders))
 
     async def LoadModel(self, request: pb.LoadModelRequest, context: grpc.aio.ServicerContext) -> pb.Model:
         with self.calls.call():
@@ -82,7 +81,7 @@ class ModelAdminService(ModelAdminServicer):
     async def _load(self, request: pb.LoadModelRequest) -> Model:
         try:
             model = await self._models.load(
-                request.bundle, request.name, default=not request.not_default, keep_old=request.keep_old
+                request.bundle, request.name, default=not request.keep_default, keep_old=request.keep_old
             )
         except InputError as error:
             # Its sentence names files of this machine: that is for the log, not for the caller.

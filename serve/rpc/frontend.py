@@ -13,6 +13,7 @@ import collections
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import signal
 import sys
@@ -183,7 +184,9 @@ class Coalescer:
         for future in futures:
             future.add_done_callback(done)
         try:
-            items = (await self._send(pb.ClassifyBatchRequest(requests=requests))).items
+            message = pb.ClassifyBatchRequest()
+            message.request_batch.requests.extend(requests)
+            items = (await self._send(message)).items
         except Exception as error:
             for future in futures:
                 if not future.done():
@@ -276,8 +279,9 @@ class FrontEnd:
                     field="text",
                 )
             if (seconds := context.time_remaining()) is not None:
-                micros = max(int(seconds * 1e6), 1)
-                request.timeout_micros = min(request.timeout_micros or micros, micros)
+                options = request.options
+                own = options.timeout.ToNanoseconds() / 1e9 if options.HasField("timeout") else math.inf
+                options.timeout.FromNanoseconds(max(int(min(own, seconds) * 1e9), 1) if own > 0 else 0)
             item = await self._coalescer.classify(request)
             if item.HasField("error"):
                 raise from_status(item.error)

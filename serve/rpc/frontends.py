@@ -112,6 +112,7 @@ class FrontEnds:
     async def _keep(self, number: int, process: asyncio.subprocess.Process) -> None:
         """Starts a front end anew when it dies. Its calls fail as UNAVAILABLE; all others are served by the rest."""
         while True:
+            await _drain(process)
             await process.wait()
             self._processes.remove(process)
             if self._stopping:
@@ -131,6 +132,13 @@ class FrontEnds:
         except TimeoutError:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
+
+
+async def _drain(process: asyncio.subprocess.Process) -> None:
+    """Reads what a process writes until it ends: one that fills its pipe would block in writing."""
+    assert process.stdout is not None
+    while await process.stdout.read(1 << 16):
+        pass
 
 
 def _hold(host: str, port: int) -> socket.socket:

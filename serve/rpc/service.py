@@ -68,7 +68,7 @@ class ClassifierService(ClassifierServicer):
     async def Classify(self, request: pb.ClassifyRequest, context: grpc.aio.ServicerContext) -> pb.ClassifyResponse:
         with self.calls.call():
             self._check_ready()
-            asked = self._pipeline.ask(request, context.time_remaining())
+            asked = self._pipeline.ask(request.options, context.time_remaining())
             (outcome,) = await self._pipeline.classify([request.text], [asked])
             if isinstance(outcome, ServeError):
                 raise outcome
@@ -99,6 +99,14 @@ class ClassifierService(ClassifierServicer):
         tasks = [(task, model) for model in models for task in model.bundle.taxonomy.tasks]
         return pb.ListTasksResponse(tasks=[task_message(task, model, labels=False) for task, model in tasks])
 
+    async def ListModels(
+        self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ListModelsResponse:
+        with self.calls.call():
+            self._check_ready()
+            models = [model_message(model, self._models, labels=False) for model in self._models]
+        return pb.ListModelsResponse(models=models)
+
     async def GetModel(self, request: pb.GetModelRequest, context: grpc.aio.ServicerContext) -> pb.Model:
         with self.calls.call():
             self._check_ready()
@@ -113,27 +121,32 @@ class ClassifierService(ClassifierServicer):
         self, request: pb.ClassifyBatchRequest, seconds: float | None, priority: Priority
     ) -> list[Outcome]:
         """One outcome a text or request; raises what is wrong with all of them."""
-        if request.texts and request.requests:
-            raise InvalidRequest("A batch holds either `texts` or `requests`, not both.", field="requests")
-        field = "requests" if request.requests else "texts"
-        count = len(request.requests) or len(request.texts)
-        if not 1 <= count <= MAX_TEXTS:
+        kind = request.WhichOneof("batch")
+        if kind is None:
+            raise InvalidRequest("A batch needs `text_batch` or `request_batch`; it has neither.", field="batch")
+        field, entries = (
+            ("text_batch.texts", request.text_batch.texts)
+            if kind == "text_batch"
+            else ("request_batch.requests", request.request_batch.requests)
+        )
+        if not 1 <= len(entries) <= MAX_TEXTS:
             raise InvalidRequest(
-                f"The field `{field}` holds {count} {field}; one call takes 1 to {MAX_TEXTS}.", field=field
+                f"The field `{field}` has {len(entries)} entries; one call takes 1 to {MAX_TEXTS}.", field=field
             )
-        if request.texts:
-            asked = self._pipeline.ask(request, seconds, priority)
-            return await self._pipeline.classify(request.texts, [asked] * count)
+        if kind == "text_batch":
+            asked = self._pipeline.ask(request.text_batch.options, seconds, priority)
+            return await self._pipeline.classify(request.text_batch.texts, [asked] * len(entries))
+        requests = request.request_batch.requests
         outcomes: dict[int, Outcome] = {}
         ready: dict[int, ResolvedRequest] = {}
-        for i, one in enumerate(request.requests):
+        for i, one in enumerate(requests):
             try:
-                ready[i] = self._pipeline.ask(one, seconds, priority)
+                ready[i] = self._pipeline.ask(one.options, seconds, priority)
             except ServeError as error:
                 outcomes[i] = error
-        texts = [request.requests[i].text for i in ready]
+        texts = [requests[i].text for i in ready]
         outcomes.update(zip(ready, await self._pipeline.classify(texts, list(ready.values())), strict=True))
-        return [outcomes[i] for i in range(count)]
+        return [outcomes[i] for i in range(len(requests))]
 
     async def _patient_batch(
         self, request: pb.ClassifyBatchRequest, context: grpc.aio.ServicerContext
@@ -144,10 +157,10 @@ class ClassifierService(ClassifierServicer):
             await asyncio.sleep(max(one.retry_seconds or 0.0 for one in refused.values()) or 0.1)
             again = pb.ClassifyBatchRequest()
             again.CopyFrom(request)
-            for field in ("texts", "requests"):
-                if left := [value for i, value in enumerate(getattr(request, field)) if i in refused]:
-                    again.ClearField(field)
-                    getattr(again, field).extend(left)
+            entries = again.text_batch.texts if request.HasField("text_batch") else again.request_batch.requests
+            for i in range(len(outcomes) - 1, -1, -1):
+                if i not in refused:
+                    del entries[i]
             retried = await self._batch(again, context.time_remaining(), Priority.BULK)
             for i, outcome in zip(refused, retried, strict=True):
                 outcomes[i] = outcome

@@ -1,1 +1,1 @@
-"""Errors, limits and statuses: what both ends of a connection share."""
+"""Errors, limits, statuses and enum words, shared by server and client."""

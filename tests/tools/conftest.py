@@ -16,6 +16,7 @@ import pytest
 
 from classer.data.taxonomy import TaskKind
 from classer.tests.helpers import write_toy_data
+from classer.tests.processes import Process
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = (sys.executable, "-m", "classer.tools.cli.main")
@@ -90,16 +91,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory, classer: Classer, tiny_opt
 def server(trained: Trained) -> Iterator[str]:
     """The address of `classer serve` with the bundle of `trained`."""
     command = [*COMMAND, "serve", str(trained.bundle), "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    try:
-        assert process.stdout is not None
-        ready = next((line for line in process.stdout if line.startswith("Serving")), None)
-        assert ready is not None, "the server ended before it was ready"
-        yield ready.split()[-1]
+    with Process(command) as process:
+        yield process.stdout.line("Serving").split()[-1]
         process.send_signal(signal.SIGTERM)
         assert process.wait(TIMEOUT) == 0
-    finally:
-        process.kill()
 
 
 def to_csv(jsonl: Path) -> Path:

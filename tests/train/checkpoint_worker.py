@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import resource
 import sys
 from pathlib import Path
@@ -83,12 +85,39 @@ def check(folder: Path, fsdp: int, tensor: int, step: int = 5) -> int:
     return 0
 
 
+async def log_tracebacks() -> None:
+    """What Orbax and asyncio log of arrays that cannot be read: of a handled one, and of one that is never awaited."""
+    logging.getLogger("absl").error("an array cannot be read", exc_info=OSError("damaged"))
+
+    async def fail() -> None:
+        raise OSError("damaged")
+
+    asyncio.get_running_loop().create_task(fail())
+    await asyncio.sleep(0)
+
+
+def restore_with_tracebacks(folder: Path) -> int:
+    """Reads the newest whole checkpoint; every attempt to read one logs as much as Orbax can."""
+    restore = Checkpoints.restore
+
+    def noisy(self: Checkpoints, like: TrainState, step: int) -> tuple[TrainState, Progress]:
+        asyncio.run(log_tracebacks())
+        return restore(self, like, step)
+
+    Checkpoints.restore = noisy
+    with Checkpoints(folder) as checkpoints:
+        found = checkpoints.restore_latest(abstract_state(TextClassifier(CONFIG, 3), OPTIMIZER))
+    return 0 if found is not None else 1
+
+
 if __name__ == "__main__":
     join()
     action, folder = sys.argv[1], Path(sys.argv[2])
     if action == "limited":
         resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, resource.RLIM_INFINITY))
         sys.exit(write_until_it_fails(folder, TextClassifier(CONFIG, 3), range(2, 3)))
+    if action == "noisy":
+        sys.exit(restore_with_tracebacks(folder))
     if action == "full":
         sys.exit(write_until_it_fails(folder, TextClassifier(LARGE, 3), range(1, 20)))
     sys.exit({"save": save, "check": check}[action](folder, *map(int, sys.argv[3:])))

@@ -164,7 +164,7 @@ def accuracy_of(server: tuple[subprocess.Popen[str], str, str], texts: Sequence[
 
         with Client(address) as client:
             outcomes = client.classify_batch(texts, top_k=1)
-        best = [one.best.name if isinstance(one, Classification) else "" for one in outcomes]
+        best = [one.best.label if isinstance(one, Classification) else "" for one in outcomes]
     else:
         best = asyncio.run(_http_labels(address, texts))
     return float(np.mean([one == label for one, label in zip(best, labels, strict=True)]))

@@ -73,14 +73,14 @@ from classer.serve.ops.listening import make_server
 from classer.serve.proto import classifier_pb2 as pb
 from classer.serve.proto.classifier_pb2_grpc import ClassifierServicer, add_ClassifierServicer_to_server
 
-LABELS = [pb.ScoredLabel(name=f"label number {i}", score=0.2, chosen=i == 0) for i in range(5)]
+LABELS = [pb.ScoredLabel(label=f"label number {i}", score=0.2, chosen=i == 0) for i in range(5)]
 
 class Null(ClassifierServicer):
     async def Classify(self, request, context):
         return pb.ClassifyResponse(task="null", labels=LABELS, tokens=12, model="null", model_version="0123456789ab")
 
     async def ClassifyBatch(self, request, context):
-        count = len(request.requests) or len(request.texts)
+        count = len(request.request_batch.requests) or len(request.text_batch.texts)
         answer = pb.ClassifyResponse(task="null", labels=LABELS, tokens=12, model="null", model_version="0123456789ab")
         return pb.ClassifyBatchResponse(items=[pb.ClassifyBatchItem(response=answer)] * count)
 
@@ -118,7 +118,8 @@ async def main():
         if batch:
             call = stub.ClassifyBatch
             starts = range(0, len(texts), batch)
-            requests = [pb.ClassifyBatchRequest(texts=(texts * batch)[i : i + batch], top_k=5) for i in starts]
+            batches = [pb.TextBatch(texts=(texts * batch)[i : i + batch]) for i in starts]
+            requests = [pb.ClassifyBatchRequest(text_batch=one) for one in batches]
         else:
             call, requests = stub.Classify, [pb.ClassifyRequest(text=text) for text in texts]
         end = time.monotonic() + seconds

@@ -169,7 +169,7 @@ class Known:
 
     def is_answer(self, text: str, answer: Classification) -> bool:
         """Whether an answer is what the version that it names computes, as far as precisions differ."""
-        scores = {label.name: label.score for label in answer.labels}
+        scores = {label.label: label.score for label in answer.labels}
         expected = self.scores[answer.model_version][text]
         # Of a tree an answer has the leaves, and of the labels above the one at which it stops.
         return self._always <= scores.keys() <= expected.keys() and _apart(scores, expected) <= self._tolerance

@@ -57,10 +57,10 @@ class ClassifyArguments(ConnectionArguments):
 def classify(argv: Sequence[str]) -> None:
     """Ask a running server which labels a text has."""
     arguments: ClassifyArguments = parse(ClassifyArguments, argv, "classer classify", classify.__doc__)
-    from classer.serve.client.client import Client, Options
+    from classer.serve.client.client import ClassifyOptions, Client
     from classer.serve.wire.errors import InvalidRequest
 
-    options: Options = {"top_k": arguments.top_k, "evidence": arguments.evidence}
+    options: ClassifyOptions = {"top_k": arguments.top_k, "evidence": arguments.evidence}
     if arguments.threshold is not None:
         options["threshold"] = arguments.threshold
     texts: Iterable[str] = arguments.texts or _lines_of_stdin()
@@ -79,10 +79,10 @@ def classify(argv: Sequence[str]) -> None:
                 raise InvalidRequest(f"Text {number}: {e}") from None
             milliseconds = (time.perf_counter() - started) * 1e3
             if arguments.json:
-                print(json.dumps({**dataclasses.asdict(answer), "milliseconds": round(milliseconds, 2)}))
+                print(json.dumps({**answer.as_json(), "milliseconds": round(milliseconds, 2)}))
                 continue
             for label in answer.labels:
-                print(f"{'→' if label.chosen else ' '} {label.score:7.2%}  {' › '.join(label.path) or label.name}")
+                print(f"{'→' if label.chosen else ' '} {label.score:7.2%}  {' › '.join(label.path) or label.label}")
             if answer.evidence:
                 spans = " · ".join(f"{text[span.start : span.end]} {span.score:.0%}" for span in answer.evidence)
                 print(f"  read to the end: {spans}")

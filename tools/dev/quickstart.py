@@ -107,7 +107,7 @@ def ask_server(bundle: Path, held_out: list[Example]) -> None:
             for example in held_out[:: len(held_out) // 6][:6]:
                 answer = client.classify(example.text, top_k=2)
                 print(f"\n  “{example.text.splitlines()[0][:70]}…”  (is: {example.labels[0]})")
-                scores = ", ".join(f"{label.name} {label.score:.1%}" for label in answer.labels)
+                scores = ", ".join(f"{label.label} {label.score:.1%}" for label in answer.labels)
                 print(f"    {scores}  · {answer.tokens} tokens{', cut' if answer.truncated else ''}")
             milliseconds = [_timed(client, example.text) for example in held_out[:TIMED_TEXTS]]
         print(f"\n  median latency of {len(milliseconds)} single requests: {statistics.median(milliseconds):.1f} ms")

@@ -56,7 +56,7 @@ def test_codes_that_we_do_not_send_are_internal_errors() -> None:
     [
         (lambda client: client.classify("\ud800"), "lone surrogate"),
         (lambda client: client.classify(7), "must be strings"),
-        (lambda client: client.classify("a", top_k=-1), "number from 0"),
+        (lambda client: client.classify("a", top_k=-1), "number from 1"),
         (lambda client: client.classify("a", threshold="much"), "of its own type"),
         (lambda client: client.classify("a", priority="soon"), "'interactive' or 'bulk'"),
         (lambda client: list(client.classify_stream(iter(["a", None]))), "must be strings"),
@@ -84,10 +84,10 @@ def test_large_batches_are_cut_into_calls_that_the_server_takes(monkeypatch) -> 
     sent: list[list[str]] = []
 
     def classify_batch(request: pb.ClassifyBatchRequest, timeout: float) -> pb.ClassifyBatchResponse:
-        assert len(request.texts) <= MAX_TEXTS
+        assert len(request.text_batch.texts) <= MAX_TEXTS
         assert request.ByteSize() <= MAX_MESSAGE_BYTES
-        sent.append(list(request.texts))
-        items = [pb.ClassifyBatchItem(response=pb.ClassifyResponse(task=text[:6])) for text in request.texts]
+        sent.append(list(request.text_batch.texts))
+        items = [pb.ClassifyBatchItem(response=pb.ClassifyResponse(task=text[:6])) for text in request.text_batch.texts]
         return pb.ClassifyBatchResponse(items=items)
 
     texts = [f"{i:06d}" + "x" * (3_000_000 if i % 100 == 0 else 0) for i in range(2500)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import numpy as np
 import pytest
 
@@ -44,11 +46,14 @@ def answer_tree(logits: list[float], top_k: int, threshold: float | None) -> pb.
 def test_multiclass_gives_the_best_five_of_its_own_slice() -> None:
     response = answer(TOPIC, [0, 1, 2, 3, 6, 5, 4, 100, 100, 100])
     exp = np.exp(np.array([6, 5, 4, 3, 2, 1, 0]) / 2)
-    assert [label.name for label in response.labels] == ["e", "f", "g", "d", "c"]
+    assert [label.label for label in response.labels] == ["e", "f", "g", "d", "c"]
     np.testing.assert_allclose([label.score for label in response.labels], (exp / exp.sum())[:5], rtol=1e-6)
     assert [label.chosen for label in response.labels] == [True, False, False, False, False]
     assert (response.task, response.tokens, response.truncated, response.model_version) == ("topic", 5, True, "v1")
-    assert (response.queue_micros, response.compute_micros) == (250_000, 500_000)
+    assert (response.queue_duration.ToTimedelta(), response.compute_duration.ToTimedelta()) == (
+        timedelta(seconds=0.25),
+        timedelta(seconds=0.5),
+    )
 
 
 @pytest.mark.parametrize(("top_k", "count"), [(1, 1), (3, 3), (7, 7), (4_000_000_000, 7)])
@@ -58,7 +63,7 @@ def test_top_k_says_how_many(top_k: int, count: int) -> None:
 
 def test_multilabel_always_holds_what_was_chosen() -> None:
     response = answer(TAGS, [0.0] * 7 + [2.0, -1.0, 0.5], top_k=1)  # probabilities .88, .27, .62; thresholds .9, .1, .5
-    assert [(label.name, label.chosen) for label in response.labels] == [("x", False), ("z", True), ("y", True)]
+    assert [(label.label, label.chosen) for label in response.labels] == [("x", False), ("z", True), ("y", True)]
 
 
 def test_scores_that_are_not_finite_fail_their_text_only() -> None:
@@ -90,7 +95,7 @@ def test_tasks_are_found_by_name() -> None:
 def test_a_tree_s_labels_have_paths_and_an_unsure_answer_stops_higher_up() -> None:
     def chosen(threshold: float | None) -> list[tuple[str, list[str]]]:
         response = answer_tree([2.0, 0.1, 0.0, 0.0], 1, threshold)
-        return [(label.name, list(label.path)) for label in response.labels if label.chosen]
+        return [(label.label, list(label.path)) for label in response.labels if label.chosen]
 
     assert chosen(None) == [("cat", ["pets", "cat"])]
     assert chosen(0.8) == chosen(1.0) == [("pets", ["pets"])]
@@ -111,19 +116,19 @@ def test_of_a_tree_leaves_are_ranked_after_the_label_at_which_the_answer_stops(
     logits: list[float], threshold: float | None, top_k: int, names: list[str]
 ) -> None:
     response = answer_tree(logits, top_k, threshold)
-    assert [label.name for label in response.labels] == names
+    assert [label.label for label in response.labels] == names
     assert [label.chosen for label in response.labels] == [True] + [False] * (len(names) - 1)
     scores = [label.score for label in response.labels]
     assert scores == sorted(scores, reverse=True)
-    assert all(tuple(label.path) == TREE.path(TREE.index[label.name]) for label in response.labels)
-    assert read_classification(response).best.name == names[0]
+    assert all(tuple(label.path) == TREE.path(TREE.index[label.label]) for label in response.labels)
+    assert read_classification(response).best.label == names[0]
 
 
 def test_the_best_label_is_what_a_tree_chose_and_else_the_one_of_the_highest_score() -> None:
-    labels = [pb.ScoredLabel(name="pets", score=0.9), pb.ScoredLabel(name="cat", score=0.6, chosen=True)]
-    assert read_classification(pb.ClassifyResponse(labels=labels)).best.name == "pets"
+    labels = [pb.ScoredLabel(label="pets", score=0.9), pb.ScoredLabel(label="cat", score=0.6, chosen=True)]
+    assert read_classification(pb.ClassifyResponse(labels=labels)).best.label == "pets"
     labels = [
-        pb.ScoredLabel(name="pets", score=0.9, path=["pets"]),
-        pb.ScoredLabel(name="cat", score=0.6, chosen=True, path=["pets", "cat"]),
+        pb.ScoredLabel(label="pets", score=0.9, path=["pets"]),
+        pb.ScoredLabel(label="cat", score=0.6, chosen=True, path=["pets", "cat"]),
     ]
-    assert read_classification(pb.ClassifyResponse(labels=labels)).best.name == "cat"
+    assert read_classification(pb.ClassifyResponse(labels=labels)).best.label == "cat"

@@ -36,8 +36,8 @@ def test_evidence_is_words_of_the_text_in_order(focused) -> None:
         answer = client.classify(TEXT, "topic", evidence=True)
         plain = client.classify(TEXT, "topic")
     assert plain.evidence == ()
-    assert {label.name: label.score for label in plain.labels} == pytest.approx(
-        {label.name: label.score for label in answer.labels}
+    assert {label.label: label.score for label in plain.labels} == pytest.approx(
+        {label.label: label.score for label in answer.labels}
     )
     assert sum(span.score for span in answer.evidence) == pytest.approx(1)
     ends = [0]

@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -102,29 +103,36 @@ def refusal(call: Callable[[], object]) -> tuple[grpc.StatusCode, str, dict[str,
 def test_tasks_and_models_are_listed(stub: ClassifierStub) -> None:
     tasks = stub.ListTasks(pb.ListTasksRequest(), timeout=TIMEOUT).tasks
     assert [(task.model, task.name, task.kind, task.num_labels) for task in tasks] == [
-        ("one", "topic", "multiclass", 7),
-        ("one", "tags", "multilabel", 3),
-        ("three", "colour", "multiclass", 7),
-        ("three", "tags", "multilabel", 3),
+        ("one", "topic", pb.TASK_KIND_MULTICLASS, 7),
+        ("one", "tags", pb.TASK_KIND_MULTILABEL, 3),
+        ("three", "colour", pb.TASK_KIND_MULTICLASS, 7),
+        ("three", "tags", pb.TASK_KIND_MULTILABEL, 3),
     ]
     assert not tasks[0].labels
     assert len(stub.ListTasks(pb.ListTasksRequest(model="three"), timeout=TIMEOUT).tasks) == 2
     model = stub.GetModel(pb.GetModelRequest(name="three"), timeout=TIMEOUT)
-    assert (model.is_default, model.state, model.precision, model.max_length) == (True, pb.READY, "float32", 48)
+    assert (model.is_default, model.state, model.precision, model.max_length) == (
+        True,
+        pb.MODEL_STATE_READY,
+        pb.PRECISION_FLOAT32,
+        48,
+    )
     assert list(model.focuses) == ["1", "0.6"]
-    assert [(label.name, label.description) for label in model.tasks[0].labels][:2] == [
+    assert [(label.label, label.description) for label in model.tasks[0].labels][:2] == [
         ("colour 0", "the 0th"),
         ("colour 1", "the 1th"),
     ]
     assert {(program.bucket, program.focus) for program in model.programs} == {
         (bucket, focus) for bucket in (16, 32, 48) for focus in ("1", "0.6")
     }
-    assert all(program.run_micros > 0 and program.precision == "float32" for program in model.programs)
+    assert all(program.run_duration.ToNanoseconds() > 0 for program in model.programs)
+    assert {program.precision for program in model.programs} == {pb.PRECISION_FLOAT32}
+    assert 0 <= time.time() - model.load_time.ToNanoseconds() / 1e9 < 3600
 
 
 def test_a_request_goes_to_the_model_that_has_its_task(stub: ClassifierStub) -> None:
     def ask(**fields: Any) -> pb.ClassifyResponse:
-        return stub.Classify(pb.ClassifyRequest(text="my card", **fields), timeout=TIMEOUT)
+        return stub.Classify(pb.ClassifyRequest(text="my card", options=pb.ClassifyOptions(**fields)), timeout=TIMEOUT)
 
     assert (ask(task="colour").model, ask(task="topic").model) == ("three", "one")
     assert ask(task="tags", model="three", request_id="r-1").request_id == "r-1"
@@ -158,7 +166,7 @@ def test_a_request_goes_to_the_model_that_has_its_task(stub: ClassifierStub) -> 
     ],
 )
 def test_an_option_out_of_its_limits_is_named(stub: ClassifierStub, fields: dict[str, Any], field: str) -> None:
-    request = pb.ClassifyRequest(text="card", task="topic", **fields)
+    request = pb.ClassifyRequest(text="card", options=pb.ClassifyOptions(task="topic", **fields))
     code, _, details = refusal(lambda: stub.Classify(request, timeout=TIMEOUT))
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert [one.field for one in details["BadRequest"].field_violations] == [field]
@@ -166,7 +174,9 @@ def test_an_option_out_of_its_limits_is_named(stub: ClassifierStub, fields: dict
 
 def test_a_threshold_decides_what_is_chosen(stub: ClassifierStub) -> None:
     def chosen(task: str, threshold: float | None) -> int:
-        request = pb.ClassifyRequest(text="my card", task=task, model="one", threshold=threshold, top_k=1)
+        request = pb.ClassifyRequest(
+            text="my card", options=pb.ClassifyOptions(task=task, model="one", threshold=threshold, top_k=1)
+        )
         return sum(label.chosen for label in stub.Classify(request, timeout=TIMEOUT).labels)
 
     assert [chosen("topic", threshold) for threshold in (None, 0.0, 1.0)] == [1, 1, 0]
@@ -174,34 +184,53 @@ def test_a_threshold_decides_what_is_chosen(stub: ClassifierStub) -> None:
 
 
 def test_focus_is_a_request_s_choice(stub: ClassifierStub) -> None:
-    request = pb.ClassifyRequest(text="my card has not arrived . " * 5, task="colour", focus="0.6", evidence=True)
+    request = pb.ClassifyRequest(
+        text="my card has not arrived . " * 5, options=pb.ClassifyOptions(task="colour", focus="0.6", evidence=True)
+    )
     focused = stub.Classify(request, timeout=TIMEOUT)
     assert 0 < len(focused.evidence) < focused.tokens
     scores = [label.score for label in focused.labels]
-    request.focus, request.evidence = "1", False
+    assert (focused.focus, focused.precision) == ("0.6", pb.PRECISION_FLOAT32)
+    request.options.focus, request.options.evidence = "1", False
     assert scores != [label.score for label in stub.Classify(request, timeout=TIMEOUT).labels]
 
 
 def test_a_batch_may_hold_requests_of_several_tasks(stub: ClassifierStub) -> None:
     requests = [
-        pb.ClassifyRequest(text="card", task="topic", top_k=1, request_id="a"),
-        pb.ClassifyRequest(text="card", task="secret"),
-        pb.ClassifyRequest(text="card", task="colour", top_k=2, priority=pb.BULK),
-        pb.ClassifyRequest(text="card " * 300_000, task="topic"),
-        pb.ClassifyRequest(text="card", task="topic", timeout_micros=1),
+        pb.ClassifyRequest(text="card", options=pb.ClassifyOptions(task="topic", top_k=1, request_id="a")),
+        pb.ClassifyRequest(text="card", options=pb.ClassifyOptions(task="secret")),
+        pb.ClassifyRequest(text="card", options=pb.ClassifyOptions(task="colour", top_k=2, priority=pb.PRIORITY_BULK)),
+        pb.ClassifyRequest(text="card " * 300_000, options=pb.ClassifyOptions(task="topic")),
+        pb.ClassifyRequest(text="card", options=pb.ClassifyOptions(task="topic", timeout=timedelta(microseconds=1))),
     ]
-    items = stub.ClassifyBatch(pb.ClassifyBatchRequest(requests=requests), timeout=TIMEOUT).items
+    items = stub.ClassifyBatch(
+        pb.ClassifyBatchRequest(request_batch=pb.RequestBatch(requests=requests)), timeout=TIMEOUT
+    ).items
     assert [item.error.code for item in items] == [0, 5, 0, 3, 4]
     assert (items[0].response.request_id, len(items[0].response.labels)) == ("a", 1)
     assert (items[2].response.model, len(items[2].response.labels)) == ("three", 2)
-    both = pb.ClassifyBatchRequest(texts=["a"], requests=requests[:1])
-    assert refusal(lambda: stub.ClassifyBatch(both, timeout=TIMEOUT))[0] is grpc.StatusCode.INVALID_ARGUMENT
+    for bad in (
+        pb.ClassifyBatchRequest(),
+        pb.ClassifyBatchRequest(text_batch=pb.TextBatch()),
+        pb.ClassifyBatchRequest(request_batch=pb.RequestBatch()),
+    ):
+        code, _, details = refusal(lambda bad=bad: stub.ClassifyBatch(bad, timeout=TIMEOUT))
+        assert code is grpc.StatusCode.INVALID_ARGUMENT
+        assert details["BadRequest"].field_violations[0].field in (
+            "batch",
+            "text_batch.texts",
+            "request_batch.requests",
+        )
 
 
 def test_a_stream_is_answered_in_order(stub: ClassifierStub) -> None:
     def requests() -> Iterator[pb.ClassifyBatchRequest]:
         for i in range(20):
-            yield pb.ClassifyBatchRequest(texts=["card"] * (i + 1), task="topic", top_k=1, request_id=str(i))
+            yield pb.ClassifyBatchRequest(
+                text_batch=pb.TextBatch(
+                    texts=["card"] * (i + 1), options=pb.ClassifyOptions(task="topic", top_k=1, request_id=str(i))
+                )
+            )
 
     responses = list(stub.ClassifyStream(requests(), timeout=TIMEOUT))
     assert [len(response.items) for response in responses] == list(range(1, 21))
@@ -209,7 +238,10 @@ def test_a_stream_is_answered_in_order(stub: ClassifierStub) -> None:
 
 
 def test_a_bad_message_ends_its_stream_with_the_reason(stub: ClassifierStub) -> None:
-    requests = [pb.ClassifyBatchRequest(texts=["card"], task="topic"), pb.ClassifyBatchRequest(task="topic")]
+    requests = [
+        pb.ClassifyBatchRequest(text_batch=pb.TextBatch(texts=["card"], options=pb.ClassifyOptions(task="topic"))),
+        pb.ClassifyBatchRequest(text_batch=pb.TextBatch(options=pb.ClassifyOptions(task="topic"))),
+    ]
     code, sentence, _ = refusal(lambda: list(stub.ClassifyStream(iter(requests), timeout=TIMEOUT)))
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert "1 to 1024" in sentence
@@ -220,9 +252,17 @@ def test_a_stream_answers_one_who_waits_for_each_answer(stub: ClassifierStub) ->
     responses = stub.ClassifyStream(iter(sent.get, None), timeout=TIMEOUT)
     try:
         for i in range(5):
-            sent.put(pb.ClassifyBatchRequest(texts=["card"], task="topic", top_k=1, request_id=str(i)))
+            sent.put(
+                pb.ClassifyBatchRequest(
+                    text_batch=pb.TextBatch(
+                        texts=["card"], options=pb.ClassifyOptions(task="topic", top_k=1, request_id=str(i))
+                    )
+                )
+            )
             assert next(responses).items[0].response.request_id == str(i)
-        sent.put(pb.ClassifyBatchRequest(texts=["card"], task="secret"))
+        sent.put(
+            pb.ClassifyBatchRequest(text_batch=pb.TextBatch(texts=["card"], options=pb.ClassifyOptions(task="secret")))
+        )
         code, sentence, _ = refusal(lambda: next(responses))  # although more could be sent
         assert (code, "secret" in sentence) == (grpc.StatusCode.NOT_FOUND, False)
     finally:
@@ -235,7 +275,9 @@ def test_a_stream_waits_where_others_are_refused(start_server, folder: Path) -> 
         grpc.insecure_channel(running.address) as channel,
     ):
         texts = ["card"] * 100  # 3,200 tokens
-        batch = pb.ClassifyBatchRequest(texts=texts, task="topic", top_k=1)
+        batch = pb.ClassifyBatchRequest(
+            text_batch=pb.TextBatch(texts=texts, options=pb.ClassifyOptions(task="topic", top_k=1))
+        )
         codes = [item.error.code for item in ClassifierStub(channel).ClassifyBatch(batch, timeout=TIMEOUT).items]
         assert set(codes) == {0, 8}
         (response,) = ClassifierStub(channel).ClassifyStream(iter([batch]), timeout=TIMEOUT)
@@ -254,7 +296,9 @@ def test_a_swap_under_load_fails_nothing_and_frees_the_old_version(running, stub
     def ask() -> None:
         while not stop.is_set():
             try:
-                answer = stub.Classify(pb.ClassifyRequest(text="card", task="topic"), timeout=TIMEOUT)
+                answer = stub.Classify(
+                    pb.ClassifyRequest(text="card", options=pb.ClassifyOptions(task="topic")), timeout=TIMEOUT
+                )
                 versions.append(answer.model_version)
             except grpc.RpcError as error:
                 failures.append(error)
@@ -276,7 +320,7 @@ def test_a_swap_under_load_fails_nothing_and_frees_the_old_version(running, stub
     assert versions[0] == before.version
     assert versions[-1] == loaded.version
     assert set(versions[count + 8 :]) == {loaded.version}
-    assert [model.version for model in admin.ListModels(pb.ListModelsRequest(), timeout=TIMEOUT).models] == [
+    assert [model.version for model in stub.ListModels(pb.ListModelsRequest(), timeout=TIMEOUT).models] == [
         loaded.version,
         stub.GetModel(pb.GetModelRequest(name="three"), timeout=TIMEOUT).version,
     ]
@@ -291,11 +335,13 @@ def test_a_swap_under_load_fails_nothing_and_frees_the_old_version(running, stub
 
 def test_versions_stand_side_by_side_until_one_is_unloaded(stub, admin: ModelAdminStub) -> None:
     first = stub.GetModel(pb.GetModelRequest(name="one"), timeout=TIMEOUT)
-    second = admin.LoadModel(pb.LoadModelRequest(bundle="two", name="one", not_default=True), timeout=TIMEOUT)
+    second = admin.LoadModel(pb.LoadModelRequest(bundle="two", name="one", keep_default=True), timeout=TIMEOUT)
     assert not second.is_default
 
     def version(**fields: Any) -> str:
-        return stub.Classify(pb.ClassifyRequest(text="card", task="topic", **fields), timeout=TIMEOUT).model_version
+        return stub.Classify(
+            pb.ClassifyRequest(text="card", options=pb.ClassifyOptions(task="topic", **fields)), timeout=TIMEOUT
+        ).model_version
 
     assert version() == first.version
     assert version(model="one", model_version=second.version) == second.version
@@ -414,7 +460,7 @@ def test_only_bundles_named_at_the_start_are_loaded(admin: ModelAdminStub, bundl
     assert code is grpc.StatusCode.NOT_FOUND
     assert "there are: broken, one, three, two" in sentence
     assert not bundle or bundle not in sentence
-    listed = admin.ListModels(pb.ListModelsRequest(), timeout=TIMEOUT)
+    listed = admin.ListBundles(pb.ListBundlesRequest(), timeout=TIMEOUT)
     assert list(listed.bundles) == ["broken", "one", "three", "two"]
 
 
@@ -424,8 +470,10 @@ def test_a_broken_bundle_changes_nothing(stub, admin: ModelAdminStub, folder: Pa
     assert code is grpc.StatusCode.FAILED_PRECONDITION
     assert details["ErrorInfo"].reason == "NOT_POSSIBLE"
     assert str(folder) not in sentence
-    assert stub.Classify(pb.ClassifyRequest(text="card", task="topic"), timeout=TIMEOUT).labels
-    assert len(admin.ListModels(pb.ListModelsRequest(), timeout=TIMEOUT).models) == 2
+    assert stub.Classify(
+        pb.ClassifyRequest(text="card", options=pb.ClassifyOptions(task="topic")), timeout=TIMEOUT
+    ).labels
+    assert len(stub.ListModels(pb.ListModelsRequest(), timeout=TIMEOUT).models) == 2
 
 
 def test_a_model_whose_programs_the_system_has_no_room_for_changes_nothing(
@@ -437,7 +485,9 @@ def test_a_model_whose_programs_the_system_has_no_room_for_changes_nothing(
     request = pb.LoadModelRequest(bundle="three", name="one")
     code, sentence, _ = refusal(lambda: admin.LoadModel(request, timeout=TIMEOUT))
     assert (code, "the server's log says why" in sentence) == (grpc.StatusCode.FAILED_PRECONDITION, True)
-    assert stub.Classify(pb.ClassifyRequest(text="card", task="topic"), timeout=TIMEOUT).labels
+    assert stub.Classify(
+        pb.ClassifyRequest(text="card", options=pb.ClassifyOptions(task="topic")), timeout=TIMEOUT
+    ).labels
 
 
 def test_what_is_loaded_is_not_loaded_again(admin: ModelAdminStub) -> None:
@@ -448,7 +498,7 @@ def test_what_is_loaded_is_not_loaded_again(admin: ModelAdminStub) -> None:
 
 def test_the_admin_service_answers_on_its_own_port_only(running) -> None:
     with grpc.insecure_channel(running.address) as channel, pytest.raises(grpc.RpcError) as caught:
-        ModelAdminStub(channel).ListModels(pb.ListModelsRequest(), timeout=TIMEOUT)
+        ModelAdminStub(channel).ListBundles(pb.ListBundlesRequest(), timeout=TIMEOUT)
     error: Any = caught.value
     assert error.code() is grpc.StatusCode.UNIMPLEMENTED
 
@@ -485,7 +535,11 @@ def test_precision_is_measured_for_each_bucket(start_server, folder: Path, capfd
         model = ClassifierStub(channel).GetModel(pb.GetModelRequest(), timeout=TIMEOUT)
         for bucket in (16, 32, 48):
             assert len({program.precision for program in model.programs if program.bucket == bucket}) == 1
-        assert ClassifierStub(channel).Classify(pb.ClassifyRequest(text="card", task="topic"), timeout=TIMEOUT).labels
+        assert (
+            ClassifierStub(channel)
+            .Classify(pb.ClassifyRequest(text="card", options=pb.ClassifyOptions(task="topic")), timeout=TIMEOUT)
+            .labels
+        )
     printed = capfd.readouterr().out
     assert "32 tokens:" in printed
     assert "as long" in printed

@@ -44,7 +44,7 @@ class Null(ClassifierServicer, ModelAdminServicer):
     async def Classify(self, request: pb.ClassifyRequest, context: Any) -> pb.ClassifyResponse:
         with self.calls.call():
             self.seen.append(request.text)
-            if request.task == "none":
+            if request.options.task == "none":
                 raise UnknownTask("This model has no task of the name given; it has: topic.")
             if request.text == "hold":
                 await self.release.wait()
@@ -59,7 +59,7 @@ class Null(ClassifierServicer, ModelAdminServicer):
             pb.ClassifyBatchItem(error=to_status(Overloaded("Full.", retry_seconds=0.7)))
             if text == "full"
             else pb.ClassifyBatchItem(response=response())
-            for text in request.texts or [one.text for one in request.requests]
+            for text in request.text_batch.texts or [one.text for one in request.request_batch.requests]
         ]
         return pb.ClassifyBatchResponse(items=items)
 
@@ -70,24 +70,44 @@ class Null(ClassifierServicer, ModelAdminServicer):
             yield await self.ClassifyBatch(request, context)
 
     async def ListTasks(self, request: pb.ListTasksRequest, context: Any) -> pb.ListTasksResponse:
-        task = pb.Task(name="topic", kind="multiclass", num_labels=2, model="null", model_version="v1")
+        task = pb.Task(name="topic", kind=pb.TASK_KIND_MULTICLASS, num_labels=2, model="null", model_version="v1")
         return pb.ListTasksResponse(tasks=[task])
 
+    async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
+        return pb.ListModelsResponse(models=[model()])
+
     async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.Model:
-        return pb.Model(name="null", version="v1")
+        return model()
 
     async def UnloadModel(self, request: pb.UnloadModelRequest, context: Any) -> pb.UnloadModelResponse:
         return pb.UnloadModelResponse()
 
 
+def model() -> pb.Model:
+    return pb.Model(
+        name="null",
+        version="v1",
+        is_default=True,
+        state=pb.MODEL_STATE_READY,
+        precision=pb.PRECISION_INT8,
+        max_length=64,
+        focuses=["1"],
+        tasks=[pb.Task(name="topic", kind=pb.TASK_KIND_MULTICLASS, num_labels=1, labels=[pb.TaskLabel(label="sport")])],
+        programs=[pb.Program(bucket=16, batch_size=1, run_duration=datetime.timedelta(milliseconds=3))],
+        load_time=datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC),
+    )
+
+
 def response() -> pb.ClassifyResponse:
     return pb.ClassifyResponse(
         task="topic",
-        labels=[pb.ScoredLabel(name="sport", score=0.75, chosen=True), pb.ScoredLabel(name="food", score=0.25)],
+        labels=[pb.ScoredLabel(label="sport", score=0.75, chosen=True), pb.ScoredLabel(label="food", score=0.25)],
         tokens=5,
-        queue_micros=2_000,
-        compute_micros=1_000,
+        queue_duration=datetime.timedelta(milliseconds=2),
+        compute_duration=datetime.timedelta(milliseconds=1),
         model_version="v1",
+        focus="0.5",
+        precision=pb.PRECISION_INT8,
     )
 
 

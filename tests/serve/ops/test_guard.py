@@ -10,7 +10,6 @@ import json
 import logging
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -47,6 +46,7 @@ from classer.serve.proto.classifier_pb2_grpc import ClassifierStub, ModelAdminSt
 from classer.serve.rpc.frontend import FrontEnd, FrontEndConfig
 from classer.serve.wire.errors import Forbidden, Unauthenticated
 from classer.serve.wire.status import error_of, error_of_call
+from classer.tests.processes import Process
 
 from .guarded import TIMEOUT, Guarded, guarded, write_certificates
 
@@ -105,12 +105,12 @@ def test_tls_answers_those_who_trust_it_and_nobody_in_the_clear(certificates: Pa
     files = {"tls_cert": certificates / "server.pem", "tls_key": certificates / "server.key"}
     with guarded(**files) as running:
         with Client(running.address, tls=Tls(ca=certificates / "ca.pem")) as client:
-            assert client.classify("a").best.name == "sport"
+            assert client.classify("a").best.label == "sport"
             assert client.healthy()
 
         async def ask() -> str:
             async with AsyncClient(running.address, tls=Tls(ca=certificates / "ca.pem")) as client:
-                return (await client.classify("a")).best.name
+                return (await client.classify("a")).best.label
 
         assert asyncio.run(ask()) == "sport"
         for tls, says in (
@@ -135,7 +135,7 @@ def test_mutual_tls_answers_certified_clients_only(certificates: Path, caplog) -
     ca = certificates / "ca.pem"
     with guarded(**files) as running, caplog.at_level(logging.INFO, access_logger.name):
         with Client(running.address, tls=Tls(certificates / "client.pem", certificates / "client.key", ca)) as client:
-            assert client.classify("a").best.name == "sport"
+            assert client.classify("a").best.label == "sport"
         assert caplog.records[-1].__dict__["fields"]["identity"] == "team-a"
         for tls in (Tls(ca=ca), Tls(certificates / "stranger.pem", certificates / "stranger.key", ca)):
             with Client(running.address, tls=tls) as client, pytest.raises(Unavailable):
@@ -201,12 +201,12 @@ def test_only_keys_open_the_service_and_health_needs_none(key_file) -> None:
     path, keys = key_file
     with guarded(keys=path) as running:
         with Client(running.address, key=keys["any"]) as client:
-            assert client.classify("a").best.name == "sport"
+            assert client.classify("a").best.label == "sport"
             assert len(client.classify_batch(["a", "b"])) == 2
 
         async def ask() -> str:
             async with AsyncClient(running.address, key=keys["any"]) as client:
-                return (await client.classify("a")).best.name
+                return (await client.classify("a")).best.label
 
         assert asyncio.run(ask()) == "sport"
         asked = len(running.null.seen)
@@ -223,7 +223,7 @@ def test_a_key_s_rate_refuses_calls_and_slows_streams(key_file) -> None:
     path, keys = key_file
     with guarded(keys=path, metrics_port=0) as running, sync_channel(running.address, [], key=keys["slow"]) as channel:
         stub = ClassifierStub(channel)
-        stub.ClassifyBatch(pb.ClassifyBatchRequest(texts=["a"] * 4), timeout=TIMEOUT)
+        stub.ClassifyBatch(pb.ClassifyBatchRequest(text_batch=pb.TextBatch(texts=["a"] * 4)), timeout=TIMEOUT)
         with pytest.raises(grpc.RpcError) as refused:
             stub.Classify(pb.ClassifyRequest(text="a"), timeout=TIMEOUT)
         error: Any = refused.value
@@ -236,7 +236,7 @@ def test_a_key_s_rate_refuses_calls_and_slows_streams(key_file) -> None:
         assert limited.value.reason == "RATE_LIMITED"
         assert limited.value.retry_seconds is not None
         # A stream is not refused: it is read as fast as its key may ask.
-        requests = [pb.ClassifyBatchRequest(texts=["a"])] * 3
+        requests = [pb.ClassifyBatchRequest(text_batch=pb.TextBatch(texts=["a"]))] * 3
         assert len(list(stub.ClassifyStream(iter(requests), timeout=TIMEOUT))) == 3
         assert metrics_of(running)['classer_key_texts_total{key="slow"}'] == 7
 
@@ -297,7 +297,7 @@ def test_the_audit_line_names_what_was_changed_and_repeats_nothing_else(monkeypa
                 await stub.LoadModel(pb.LoadModelRequest(bundle=SECRET_TEXT, name="tickets"))
             await stub.SetDefaultVersion(pb.SetDefaultVersionRequest(name="tickets", version="v1"))
             await stub.UnloadModel(pb.UnloadModelRequest(name=SECRET_TEXT, version=SECRET_TEXT))
-            await stub.ListModels(pb.ListModelsRequest())
+            await stub.ListBundles(pb.ListBundlesRequest())
         await server.stop(0)
 
     monkeypatch.setattr(admin, "model_message", lambda *_, **__: pb.Model())
@@ -311,7 +311,7 @@ def test_the_audit_line_names_what_was_changed_and_repeats_nothing_else(monkeypa
         ("LoadModel", "unknown", "tickets", None),
         ("SetDefaultVersion", None, "tickets", "v1"),
         ("UnloadModel", None, "unknown", "unknown"),
-        ("ListModels", None, None, None),
+        ("ListBundles", None, None, None),
     ]
     assert SECRET_TEXT not in str(lines)
 
@@ -337,7 +337,7 @@ def test_calls_beyond_what_may_be_in_flight_are_refused_unread(tmp_path: Path) -
                 client.classify("a")
             assert client.healthy()
             running._loop.call_soon_threadsafe(running.null.release.set)
-            assert [one.result(TIMEOUT).best.name for one in held] == ["sport", "sport"]
+            assert [one.result(TIMEOUT).best.label for one in held] == ["sport", "sport"]
         assert client.classify("a")
         assert running.null.seen == ["hold", "hold", "a"]
         assert metrics_of(running)["classer_in_flight_calls"] == 0
@@ -370,7 +370,7 @@ def test_bytes_beyond_what_may_be_in_flight_are_refused() -> None:
         with pytest.raises(Overloaded, match="takes on 1000000"):
             client.classify("a" * 1_100_000)
         with sync_channel(running.address, []) as channel:  # a stream's messages count while they are not answered
-            requests = [pb.ClassifyBatchRequest(texts=["a" * 600_000])] * 4
+            requests = [pb.ClassifyBatchRequest(text_batch=pb.TextBatch(texts=["a" * 600_000]))] * 4
             assert len(list(ClassifierStub(channel).ClassifyStream(iter(requests), timeout=TIMEOUT))) == 4
         assert client.classify("a" * 900_000)
 
@@ -538,7 +538,7 @@ def test_a_front_end_reaches_an_engine_over_tls_with_a_key_of_its_own(key_file, 
             engine.address, port=0, engine_tls_ca=certificates / "ca.pem", engine_key_env="ENGINE_KEY"
         )
         assert FrontEndConfig.from_json(json.dumps(dataclasses.asdict(config), default=str)) == config
-        assert [one.best.name for one in asyncio.run(ask(config))] == ["sport"] * 3
+        assert [one.best.label for one in asyncio.run(ask(config))] == ["sport"] * 3
     with pytest.raises(InputError, match="that is not set"):
         asyncio.run(ask(dataclasses.replace(config, engine_key_env="NO_SUCH_KEY")))
 
@@ -550,8 +550,8 @@ def test_a_front_end_refuses_what_is_no_message_with_a_sentence(key_file, caplog
     async def ask(engine: str) -> list[Any]:
         front_end = FrontEnd(FrontEndConfig(engine, port=0, operations=OperationsConfig(keys=path, max_in_flight_mb=1)))
         await front_end.start()
-        batch = pb.ClassifyBatchRequest(texts=["a"]).SerializeToString()
-        large = pb.ClassifyBatchRequest(texts=["a" * 1_100_000]).SerializeToString()
+        batch = pb.ClassifyBatchRequest(text_batch=pb.TextBatch(texts=["a"])).SerializeToString()
+        large = pb.ClassifyBatchRequest(text_batch=pb.TextBatch(texts=["a" * 1_100_000])).SerializeToString()
         found = []
         async with aio_channel(front_end.address, [], key=keys["any"]) as channel:
             unary: Any = channel.unary_unary("/classer.v1.Classifier/ClassifyBatch")
@@ -589,30 +589,28 @@ def test_a_front_end_guards_as_a_server_does(key_file) -> None:
         config = FrontEndConfig(engine.address, port=0, operations=operations)
         text = json.dumps(dataclasses.asdict(config), default=str)
         assert FrontEndConfig.from_json(text) == config
-        process = subprocess.Popen(
-            [sys.executable, "-m", "classer.serve.rpc.frontend", text],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            assert process.stdout is not None
-            address = process.stdout.readline().split()[-1]
+        with Process([sys.executable, "-m", "classer.serve.rpc.frontend", text]) as process:
+            address = process.stdout.line().split()[-1]
             with Client(address, key=keys["any"]) as client:
                 client.wait_until_healthy(TIMEOUT)
-                assert client.classify("a").best.name == "sport"
+                assert client.classify("a").best.label == "sport"
                 assert len(client.classify_batch(["a", "full", "b"])) == 3
             with Client(address) as client, pytest.raises(Unauthenticated):
                 client.classify_batch(["a"])
             with sync_channel(address, [], key=keys["slow"]) as channel:
                 stub = ClassifierStub(channel)
-                assert len(stub.ClassifyBatch(pb.ClassifyBatchRequest(texts=["a"] * 9), timeout=TIMEOUT).items) == 9
+                assert (
+                    len(
+                        stub.ClassifyBatch(
+                            pb.ClassifyBatchRequest(text_batch=pb.TextBatch(texts=["a"] * 9)), timeout=TIMEOUT
+                        ).items
+                    )
+                    == 9
+                )
                 with pytest.raises(grpc.RpcError, match="3 texts a second"):
-                    stub.ClassifyBatch(pb.ClassifyBatchRequest(texts=["a"]), timeout=TIMEOUT)
+                    stub.ClassifyBatch(pb.ClassifyBatchRequest(text_batch=pb.TextBatch(texts=["a"])), timeout=TIMEOUT)
             samples = metrics_at(metrics_port)
             assert samples['classer_key_texts_total{key="slow"}'] == 9
             assert samples['classer_texts_total{code="RESOURCE_EXHAUSTED"}'] == 1
             process.send_signal(signal.SIGTERM)
             assert process.wait(TIMEOUT) == 0
-        finally:
-            process.kill()

@@ -188,7 +188,7 @@ class Chaos:
                 continue
             assert isinstance(outcome, Classification), repr(outcome)
             scores, tokens, version = expected
-            assert {label.name: label.score for label in outcome.labels} == pytest.approx(scores, abs=2e-3)
+            assert {label.label: label.score for label in outcome.labels} == pytest.approx(scores, abs=2e-3)
             assert (outcome.tokens, outcome.model, outcome.model_version) == (tokens, model, version)
             self.counts["texts right"] += 1
 
@@ -252,7 +252,11 @@ class Chaos:
 
     async def never_read(self) -> None:
         """Offers messages of a megabyte without end, and reads no answer; the server reads no more than are taken."""
-        message = pb.ClassifyBatchRequest(texts=["the money is here. " * 50] * 1000, task="topic", model="good")
+        message = pb.ClassifyBatchRequest(
+            text_batch=pb.TextBatch(
+                texts=["the money is here. " * 50] * 1000, options=pb.ClassifyOptions(task="topic", model="good")
+            )
+        )
         taken = 0
 
         async def requests() -> AsyncIterator[pb.ClassifyBatchRequest]:

@@ -22,6 +22,7 @@ from classer.serve.client.client import Client, DeadlineExceeded, InvalidRequest
 from classer.serve.proto import classifier_pb2 as pb
 from classer.serve.proto.classifier_pb2_grpc import ClassifierStub
 from classer.serve.rpc.frontend import GATHER_REQUESTS, Coalescer
+from classer.tests.processes import Process
 
 TIMEOUT = 60.0
 COUNT = 2
@@ -58,7 +59,9 @@ def test_refusals_keep_their_status_and_details(client: Client, running) -> None
         client.classify("a" * 1_000_001, "topic")
     assert (long.value.field, long.value.reason) == ("text", "INVALID_REQUEST")
     with grpc.insecure_channel(running.address) as channel, pytest.raises(grpc.RpcError) as caught:
-        ClassifierStub(channel).ClassifyBatch(pb.ClassifyBatchRequest(texts=["a"] * 1025), timeout=TIMEOUT)
+        ClassifierStub(channel).ClassifyBatch(
+            pb.ClassifyBatchRequest(text_batch=pb.TextBatch(texts=["a"] * 1025)), timeout=TIMEOUT
+        )
     refused: Any = caught.value
     assert refused.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert any(key == "grpc-status-details-bin" for key, _ in refused.trailing_metadata())
@@ -72,7 +75,12 @@ def test_whatever_else_the_service_has_passes_through(running, client: Client) -
         stub = ClassifierStub(channel)
         assert [task.name for task in stub.ListTasks(pb.ListTasksRequest(), timeout=TIMEOUT).tasks] == ["topic", "tags"]
         assert stub.GetModel(pb.GetModelRequest(), timeout=TIMEOUT).programs
-        requests = [pb.ClassifyBatchRequest(texts=["card"] * n, task="topic") for n in range(1, 6)]
+        requests = [
+            pb.ClassifyBatchRequest(
+                text_batch=pb.TextBatch(texts=["card"] * n, options=pb.ClassifyOptions(task="topic"))
+            )
+            for n in range(1, 6)
+        ]
         responses = list(stub.ClassifyStream(iter(requests), timeout=TIMEOUT))
         assert [len(response.items) for response in responses] == [1, 2, 3, 4, 5]
         watch: Any = health_pb2_grpc.HealthStub(channel)
@@ -126,22 +134,11 @@ def test_the_port_is_nobody_else_s(running, start_server, bundle_path) -> None:
 
 def test_a_front_end_ends_with_its_parent() -> None:
     config = '{"engine": "unix:/nonexistent/classer.sock", "port": 0, "drain_seconds": 1}'
-    process = subprocess.Popen(
-        [sys.executable, "-m", "classer.serve.rpc.frontend", config],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        with Client(line.split()[-1]) as client:
+    with Process([sys.executable, "-m", "classer.serve.rpc.frontend", config]) as process:
+        with Client(process.stdout.line().split()[-1]) as client:
             assert not client.healthy()
-        assert process.stdin is not None
         process.stdin.close()
         assert process.wait(TIMEOUT) == 0
-    finally:
-        process.kill()
 
 
 def test_it_loads_neither_jax_nor_tensorflow() -> None:
@@ -163,9 +160,12 @@ def test_the_first_goes_at_once_and_those_after_it_together() -> None:
         go_on = asyncio.Event()
 
         async def send(batch: pb.ClassifyBatchRequest) -> pb.ClassifyBatchResponse:
-            sizes.append(len(batch.requests))
+            sizes.append(len(batch.request_batch.requests))
             await go_on.wait()
-            items = [pb.ClassifyBatchItem(response=pb.ClassifyResponse(task=one.text)) for one in batch.requests]
+            items = [
+                pb.ClassifyBatchItem(response=pb.ClassifyResponse(task=one.text))
+                for one in batch.request_batch.requests
+            ]
             return pb.ClassifyBatchResponse(items=items)
 
         coalescer = Coalescer(send)
@@ -195,14 +195,14 @@ def test_a_batch_is_cancelled_with_the_last_of_its_calls() -> None:
         go_on = asyncio.Event()
 
         async def send(batch: pb.ClassifyBatchRequest) -> pb.ClassifyBatchResponse:
-            texts = "".join(one.text for one in batch.requests)
+            texts = "".join(one.text for one in batch.request_batch.requests)
             sent.append(texts)
             try:
                 await go_on.wait()
             except asyncio.CancelledError:
                 cancelled.append(texts)
                 raise
-            return pb.ClassifyBatchResponse(items=[pb.ClassifyBatchItem()] * len(batch.requests))
+            return pb.ClassifyBatchResponse(items=[pb.ClassifyBatchItem()] * len(batch.request_batch.requests))
 
         coalescer = Coalescer(send)
         tasks = {name: asyncio.create_task(coalescer.classify(pb.ClassifyRequest(text=name))) for name in "ab"}
@@ -226,9 +226,9 @@ def test_a_batch_is_cancelled_with_the_last_of_its_calls() -> None:
 def test_a_failed_batch_is_each_one_s_failure_and_the_next_one_goes() -> None:
     async def scenario() -> None:
         async def send(batch: pb.ClassifyBatchRequest) -> pb.ClassifyBatchResponse:
-            if batch.requests[0].text == "bad":
+            if batch.request_batch.requests[0].text == "bad":
                 raise RuntimeError("no engine")
-            return pb.ClassifyBatchResponse(items=[pb.ClassifyBatchItem()] * len(batch.requests))
+            return pb.ClassifyBatchResponse(items=[pb.ClassifyBatchItem()] * len(batch.request_batch.requests))
 
         coalescer = Coalescer(send)
         outcomes = await asyncio.gather(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import pytest
 from classer.serve.client.client import Classification, Client, Unavailable
 from classer.serve.proto import classifier_pb2 as pb
 from classer.serve.proto.classifier_pb2_grpc import ClassifierStub
+from classer.tests.processes import Process
 
 TIMEOUT = 90
 CODE = """
@@ -55,40 +55,25 @@ def listens(address: str) -> bool:
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_it_says_where_it_serves_and_ends_well(bundle_path: Path, signum: signal.Signals) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", CODE, str(bundle_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        assert process.stdout is not None
-        last = next(line for line in process.stdout if line.startswith("Serving"))
-        address = last.split()[-1]
+    with Process([sys.executable, "-c", CODE, str(bundle_path)]) as process:
+        address = process.stdout.line("Serving").split()[-1]
         assert address.startswith("127.0.0.1:")
         with Client(address) as client:
             assert client.healthy()
             assert client.classify("my card has not arrived", "topic").chosen
         process.send_signal(signum)
-        output, errors = process.communicate(timeout=TIMEOUT)
-        assert process.returncode == 0, errors
-        assert output == ""
-        assert "Traceback" not in errors
-    finally:
-        process.kill()
+        done = process.result(TIMEOUT)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == ""
+        assert "Traceback" not in done.stderr
 
 
 def test_calls_in_flight_are_answered_after_sigterm(bundle_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", HELD, str(bundle_path)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        address = next(line for line in process.stdout if line.startswith("Serving")).split()[-1]
+    with Process([sys.executable, "-c", HELD, str(bundle_path)]) as process:
+        address = process.stdout.line("Serving").split()[-1]
         with Client(address) as client, grpc.insecure_channel(address) as channel, ThreadPoolExecutor() as pool:
             unary = pool.submit(client.classify, "my card has not arrived", "topic", timeout=TIMEOUT)
-            assert process.stdout.readline() == "Held\n"
+            assert process.stdout.line() == "Held\n"
             stream = pool.submit(lambda: list(client.classify_stream(["card", "money"], "topic", timeout=TIMEOUT)))
             model = ClassifierStub(channel)
             eventually(lambda: model.GetModel(pb.GetModelRequest(), timeout=TIMEOUT).in_flight == 2)
@@ -100,28 +85,19 @@ def test_calls_in_flight_are_answered_after_sigterm(bundle_path: Path) -> None:
                 client.classify("card", "topic")
             assert not unary.done()
             assert not stream.done()
-            assert process.stdin is not None
             process.stdin.write("\n" * 9)
             process.stdin.flush()
             assert unary.result(TIMEOUT).chosen
             assert [type(outcome) for outcome in stream.result(TIMEOUT)] == [Classification] * 2
-        _, errors = process.communicate(timeout=TIMEOUT)
-        assert process.returncode == 0, errors
-        assert "Traceback" not in errors
-    finally:
-        process.kill()
+        done = process.result(TIMEOUT)
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_a_signal_during_warm_up_ends_it_too(bundle_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", CODE, str(bundle_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline().startswith("Loading")
+    with Process([sys.executable, "-c", CODE, str(bundle_path)]) as process:
+        assert process.stdout.line().startswith("Loading")
         process.send_signal(signal.SIGTERM)
-        output, errors = process.communicate(timeout=TIMEOUT)
-        assert process.returncode == 0, errors
-        assert "Serving" not in output
-    finally:
-        process.kill()
+        done = process.result(TIMEOUT)
+        assert done.returncode == 0, done.stderr
+        assert "Serving" not in done.stdout

@@ -32,7 +32,7 @@ def test_the_other_version_s_answer_is_a_wrong_one(path: Path, tmp_path: Path) -
     one, other = known.versions
     for text in known.texts:
         labels = tuple(ScoredLabel(name, score, False) for name, score in known.scores[one][text].items())
-        answer = Classification(known.task, labels, False, 8, 0, 0, model_version=one)
+        answer = Classification(known.task, labels, False, 8, model_version=one)
         assert known.is_answer(text, answer)
         assert not known.is_answer(text, dataclasses.replace(answer, labels=labels[1:]))
         assert not known.is_answer(text, dataclasses.replace(answer, model_version=other))

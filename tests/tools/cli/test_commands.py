@@ -25,6 +25,7 @@ from classer.serve.core.work import Output, Scored
 from classer.serve.proto import classifier_pb2 as pb
 from classer.serve.proto.classifier_pb2_grpc import ClassifierServicer, add_ClassifierServicer_to_server
 from classer.tests.helpers import write_toy_data
+from classer.tests.processes import Process
 from classer.tools.cli import main as cli
 from classer.tools.cli.main import main
 from classer.tools.cli.train import parse_job
@@ -99,7 +100,7 @@ def test_classify_as_json_from_standard_input(server: str, classer: Classer) -> 
     done = classer("classify", "--json", "--server", server, stdin="\n".join(TEXTS) + "\r\n\n")
     assert (done.returncode, done.stderr) == (0, "")
     answers = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [answer["labels"][0]["name"] for answer in answers[:-1]] == list(TOPICS_OF_TEXTS)
+    assert [answer["labels"][0]["label"] for answer in answers[:-1]] == list(TOPICS_OF_TEXTS)
     for answer in answers:
         assert sum(label["score"] for label in answer["labels"]) == pytest.approx(1, abs=1e-5)
         assert [label["chosen"] for label in answer["labels"]] == [True, False, False]
@@ -133,9 +134,9 @@ def test_classify_shows_where_in_a_tree_an_answer_stops(capsys: pytest.CaptureFi
     class OneText(ClassifierServicer):
         def Classify(self, request: pb.ClassifyRequest, context: grpc.ServicerContext) -> pb.ClassifyResponse:
             scored = [Scored(Output(np.array([2.0, 0.1, 0.0, 0.0], np.float32)), 0.0, 0.0)]
-            threshold = request.threshold if request.HasField("threshold") else None
+            threshold = request.options.threshold if request.options.HasField("threshold") else None
             tokens = [Tokens(np.zeros(3, np.int32), truncated=False)]
-            (response,) = answers.answer(tree, tokens, scored, request.top_k, threshold=threshold)
+            (response,) = answers.answer(tree, tokens, scored, request.options.top_k, threshold=threshold)
             assert isinstance(response, pb.ClassifyResponse)
             return response
 
@@ -273,15 +274,11 @@ def test_interrupting_a_run_says_so(trained: Trained, tmp_path: Path) -> None:
         "--patience",
         "0",
     ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        assert process.stderr is not None
-        assert any("epoch 1/1000" in line for line in process.stderr)
+    with Process(command) as process:
+        process.stderr.line_with("epoch 1/1000")
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=TIMEOUT)
-    finally:
-        process.kill()
-    assert process.returncode == 128 + signal.SIGINT
-    assert "classer: stopped." in errors
-    assert "Traceback" not in errors
+        done = process.result(TIMEOUT)
+    assert done.returncode == 128 + signal.SIGINT
+    assert "classer: stopped." in done.stderr
+    assert "Traceback" not in done.stderr
     assert not (tmp_path / "run" / "bundle").exists()

@@ -16,6 +16,7 @@ import pytest
 
 from classer.data.taxonomy import TaskKind
 from classer.tests.helpers import write_toy_data
+from classer.tests.processes import Process
 
 from ..conftest import LAUNCHER
 from .test_launch import steps_logged
@@ -34,15 +35,14 @@ def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
     script = Path(__file__).with_name("start_slurm.sh")
     # A socket's path may not be long, and pytest's folders are.
     folder = Path(f"/tmp/classer-slurm-{os.getpid()}")
-    process = subprocess.Popen([str(script), str(folder), str(port)], stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n", "Slurm did not start"
-        yield os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
-    finally:
-        process.terminate()
-        process.wait(60)
-        shutil.rmtree(folder, ignore_errors=True)
+    with Process([script, folder, port]) as process:
+        try:
+            assert process.stdout.line() == "ready\n", "Slurm did not start"
+            yield os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def is_free(port: int) -> bool:
