@@ -10,7 +10,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 GPU_PYTHON := python3
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow check format proto bench aot aot-check gpu-check clean
+.PHONY: help quickstart test test-slow check format proto docs reference bench aot aot-check gpu-check clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,13 @@ format: .venv/.stamp-dev ## format the code and mend what lint can mend
 proto: .venv/.stamp-dev ## regenerate the Python files of serve/proto/classifier.proto, and lint it
 	$(BIN)/python -m classer.serve.proto.generate
 
+docs: .venv/.stamp-dev | .pyright/classer ## build the documentation into docs/_build/html; a warning is an error
+	PYTHONPATH=.pyright $(BIN)/python -m sphinx -q -W --keep-going -j auto -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+reference: .venv/.stamp-dev ## write the generated pages of docs/ anew, after a change of what they describe
+	$(BIN)/python tools/dev/make_reference.py
+
 bench: .venv/.stamp-dev ## fine-tuning speed beside PyTorch; DATA names a folder with task.json
 	$(BIN)/python tools/bench/finetune.py --data $(or $(DATA),../shared/datasets/banking77)
 
@@ -52,7 +59,7 @@ gpu-check: | .pyright/classer ## on a machine with a CUDA GPU and JAX, Flax, Opt
 	PYTHONPATH=.pyright $(GPU_PYTHON) tools/dev/gpu_check.py $(ARGS)
 
 clean: ## remove .venv, caches and build outputs; runs/ stays
-	rm -rf .venv .venv-aot .pyright .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-aot .pyright .pytest_cache .ruff_cache .hypothesis build dist docs/_build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Pyright does not follow the editable install's import hook; for it the checkout is a folder of the package's name too.

@@ -1,6 +1,11 @@
-"""From token ids to batches: shuffled, in length buckets, resumable to the batch. On Grain.
+"""From a source of tokenised examples and a plan to training batches, resumable to the batch. On Grain.
 
-Axes: `B` batch, `S` sequence (a bucket's length), `L` all labels of the taxonomy, `N` examples, `V` teachers' vectors.
+A `Source` has rows (`TrainExamples` in memory, `shards.Shards` on disk); a `Plan` says which of them come at which step
+(`plans.ShufflePlan`, `curriculum.CurriculumPlan`). `Batches` joins the two. A batch is a function of its step alone, so
+that a position in the data is one number, the next step, for any number of processes and workers.
+
+Axes: `B` rows of this process's batch, `S` sequence (a bucket's length), `L` all labels of the taxonomy, `N` examples,
+`V` elements of teachers' vectors, `T` tasks.
 """
 
 from __future__ import annotations
@@ -8,15 +13,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import grain
 import numpy as np
+from absl import flags
 from scipy.sparse import csr_array
 
-from .buckets import BUCKETS, bucket_for, pad_batch
+from .buckets import BUCKETS, pad_batch
+from .curriculum import CurriculumPlan
 from .errors import InputError
+from .plans import Plan, ShufflePlan
+
+PlanT = TypeVar("PlanT", bound=Plan)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +37,11 @@ class Batch:
     Attributes:
       tokens_BS: int32, padded with the tokenizer's pad id.
       lengths_B: int32, real tokens of each row; 0 for a filler.
-      targets_BL: float32 over all labels of the taxonomy: 1 for what the example is given; zeros for a filler.
+      targets_BL: float32 over all labels of the taxonomy: 1 for an example's labels, 0 for others and for a filler.
       weights_B: float32, 1 for an example, 0 for a filler.
       tasks_B: int32, the position of each example's task in the taxonomy.
       soft_BL: float32, a teacher's answers over all labels; None where no example has any.
-      soft_share_B: float32, what they weigh beside the labels; 0 for an example without them.
+      soft_share_B: float32, the weight of a teacher's answers; the labels have the rest. 0 for an example without any.
       vectors_BV: float16, teachers' pooled vectors; zeros for an example without one, None where no example has any.
     """
 
@@ -44,17 +55,53 @@ class Batch:
     vectors_BV: np.ndarray | None = None
 
 
+class Source(Protocol):
+    """Where a batch's rows come from: `TrainExamples` in memory, or `shards.Shards` on disk.
+
+    Attributes:
+      name: of the data, for error messages.
+      lengths_N: tokens of each of the N rows.
+      fingerprint: a hash of the rows.
+      window: rows that an epoch's plan shuffles and cuts at a time; None is all of them.
+      workers: processes that make batches; 0 makes them in a thread.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def lengths_N(self) -> np.ndarray: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def window(self) -> int | None: ...
+
+    @property
+    def workers(self) -> int: ...
+
+    def task_rows(self, num_tasks: int) -> Sequence[np.ndarray]:
+        """The rows of each of the taxonomy's tasks, ascending."""
+        ...
+
+    def batch(self, rows: np.ndarray, batch_size: int, length: int, pad_id: int) -> Batch:
+        """The examples of these rows, padded to `length` tokens, and with fillers to `batch_size` rows."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainExamples:
-    """Tokenised training examples of all tasks, task after task in the order of the taxonomy.
+    """A `Source` in memory: tokenised examples of all tasks, task after task in the order of the taxonomy.
 
     Attributes:
       ids: N arrays of token ids, each (S_i,).
-      targets: sparse float32 (N, all labels), what each example is given.
+      targets: sparse float32 (N, all labels), 1 for an example's labels.
       tasks_N: int32, ascending, the position of each example's task.
       soft: sparse float32, a teacher's answers; None where no example has any.
-      soft_share_N: float32, what they weigh beside the labels.
+      soft_share_N: float32, the weight of a teacher's answers; the labels have the rest.
       vectors_NV: float16, teachers' pooled vectors; zeros for an example without one, None where no example has any.
+      name, window, workers: see `Source`.
     """
 
     ids: Sequence[np.ndarray]
@@ -63,6 +110,9 @@ class TrainExamples:
     soft: csr_array | None = None
     soft_share_N: np.ndarray | None = None
     vectors_NV: np.ndarray | None = None
+    name: str = "The training data"
+    window: int | None = None
+    workers: int = 0
 
     def __post_init__(self) -> None:
         targets = _shape(self.targets)[0]
@@ -72,9 +122,23 @@ class TrainExamples:
                 f"all are needed, and some."
             )
 
-    @functools.cached_property
-    def digest(self) -> str:
+    @property
+    def lengths_N(self) -> np.ndarray:
+        """Tokens of each example."""
+        return np.array([len(row) for row in self.ids])
+
+    def task_rows(self, num_tasks: int) -> Sequence[np.ndarray]:
+        """The rows of each of the taxonomy's tasks, ascending; none of those without examples."""
+        firsts = np.searchsorted(self.tasks_N, np.arange(num_tasks + 1))
+        return [np.arange(first, last) for first, last in itertools.pairwise(firsts)]
+
+    @property
+    def fingerprint(self) -> str:
         """A hash of the examples."""
+        return self._digest
+
+    @functools.cached_property
+    def _digest(self) -> str:
         digest = hashlib.sha256(repr(self.targets.shape).encode())
         arrays = [np.array([len(row) for row in self.ids]), self.tasks_N, *_parts(self.targets), *self.ids]
         if self.soft is not None:
@@ -86,7 +150,7 @@ class TrainExamples:
         return digest.hexdigest()[:16]
 
     def batch(self, rows: np.ndarray, batch_size: int, length: int, pad_id: int) -> Batch:
-        """The examples of these rows, padded to `length` tokens and with fillers to `batch_size` rows."""
+        """See `Source.batch`."""
         tokens_BS, lengths_B = pad_batch([self.ids[row] for row in rows], batch_size, length, pad_id)
         count = len(rows)
         tasks_B = np.zeros(batch_size, np.int32)
@@ -119,171 +183,181 @@ def _parts(targets: csr_array) -> tuple[np.ndarray, ...]:
     return targets.indptr.astype(np.int64), targets.indices.astype(np.int64), targets.data.astype(np.float32)
 
 
-@dataclasses.dataclass(frozen=True)
-class PlannedBatch:
-    """Rows of one batch and the length that they are padded to."""
-
-    length: int
-    rows: np.ndarray
-
-
-class TrainBatches:
-    """Every example once an epoch, for `num_epochs` epochs, in an order that is a function of (seed, epoch) alone.
-
-    An epoch's examples are shuffled and put into the bucket of their length. What is left over in a bucket once full
-    batches are cut moves up to the next larger one, so that all batches of an epoch but one are full; then the order
-    of the batches is shuffled. The shapes of an epoch's batches are the same in all epochs (their order is not), and
-    so is their number, so nothing new is compiled after the first.
+class Batches(Generic[PlanT]):
+    """The batches of a plan over a source: one for every step, the same on any number of processes and workers.
 
     Attributes:
-      steps_per_epoch: batches an epoch.
-      num_steps: batches of all epochs.
-      lengths: the sequence lengths S that occur, ascending.
+      source: where the rows come from.
+      plan: which rows come at which step.
     """
 
     def __init__(
-        self,
-        examples: TrainExamples,
-        *,
-        batch_size: int,
-        buckets: Sequence[int] = BUCKETS,
-        seed: int,
-        pad_id: int,
-        num_epochs: int,
+        self, source: Source, plan: PlanT, *, pad_id: int, rows: Sequence[int] | np.ndarray | None = None
     ) -> None:
-        """Plans batches.
+        """Joins a source and a plan.
 
         Args:
-          examples: what to learn from.
-          batch_size: rows of every batch.
-          buckets: sequence lengths to use, ascending; the largest holds the longest example.
-          seed: of the shuffles; not negative.
+          source: where the rows come from.
+          plan: which rows come at which step; made from the source's lengths.
           pad_id: fills rows up to their bucket.
-          num_epochs: how often to go through the examples.
+          rows: which rows of each batch are this process's, ascending (`Layout.rows`); None is all.
         """
-        self._examples = examples
-        self._bucket_N = np.array([bucket_for(len(row), buckets) for row in examples.ids])
-        self._batch_size = batch_size
-        self._seed = seed
+        self.source, self.plan = source, plan
         self._pad_id = pad_id
-        self.steps_per_epoch = -(-len(examples.ids) // batch_size)
-        self.num_steps = num_epochs * self.steps_per_epoch
-        # Two epochs, since prefetching reaches over the boundary.
-        self._plan = functools.lru_cache(maxsize=2)(self._make_plan)
-        self.lengths = tuple(sorted({planned.length for planned in self._plan(0)}))
+        self._rows = np.arange(plan.batch_size) if rows is None else np.asarray(rows)
 
-    def __iter__(self) -> TrainIterator:
-        return iterate(self)
-
-    def batch(self, step: int) -> Batch:
-        """The batch of a step, counted from 0 over all epochs."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        planned = self._plan(epoch)[position]
-        return self._examples.batch(planned.rows, self._batch_size, planned.length, self._pad_id)
+    @property
+    def num_steps(self) -> int:
+        return self.plan.num_steps
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all that decides which batches come (the number of epochs does not)."""
-        facts = repr((self._seed, self._batch_size, self._pad_id, self._examples.digest)).encode()
-        return hashlib.sha256(facts + self._bucket_N.tobytes()).hexdigest()[:16]
+        """A hash of everything that decides which batches come. The processes and the number of steps do not."""
+        facts = (self.source.fingerprint, self.plan.facts, self._pad_id)
+        return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
-    def _make_plan(self, epoch: int) -> list[PlannedBatch]:
-        rng = np.random.default_rng((self._seed, epoch))
-        shuffled = rng.permutation(len(self._bucket_N))
-        return plan_batches(shuffled, self._bucket_N[shuffled], self._batch_size, rng)
+    def batch(self, step: int) -> Batch:
+        """This process's rows of the batch of a step, counted from 0."""
+        planned = self.plan.planned(step)
+        rows = planned.rows[self._rows[self._rows < len(planned.rows)]]
+        return self.source.batch(rows, len(self._rows), planned.length, self._pad_id)
+
+    def __iter__(self) -> BatchIterator:
+        return self.iterate(num_workers=self.source.workers)
+
+    def iterate(self, *, num_workers: int = 0, ahead: int = 8) -> BatchIterator:
+        """An iterator over this process's batches.
+
+        Args:
+          num_workers: processes that make batches; 0 makes them in a thread of this one.
+          ahead: how many batches are made ahead, by each worker or in all.
+        """
+        return BatchIterator(self, num_workers, ahead)
 
 
-def plan_batches(
-    shuffled: np.ndarray, bucket_N: np.ndarray, batch_size: int, rng: np.random.Generator
-) -> list[PlannedBatch]:
-    """Cuts rows into batches of like length; all but one are full.
+def epoch_batches(
+    source: Source,
+    *,
+    batch_size: int,
+    seed: int,
+    num_epochs: int,
+    pad_id: int,
+    rows: Sequence[int] | np.ndarray | None = None,
+    buckets: Sequence[int] = BUCKETS,
+) -> Batches[ShufflePlan]:
+    """Every row of the source once an epoch; the arguments are those of `ShufflePlan` and `Batches`.
 
-    Args:
-      shuffled: (N,) the rows, in the order in which they are taken.
-      bucket_N: the bucket of each, in tokens.
-      batch_size: rows a batch.
-      rng: shuffles the batches.
+    Raises:
+      InputError: a row fits no bucket.
     """
-    buckets = np.unique(bucket_N)
-    plan: list[PlannedBatch] = []
-    left_over = shuffled[:0]
-    for bucket in buckets:
-        rows = np.concatenate([left_over, shuffled[bucket_N == bucket]])
-        full = len(rows) // batch_size * batch_size
-        for first in range(0, full, batch_size):
-            plan.append(PlannedBatch(int(bucket), rows[first : first + batch_size]))
-        left_over = rows[full:]
-    if len(left_over):
-        plan.append(PlannedBatch(int(buckets[-1]), left_over))
-    return [plan[i] for i in rng.permutation(len(plan))]
+    lengths_N = _checked_lengths(source, buckets)
+    plan = ShufflePlan(
+        lengths_N, batch_size=batch_size, seed=seed, num_epochs=num_epochs, buckets=buckets, window=source.window
+    )
+    return Batches(source, plan, pad_id=pad_id, rows=rows)
 
 
-class Batches(Protocol):
-    """What `iterate` goes through: a batch for every step, a function of the step alone."""
+def stage_batches(
+    source: Source,
+    shares_T: np.ndarray,
+    num_steps: int,
+    *,
+    batch_size: int,
+    seed: int,
+    stage: int,
+    pad_id: int,
+    rows: Sequence[int] | np.ndarray | None = None,
+    buckets: Sequence[int] = BUCKETS,
+) -> Batches[CurriculumPlan]:
+    """The batches of one stage of a curriculum; the arguments are those of `CurriculumPlan` and `Batches`.
 
-    @property
-    def num_steps(self) -> int: ...
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    def batch(self, step: int) -> Batch: ...
-
-
-def iterate(batches: Batches) -> TrainIterator:
-    """The batches one after the other, made a few ahead in a thread."""
-    source = grain.MapDataset.source(_BatchSource(batches))
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-    return TrainIterator(iter(source.to_iter_dataset(options)), batches.fingerprint, batches.num_steps)
+    Raises:
+      InputError: a row fits no bucket.
+      ValueError: a task without rows has a share.
+    """
+    lengths_N, task_rows = _checked_lengths(source, buckets), source.task_rows(len(shares_T))
+    plan = CurriculumPlan(
+        task_rows, lengths_N, shares_T, num_steps, batch_size=batch_size, seed=seed, stage=stage, buckets=buckets
+    )
+    return Batches(source, plan, pad_id=pad_id, rows=rows)
 
 
-class _BatchSource:
-    """`Batches` as Grain's random-access source: element i is the batch of step i."""
+def _checked_lengths(source: Source, buckets: Sequence[int]) -> np.ndarray:
+    if (longest := int(source.lengths_N.max())) > buckets[-1]:
+        raise InputError(f"{source.name} holds texts of {longest} tokens; the largest bucket holds {buckets[-1]}.")
+    return source.lengths_N
 
-    def __init__(self, batches: Batches) -> None:
-        self._batches = batches
+
+class _StepSource:
+    """Batches as Grain's random-access source: element i is the batch of step `first` + i.
+
+    Workers make whole batches, each from its step's number. Nothing is batched after them, so that no example is lost
+    or repeated when a run is resumed (grain #1129).
+    """
+
+    def __init__(self, batches: Batches[Any], first: int) -> None:
+        self._batches, self._first = batches, first
 
     def __len__(self) -> int:
-        return self._batches.num_steps
+        return self._batches.num_steps - self._first
 
     def __getitem__(self, index: int) -> Batch:
-        return self._batches.batch(int(index))
+        return self._batches.batch(self._first + int(index))
 
 
-class TrainIterator(Iterator[Batch]):
-    """Iterates over `Batches`, a few ahead in a thread; its position can be saved and set."""
+class BatchIterator(Iterator[Batch]):
+    """Iterates over `Batches`, some ahead in a thread or in worker processes; its position can be saved and set."""
 
-    def __init__(self, batches: grain.DatasetIterator[Batch], fingerprint: str, num_steps: int) -> None:
-        self._batches = batches
-        self._fingerprint = fingerprint
-        self._num_steps = num_steps
+    def __init__(self, batches: Batches[Any], num_workers: int, ahead: int) -> None:
+        self._batches, self._num_workers, self._ahead = batches, num_workers, ahead
+        self._next_step = 0
+        self._opened: Any = None
 
     def __next__(self) -> Batch:
-        return next(self._batches)
+        if self._next_step >= self._batches.num_steps:
+            raise StopIteration
+        if self._opened is None:
+            self._opened = self._open()
+        batch = next(self._opened)
+        self._next_step += 1
+        return batch
 
     def get_state(self) -> dict[str, Any]:
         """The position after the batch last handed out (not after those made ahead), as JSON values."""
-        return {"next_step": self._batches.get_state()["next_index"], "fingerprint": self._fingerprint}
+        return {"next_step": self._next_step, "fingerprint": self._batches.fingerprint}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes to a saved position: the batch that comes next is the one that would have come next there.
+        """Goes to a position that was saved by any process of any number of them, with any number of workers.
 
         Raises:
-          InputError: the position was saved with other data, another seed or another batch size, or lies beyond the
-            last epoch.
+          InputError: it was saved with other data, another seed or another batch size, or lies beyond the last step.
         """
-        if state["fingerprint"] != self._fingerprint:
+        if state["fingerprint"] != self._batches.fingerprint:
             raise InputError(
                 "The saved position in the training data was taken with other examples, labels, tokens, seed or batch "
                 "size; resume with the ones the run began with, or begin a new run."
             )
-        if state["next_step"] > self._num_steps:
+        if state["next_step"] > self._batches.num_steps:
             raise InputError(
-                f"The saved position is after step {state['next_step']}, but this run ends after {self._num_steps}; "
-                f"resume with at least as many epochs."
+                f"The saved position is after step {state['next_step']}, but this run ends after "
+                f"{self._batches.num_steps}; resume with at least as many epochs."
             )
-        self._batches.set_state({"next_index": state["next_step"]})
+        self.close()
+        self._next_step = state["next_step"]
 
     def close(self) -> None:
-        """Stops the thread; no batch can be taken any more."""
-        self._batches.close()
+        """Stops threads and workers; the next batch starts them again."""
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
+
+    def _open(self) -> Any:
+        source = grain.MapDataset.source(_StepSource(self._batches, self._next_step))
+        if not self._num_workers:
+            return iter(source.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=self._ahead)))
+        # Grain's workers read flags of absl, which only absl's own `app.run` parses.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
+        dataset = source.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+        options = grain.MultiprocessingOptions(self._num_workers, per_worker_buffer_size=self._ahead)
+        return iter(dataset.mp_prefetch(options))

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,12 @@ MAX_TEXT_CHARS = 1_000_000
 TASK_FILES = ("task.json", "task.yaml", "task.yml")
 
 _MISSING = ("nan", "null")  # how a missing label looks after a trip through a data frame
+
+# Names of columns that data sets use for the same thing, the usual ones first.
+_SAME_MEANING = (
+    ("text", "texts", "body", "content", "message", "review", "sentence", "comment", "utterance", "query", "document"),
+    ("label", "labels", "target", "category", "class", "intent", "topic", "sentiment", "tag", "tags", "y"),
+)
 
 
 def read_examples(
@@ -71,8 +77,8 @@ def example_of(row: Row, *, text_column: str, label_column: str, task: str, in_c
     Raises:
       InputError: as `read_examples`, of this row.
     """
-    _check_column(row, text_column, "--text-column")
-    _check_column(row, label_column, "--label-column")
+    check_column(row, text_column, "--text-column")
+    check_column(row, label_column, "--label-column")
     labels = _labels(row, label_column, in_cell=in_cell)
     return Example(text_of(row, text_column), labels, task, id=_id(row), source=row.source)
 
@@ -287,12 +293,31 @@ def find_label_column(place: Path | str, row: Row) -> str:
     columns = listed(list(row.fields))
     if there:
         raise InputError(f"{place} has both columns 'label' and 'labels'; choose one with --label-column.")
-    raise InputError(f"{place} has no column 'label' or 'labels', only {columns}; name another with --label-column.")
+    hint = _nearest_hint("label", row.fields)
+    raise InputError(
+        f"{place} has no column 'label' or 'labels', only {columns}; name another with --label-column{hint}."
+    )
 
 
-def _check_column(row: Row, column: str, option: str) -> None:
+def check_column(row: Row, column: str, option: str) -> None:
+    """Raises InputError where the row has no such column; `option` is what names another one."""
     if column not in row.fields:
-        raise InputError(f"{row.source}: no column '{column}', only {listed(list(row.fields))}; see {option}.")
+        hint = _nearest_hint(column, row.fields)
+        raise InputError(f"{row.source}: no column '{column}', only {listed(list(row.fields))}; see {option}{hint}.")
+
+
+def nearest_column(wanted: str, columns: Iterable[str]) -> str | None:
+    """The column that `wanted` most likely means: in another case, of the same meaning, or of similar spelling."""
+    by_name = {column.strip().lower(): column for column in columns}
+    wanted = wanted.strip().lower()
+    same = next((names for names in _SAME_MEANING if wanted in names), ())
+    similar = difflib.get_close_matches(wanted, list(by_name), n=1)
+    return next((by_name[name] for name in (wanted, *same, *similar) if name in by_name), None)
+
+
+def _nearest_hint(wanted: str, columns: Iterable[str]) -> str:
+    near = nearest_column(wanted, columns)
+    return "" if near is None else f" ('{near}' comes nearest)"
 
 
 def text_of(row: Row, column: str) -> str:
@@ -302,7 +327,7 @@ def text_of(row: Row, column: str) -> str:
       InputError: there is no such column; or it holds no string, a blank one, one that is longer than `MAX_TEXT_CHARS`,
         or one that no UTF-8 file can hold.
     """
-    _check_column(row, column, "--text-column")
+    check_column(row, column, "--text-column")
     text = row.fields[column]
     if not isinstance(text, str):
         raise InputError(f"{row.source}: '{column}' holds {_described(text)}, not a text.")

@@ -29,7 +29,7 @@ SUFFIXES = (
 )
 # The name that a command takes for standard input and standard output.
 PIPE = Path("-")
-BATCH_ROWS = 8192
+BATCH_ROWS = 4096
 
 # Called with the error of a row that cannot be read; the rows after it are read all the same.
 OnBad = Callable[[InputError], object]

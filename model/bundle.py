@@ -30,12 +30,13 @@ from ..data.files import staged_folder
 from ..data.taxonomy import Taxonomy
 from ..data.tokenizer import WordPieceTokenizer
 from .classifier import TextClassifier
-from .config import ComputeDtype, EncoderConfig
+from .config import EncoderConfig
 from .decode import Calibration, probabilities
 from .focus import Focus
 from .manifest import FolderKind, read_json, write_json
+from .precision import Precision
 from .predict import Predictor
-from .quantize import Precision, Quantization, Weights, convert
+from .quantize import Weights, is_quantized, to_int8
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ _KIND = FolderKind(
 
 # Largest difference of a golden probability that is put down to another machine's arithmetic. INT8 rounds activations,
 # so that a last bit can move a whole step.
-GOLDEN_TOLERANCE: Mapping[Precision, float] = {"float32": 1e-3, "int8": 3e-2}
+GOLDEN_TOLERANCE: Mapping[Precision, float] = {Precision.float32: 1e-3, Precision.int8: 3e-2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Bundle:
     version: str = ""
     path: Path | None = None
 
-    def predictor(self, compute_dtype: ComputeDtype = "float32", focus: Focus | None = None) -> Predictor:
+    def predictor(self, compute_dtype: Precision = Precision.float32, focus: Focus | None = None) -> Predictor:
         """Puts the weights on the default device, ready to compile programs.
 
         Args:
@@ -159,7 +160,7 @@ def load_bundle(path: Path) -> Bundle:
       InputError: no bundle, written by a newer Classer, damaged, incomplete, or it computes something else here.
     """
     manifest = _read_manifest(path)
-    precision: Precision = manifest["precision"]
+    precision = Precision(manifest["precision"])
     encoder = EncoderConfig.from_json(read_json(path / "encoder.json"), source=str(path / "encoder.json"))
     taxonomy = Taxonomy.from_json(read_json(path / "taxonomy.json"), source=str(path / "taxonomy.json"))
     if manifest["max_length"] > encoder.max_positions:
@@ -199,7 +200,7 @@ _LICENCES = ("LICENSE", "NOTICE")
 GOLDEN_LENGTH = 64  # golden texts are cut to this many tokens: one small program checks them all
 
 
-def quantize(bundle: Bundle) -> Bundle:
+def quantize_bundle(bundle: Bundle) -> Bundle:
     """The INT8 version of a float32 bundle, not yet saved.
 
     The empty text is no golden text any more. A classifier has seen none like it, and where it is undecided, the last
@@ -208,13 +209,12 @@ def quantize(bundle: Bundle) -> Bundle:
     Raises:
       InputError: it is INT8 already.
     """
-    if bundle.precision == "int8":
+    if bundle.precision == Precision.int8:
         raise InputError(f"{bundle.path} is INT8 already; quantise a float32 bundle.")
-    model = TextClassifier(bundle.encoder, bundle.taxonomy.num_labels, quantization=Quantization.CONVERT)
     return dataclasses.replace(
         bundle,
-        weights=convert(model, bundle.weights),
-        precision="int8",
+        weights=to_int8(bundle.weights),
+        precision=Precision.int8,
         golden_texts=tuple(filter(None, bundle.golden_texts)),
         version="",
         path=None,
@@ -244,9 +244,9 @@ def _check_weights(
         ".".join(str(key.key) for key in path): (value.shape, "float32")
         for path, value in jax.tree_util.tree_leaves_with_path(init["params"])
     }
-    if precision == "int8":
+    if precision == Precision.int8:
         for name, (shape, _) in list(expected.items()):
-            if name.startswith("encoder.") and name.endswith((".kernel", ".table")):
+            if is_quantized(name):
                 axis = -1 if name.endswith(".kernel") else 0
                 expected[name] = (shape, "int8")
                 expected[f"{name}_scale"] = ((shape[axis],), "float32")

@@ -16,7 +16,7 @@ from .config import EncoderConfig
 from .encoder import Encoder
 from .focus import Focus, FocusDraw
 from .layers import kernel_init
-from .quantize import Quantization
+from .precision import Precision
 
 
 def mean_pool(hidden_BSD: jax.Array, weights_BS: jax.Array) -> jax.Array:
@@ -68,7 +68,7 @@ class TextClassifier(nn.Module):
     config: EncoderConfig
     num_labels: int
     dtype: jnp.dtype = jnp.float32
-    quantization: Quantization = Quantization.NONE
+    precision: Precision = Precision.float32
     dropout: float = 0.0
     focus: Focus | None = None
     scan: bool = False
@@ -77,20 +77,23 @@ class TextClassifier(nn.Module):
 
     def setup(self) -> None:
         self.encoder = Encoder(
-            self.config, self.dtype, self.quantization, self.dropout, self.focus, self.scan, self.remat, self.by_text
+            self.config, self.dtype, self.precision, self.dropout, self.focus, self.scan, self.remat, self.by_text
         )
         self.head = LabelHead(self.num_labels)
 
     def __call__(self, tokens_BS: jax.Array, lengths_B: jax.Array, draw: FocusDraw | None = None) -> jax.Array:
+        return self.head(self.pooled(tokens_BS, lengths_B, draw))
+
+    def pooled(self, tokens_BS: jax.Array, lengths_B: jax.Array, draw: FocusDraw | None = None) -> jax.Array:
+        """The pooled vectors that the head reads, float32 (B, D); needs no weights of the head."""
         encoded = self.encoder(tokens_BS, lengths_B, draw)
-        return self.head(mean_pool(encoded.hidden_BKD, encoded.weights_BK))
+        return mean_pool(encoded.hidden_BKD, encoded.weights_BK)
 
     def with_pooled(
         self, tokens_BS: jax.Array, lengths_B: jax.Array, draw: FocusDraw | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """The logits, and the pooled vectors that the head read, float32 (B, D)."""
-        encoded = self.encoder(tokens_BS, lengths_B, draw)
-        pooled_BD = mean_pool(encoded.hidden_BKD, encoded.weights_BK)
+        pooled_BD = self.pooled(tokens_BS, lengths_B, draw)
         return self.head(pooled_BD), pooled_BD
 
     def explain(self, tokens_BS: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, Evidence]:

@@ -11,8 +11,6 @@ from ..data.errors import InputError
 if TYPE_CHECKING:
     import jax
 
-ComputeDtype = Literal["float32", "bfloat16"]
-
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:

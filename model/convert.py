@@ -24,14 +24,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
-from flax import traverse_util
 
 from ..data.errors import InputError
 from . import ops
 from .config import EncoderConfig, native_like
 from .focus import MASKED_SCORE
 from .layers import Attention, Embeddings
-from .quantize import Quantization, Weights
+from .precision import Precision
+from .quantize import Weights, unflatten
 
 GELU_SLOPE = 1.702
 RIDGE = 1e-4  # share of the mean square of the inputs
@@ -79,7 +79,7 @@ def convert_encoder(
     table_VD = ours["encoder.embeddings.token.table"]
     ours["encoder.embeddings.norm.scale"] *= np.sqrt(np.square(table_VD).mean())
     a_ND, r_ND = (
-        _apply(Embeddings(config, jnp.float32, Quantization.NONE), table, "encoder.embeddings", tokens_BS)[batch.real_N]
+        _apply(Embeddings(config, jnp.float32, Precision.float32), table, "encoder.embeddings", tokens_BS)[batch.real_N]
         for config, table in ((teacher, weights), (student, ours))
     )
     scales, biases = [], []
@@ -111,7 +111,7 @@ class _Batch(NamedTuple):
         padded_ND[real_N] = x_ND
         positions_BS = np.broadcast_to(np.arange(self.shape[1], dtype=np.int32), self.shape)
         bias_BS = np.where(real_N, 0.0, MASKED_SCORE).reshape(self.shape).astype(np.float32)
-        attention = Attention(config, Quantization.NONE, 0.0)
+        attention = Attention(config, Precision.float32, 0.0)
         return _apply(attention, weights, name, padded_ND, bias_BS, positions_BS, False)[real_N]
 
 
@@ -255,5 +255,5 @@ def _matmul(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def _apply(module: Any, weights: Weights, name: str, *inputs: Any) -> np.ndarray:
     """Calls one module with those of the weights that stand under its name."""
     mine = {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
-    params = traverse_util.unflatten_dict(mine, sep=".")
+    params = unflatten(mine)
     return np.asarray(cast(jax.Array, jax.jit(module.apply)({"params": params}, *inputs)))

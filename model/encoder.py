@@ -16,7 +16,7 @@ from flax import linen as nn
 from .config import EncoderConfig
 from .focus import UNITS, Focus, FocusDraw, Tokens, all_tokens, kept_length
 from .layers import Dropout, Embeddings, EncoderLayer, Norm
-from .quantize import Quantization
+from .precision import Precision
 
 
 class Encoded(NamedTuple):
@@ -42,7 +42,7 @@ class Encoder(nn.Module):
     Attributes:
       config: the shape.
       dtype: what activations are computed in; parameters are float32 (or int8) whatever it says.
-      quantization: see `quantize.Quantization`.
+      precision: of the stored kernels and tables: float32, or int8 (see `quantize`).
       dropout: rate on embeddings, attention weights and sublayers; 0 when not training. Needs the RNG stream `dropout`.
       focus: what the layers keep; None, or a full one, is the dense encoder.
       scan: runs all layers but the first in one loop over stacked weights (see `stacking`), so that compiling takes no
@@ -54,7 +54,7 @@ class Encoder(nn.Module):
 
     config: EncoderConfig
     dtype: jnp.dtype = jnp.float32
-    quantization: Quantization = Quantization.NONE
+    precision: Precision = Precision.float32
     dropout: float = 0.0
     focus: Focus | None = None
     scan: bool = False
@@ -75,7 +75,7 @@ class Encoder(nn.Module):
         """
         c = self.config
         B, S = tokens_BS.shape
-        x_ND = Embeddings(c, self.dtype, self.quantization, name="embeddings")(tokens_BS)
+        x_ND = Embeddings(c, self.dtype, self.precision, name="embeddings")(tokens_BS)
         x_ND = Dropout(self.dropout)(x_ND)
         tokens = all_tokens(lengths_B, S)
         units = self.focus.units if self.focus else (UNITS,) * c.num_layers
@@ -86,7 +86,7 @@ class Encoder(nn.Module):
             cuts = units[i] < (units[i - 1] if i else UNITS)
             layer = make_layer(
                 c,
-                self.quantization,
+                self.precision,
                 self.dropout,
                 first=i == 0,
                 by_text=self.by_text,
@@ -112,7 +112,7 @@ class Encoder(nn.Module):
             in_axes=cast(Any, (0, nn.broadcast, nn.broadcast)),
             length=len(indices),
         )
-        step = scanned(self.config, self.quantization, self.dropout, name="layers")
+        step = scanned(self.config, self.precision, self.dropout, name="layers")
         carried, _ = step((x_ND, tokens), jnp.asarray(indices), lengths_B, draw)
         return carried
 
@@ -121,12 +121,12 @@ class _ScannedLayer(nn.Module):
     """A layer as the body of the loop over layers."""
 
     config: EncoderConfig
-    quantization: Quantization
+    precision: Precision
     dropout: float
 
     @nn.compact
     def __call__(
         self, carried: tuple[jax.Array, Tokens], index: jax.Array, lengths_B: jax.Array, draw: FocusDraw | None
     ) -> tuple[tuple[jax.Array, Tokens], None]:
-        layer = EncoderLayer(self.config, self.quantization, self.dropout, name="layer")
+        layer = EncoderLayer(self.config, self.precision, self.dropout, name="layer")
         return layer(*carried, lengths_B, draw, index), None

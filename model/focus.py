@@ -1,4 +1,4 @@
-"""Focused Attention: which tokens a layer keeps. docs/focused-attention.md has the idea, the maths and the figures.
+"""Focused Attention: which tokens a layer keeps. docs/internals/focus.md has the idea, the maths and the figures.
 
 A *focus* is one share a layer; a layer keeps that share of each row's own tokens, by the scores that its gate gives
 them after its attention. Kept tokens stay in order and keep their positions; the others take no part in its
@@ -243,40 +243,56 @@ def select(scores_BS: jax.Array, kept_B: jax.Array, length: int) -> jax.Array:
 
 
 def keep_bias(scores_BS: jax.Array, kept_B: jax.Array, temperature: jax.Array | float, hard_B: jax.Array) -> jax.Array:
-    """Keeps the same tokens as `select` by masking: softly, with gradients to the scores, or in full.
+    """The logarithm of the degree to which each token is kept: `select` as a mask, soft or hard.
 
-    Soft, a token is kept to the degree m = σ((s − τ) / temperature), where τ lies midway between the last score kept
-    and the first one dropped (soft top-k): log m is added to its attention scores. Hard, the kept tokens take part in
-    full and the others not at all. Hard rows send the scores no gradient: a straight-through one hears only of what
-    was kept, and makes gates worse (docs/focused-attention.md).
+    Added to the attention scores of the tokens as keys; its exponential weighs the tokens in the pooling. Hard rows
+    send the scores no gradient: a straight-through estimator sees only the tokens that were kept, and trains worse
+    gates (docs/internals/tried-and-rejected.md).
 
     Args:
       scores_BS: from `token_scores`.
-      kept_B: how many each row keeps. A row that keeps all of its tokens is left as it is, unless it fills its bucket:
-        then τ is its lowest score, and dims them. A first gate that keeps all learns by that alone, and those behind it
-        learnt less without it (`test_the_gate_learns_which_token_matters`).
-      temperature: of the sigmoid.
-      hard_B: bool, the rows whose tokens below the cut take no part at all.
+      kept_B: how many tokens each row keeps.
+      temperature: of the sigmoid of soft rows.
+      hard_B: bool, the rows whose dropped tokens take no part at all.
 
     Returns:
-      log_keep_BS, float32: to add to the attention scores of these keys, ≤ 0; its exponential weighs the tokens in the
-      pooling.
+      log_keep_BS, float32, ≤ 0.
     """
-    S = scores_BS.shape[1]
     order_BS = jnp.argsort(-scores_BS, axis=1, stable=True)
     rank_BS = jnp.argsort(order_BS, axis=1, stable=True)
-    kept_BS = rank_BS < kept_B[:, None]
+    hard_BS = jnp.where(rank_BS < kept_B[:, None], 0.0, -SURE)
+    lowest_kept_B1, highest_cut_B1 = _scores_at_the_cut(scores_BS, order_BS, kept_B)
+    soft_BS = _soft_bias(scores_BS, lowest_kept_B1, highest_cut_B1, temperature)
+    return jnp.where(hard_B[:, None], hard_BS, soft_BS)
+
+
+def _scores_at_the_cut(scores_BS: jax.Array, order_BS: jax.Array, kept_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Each row's last score that is kept and its first one that is dropped, both (B, 1).
+
+    In a row that keeps all S tokens the two are the same, its lowest score.
+    """
+    last = scores_BS.shape[1] - 1
     sorted_BS = jnp.take_along_axis(scores_BS, order_BS, axis=1)
-    lowest_kept_B1 = jnp.take_along_axis(sorted_BS, jnp.clip(kept_B - 1, 0, S - 1)[:, None], axis=1)
-    highest_cut_B1 = jnp.take_along_axis(sorted_BS, jnp.clip(kept_B, 0, S - 1)[:, None], axis=1)
-    # Where only sure tokens stand on one side of the cut, the other side alone says where it is.
+    lowest_kept_B1 = jnp.take_along_axis(sorted_BS, jnp.clip(kept_B - 1, 0, last)[:, None], axis=1)
+    highest_cut_B1 = jnp.take_along_axis(sorted_BS, jnp.clip(kept_B, 0, last)[:, None], axis=1)
+    return lowest_kept_B1, highest_cut_B1
+
+
+def _soft_bias(
+    scores_BS: jax.Array, lowest_kept_B1: jax.Array, highest_cut_B1: jax.Array, temperature: jax.Array | float
+) -> jax.Array:
+    """log σ((s − τ) / temperature), with τ midway between the two scores at the cut (soft top-k).
+
+    A row that drops only padding is left as it is, unless it fills its bucket: then τ is its lowest score. A first gate
+    that keeps everything learns by that alone, and the gates behind it learnt less without it
+    (`test_the_gate_learns_which_token_matters`).
+    """
+    # Where one side of the cut has only tokens whose fate is sure, the score on the other side is the threshold.
     threshold_B1 = jnp.where(
         lowest_kept_B1 >= SURE, highest_cut_B1, jnp.where(highest_cut_B1 <= -SURE, lowest_kept_B1, 0.0)
     )
     both_B1 = (lowest_kept_B1 < SURE) & (highest_cut_B1 > -SURE)
     threshold_B1 = jnp.where(both_B1, (lowest_kept_B1 + highest_cut_B1) / 2, threshold_B1)
     soft_BS = jax.nn.log_sigmoid((scores_BS - threshold_B1) / temperature)
-    soft_BS = jnp.where(jnp.abs(scores_BS) >= SURE, 0.0, soft_BS)  # specials stay, padding is masked elsewhere
-    # In a row that drops nothing (but padding) nobody is dimmed.
-    soft_BS = jnp.where(highest_cut_B1 <= -SURE, 0.0, soft_BS)
-    return jnp.where(hard_B[:, None], jnp.where(kept_BS, 0.0, -SURE), soft_BS)
+    soft_BS = jnp.where(jnp.abs(scores_BS) >= SURE, 0.0, soft_BS)  # special tokens stay, padding is masked elsewhere
+    return jnp.where(highest_cut_B1 <= -SURE, 0.0, soft_BS)  # nothing is dropped

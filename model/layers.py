@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from . import focus, ops, quantize, sharding
+from . import focus, ops, sharding
 from .config import EncoderConfig
 from .focus import MASKED_SCORE, FocusDraw, Tokens
-from .quantize import Quantization
+from .precision import Precision
+from .quantize import int8_product
 
 # Up to so many tokens XLA's CPU programs keep the scores of a batch in the caches by themselves.
 MAX_TOGETHER = 256
@@ -22,14 +23,19 @@ kernel_init = nn.initializers.truncated_normal(stddev=0.02)
 
 
 class Dense(nn.Module):
-    """A linear layer, float or INT8 as `quantization` says.
+    """A linear layer, float or INT8.
 
-    Its name (`qkv`, `out`, `up`, `down`) says how it is sharded; `split` takes apart the outputs of a layer of several
-    parts.
+    Its name (`qkv`, `out`, `up`, `down`) decides how it is sharded (see `sharding`).
+
+    Attributes:
+      features: outputs (F).
+      precision: of the stored kernel: float32, or int8 with one scale an output.
+      biased: whether a bias is added.
+      parts: how many products of equal width the kernel holds side by side; `split` takes their outputs apart.
     """
 
     features: int
-    quantization: Quantization
+    precision: Precision
     biased: bool
     parts: int = 1
 
@@ -40,16 +46,14 @@ class Dense(nn.Module):
         if self.biased:
             bias_F = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
             bias_F = sharding.interleave(bias_F, f"{self.name}.bias", self.parts)
-        if self.quantization is Quantization.SERVE:
-            # The int8 weights come from AQT's own collection; the float kernel is neither stored nor read.
-            kernel_DF = jnp.zeros(shape, x_ND.dtype)
-        else:
-            kernel_DF = self.param("kernel", kernel_init, shape, jnp.float32)
-            kernel_DF = sharding.interleave(kernel_DF, f"{self.name}.kernel", self.parts)
-        if self.quantization is Quantization.NONE:
-            return ops.linear(x_ND, kernel_DF, bias_F)
-        product_NF = quantize.dot_general(self.quantization)(x_ND, kernel_DF, (((1,), (0,)), ((), ())), precision=None)
-        return (product_NF if bias_F is None else product_NF + bias_F).astype(x_ND.dtype)
+        if self.precision == Precision.int8:
+            kernel_DF = self.param("kernel", nn.initializers.zeros_init(), shape, jnp.int8)
+            scale_F = self.param("kernel_scale", nn.initializers.zeros_init(), shape[1:], jnp.float32)
+            product_NF = int8_product(x_ND, kernel_DF, scale_F)
+            return (product_NF if bias_F is None else product_NF + bias_F).astype(x_ND.dtype)
+        kernel_DF = self.param("kernel", kernel_init, shape, jnp.float32)
+        kernel_DF = sharding.interleave(kernel_DF, f"{self.name}.kernel", self.parts)
+        return ops.linear(x_ND, kernel_DF, bias_F)
 
     def split(self, y_NF: jax.Array) -> list[jax.Array]:
         return sharding.deinterleave(y_NF, f"{self.name}.kernel", self.parts)
@@ -60,13 +64,13 @@ class Embedding(nn.Module):
 
     num_rows: int
     features: int
-    quantization: Quantization
+    precision: Precision
 
     @nn.compact
     def __call__(self, ids: jax.Array) -> jax.Array:
         """Looks up `ids` (any shape) → ids.shape + (D,), float32."""
         shape = (self.num_rows, self.features)
-        if self.quantization is Quantization.SERVE:
+        if self.precision == Precision.int8:
             table_VD = self.param("table", nn.initializers.zeros_init(), shape, jnp.int8)
             scale_V = self.param("table_scale", nn.initializers.zeros_init(), shape[:1], jnp.float32)
             return table_VD[ids].astype(jnp.float32) * scale_V[ids][..., None]
@@ -95,17 +99,17 @@ class Embeddings(nn.Module):
 
     config: EncoderConfig
     dtype: jnp.dtype
-    quantization: Quantization
+    precision: Precision
 
     @nn.compact
     def __call__(self, tokens_BS: jax.Array) -> jax.Array:
         c = self.config
         length = tokens_BS.shape[1]
-        x_BSD = Embedding(c.vocab_size, c.d_model, self.quantization, name="token")(tokens_BS)
+        x_BSD = Embedding(c.vocab_size, c.d_model, self.precision, name="token")(tokens_BS)
         if c.rope_base is None:
-            x_BSD += Embedding(c.max_positions, c.d_model, self.quantization, name="position")(jnp.arange(length))
+            x_BSD += Embedding(c.max_positions, c.d_model, self.precision, name="position")(jnp.arange(length))
         if c.num_segments:
-            x_BSD += Embedding(c.num_segments, c.d_model, self.quantization, name="segment")(jnp.zeros((), jnp.int32))
+            x_BSD += Embedding(c.num_segments, c.d_model, self.precision, name="segment")(jnp.zeros((), jnp.int32))
         x_ND = sharding.constrain(x_BSD.reshape(-1, c.d_model), "batch", None)
         return Norm(c, name="norm")(x_ND).astype(self.dtype)
 
@@ -127,7 +131,7 @@ class Attention(nn.Module):
     """
 
     config: EncoderConfig
-    quantization: Quantization
+    precision: Precision
     dropout: float
     by_text: bool = False
 
@@ -138,7 +142,7 @@ class Attention(nn.Module):
         c = self.config
         B, S = bias_BS.shape
         # One product for query, key and value: fewer, larger products are faster on every device.
-        qkv = Dense(3 * c.d_model, self.quantization, c.biases, parts=3, name="qkv")
+        qkv = Dense(3 * c.d_model, self.precision, c.biases, parts=3, name="qkv")
         query, key, value = (
             x_ND.reshape(B, S, c.num_heads, c.head_dim).transpose(0, 2, 1, 3) for x_ND in qkv.split(qkv(x_ND))
         )
@@ -157,7 +161,7 @@ class Attention(nn.Module):
         else:
             mixed_BHSK = mix(query, key, value, bias_BS, positions_BS)
         mixed_ND = mixed_BHSK.transpose(0, 2, 1, 3).reshape(B * S, c.d_model)
-        return Dense(c.d_model, self.quantization, c.biases, name="out")(mixed_ND)
+        return Dense(c.d_model, self.precision, c.biases, name="out")(mixed_ND)
 
     def _mix(
         self,
@@ -205,18 +209,18 @@ class FeedForward(nn.Module):
     """Linear layers around GELU, or a gated linear unit (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
 
     config: EncoderConfig
-    quantization: Quantization
+    precision: Precision
 
     @nn.compact
     def __call__(self, x_ND: jax.Array) -> jax.Array:
         c = self.config
         gated = c.activation != "gelu"
-        up = Dense((1 + gated) * c.d_ff, self.quantization, c.biases, parts=1 + gated, name="up")
+        up = Dense((1 + gated) * c.d_ff, self.precision, c.biases, parts=1 + gated, name="up")
         gate_NF, *value = up.split(up(x_ND))
         hidden_NF = ops.silu(gate_NF) if c.activation == "swiglu" else ops.gelu(gate_NF)
         if gated:
             hidden_NF *= value[0]
-        return Dense(c.d_model, self.quantization, c.biases, name="down")(hidden_NF)
+        return Dense(c.d_model, self.precision, c.biases, name="down")(hidden_NF)
 
 
 class EncoderLayer(nn.Module):
@@ -226,13 +230,13 @@ class EncoderLayer(nn.Module):
     are normalised, so that a first layer with norms before has none for its attention.
 
     Attributes:
-      config, quantization, dropout, by_text: as those of `Encoder`.
+      config, precision, dropout, by_text: as those of `Encoder`.
       first: whether it is the first layer.
       cut: the share to keep, in `focus.UNITS`, and the static length of what is kept; None keeps what is left.
     """
 
     config: EncoderConfig
-    quantization: Quantization
+    precision: Precision
     dropout: float
     first: bool = False
     by_text: bool = False
@@ -245,8 +249,8 @@ class EncoderLayer(nn.Module):
         c = self.config
         x_ND = sharding.constrain(x_ND, "batch", None)
         dropout = Dropout(self.dropout)
-        attention = Attention(c, self.quantization, self.dropout, self.by_text, name="attention")
-        feed_forward = FeedForward(c, self.quantization, name="feed_forward")
+        attention = Attention(c, self.precision, self.dropout, self.by_text, name="attention")
+        feed_forward = FeedForward(c, self.precision, name="feed_forward")
         normed_ND = Norm(c, name="attention_norm")(x_ND) if c.pre_norm and not self.first else x_ND
         x_ND += dropout(attention(normed_ND, tokens.bias_BK, tokens.positions_BK, c.is_local(index)))
         if not c.pre_norm:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,12 @@ import numpy as np
 
 from ..data.buckets import BUCKETS, bucket_for, pad_batch
 from ..data.errors import InputError
-from .classifier import Evidence, TextClassifier
-from .config import ComputeDtype, EncoderConfig
+from .classifier import TextClassifier
+from .config import EncoderConfig
 from .evidence import Kept
 from .focus import Focus
-from .quantize import Precision, Quantization, Weights, variables
+from .precision import Precision
+from .quantize import Weights, unflatten
 
 # A batch holds at most so many texts and tokens, padding included: the scores of attention alone are 0.8 GB a layer for
 # 64 texts of 512 tokens and 12 heads in float32.
@@ -33,8 +34,11 @@ SPARE_MAPPINGS = 4096
 _MAPPINGS, _MAX_MAPPINGS = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
 
 
-class Executables(dict[tuple[int, int], jax.stages.Compiled]):
-    """What was compiled for one kind of classifier, by (batch size, length); not bound to weights."""
+class Executables(dict[tuple[str, int, int], jax.stages.Compiled]):
+    """What was compiled for one kind of classifier, by (method of `TextClassifier`, batch size, length).
+
+    The weights are arguments of what was compiled, no part of it.
+    """
 
 
 # Classifiers of the same kind share what is compiled, as long as one of them (or who holds its executables) lives.
@@ -101,7 +105,7 @@ class Predictor:
         num_labels: int,
         weights: Weights,
         precision: Precision,
-        compute_dtype: ComputeDtype = "float32",
+        compute_dtype: Precision = Precision.float32,
         focus: Focus | None = None,
     ) -> None:
         """Puts the weights on the default device.
@@ -122,11 +126,9 @@ class Predictor:
                 "This model was not trained for focus: its encoder has no gates. Train it with --focus-epochs, or "
                 "leave the focus at 1."
             )
-        quantization = Quantization.SERVE if precision == "int8" else Quantization.NONE
         dtype, by_text = jnp.dtype(compute_dtype), jax.default_backend() == "cpu"
-        self._model = TextClassifier(config, num_labels, dtype, quantization, focus=focus, by_text=by_text)
-        self._precision: Precision = precision
-        self._variables = jax.device_put(variables(weights, precision))
+        self._model = TextClassifier(config, num_labels, dtype, precision, focus=focus, by_text=by_text)
+        self._variables = jax.device_put({"params": unflatten(weights)})
         shapes = tuple(sorted((name, str(value.dtype)) for name, value in weights.items()))
         kind = (config, num_labels, shapes, precision, jnp.dtype(compute_dtype).name, focus, jax.default_backend())
         self._executables = _SHARED.setdefault(kind, Executables())
@@ -144,7 +146,7 @@ class Predictor:
     def with_weights(self, weights: Weights) -> Predictor:
         """The same classifier with other weights of the same shapes; shares what is compiled."""
         other = copy.copy(self)
-        other._variables = jax.device_put(variables(weights, self._precision))
+        other._variables = jax.device_put({"params": unflatten(weights)})
         return other
 
     def compile(self, batch_size: int, length: int) -> Program:
@@ -153,13 +155,7 @@ class Predictor:
         Raises:
           InputError: this process holds about as many programs as its system allows.
         """
-        key = (batch_size, length)
-        if key not in self._executables:
-            _check_mappings()
-            tokens_BS = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
-            lengths_B = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-            self._executables[key] = jax.jit(self._forward).lower(self._variables, tokens_BS, lengths_B).compile()
-        return Program(self._executables[key], self._variables, batch_size, length)
+        return Program(self._compiled("explain", batch_size, length), self._variables, batch_size, length)
 
     def logits(
         self,
@@ -183,23 +179,52 @@ class Predictor:
           logits_NL, float32, in the order of `ids`.
         """
         logits_NL = np.zeros((len(ids), len(range(self._model.num_labels)[columns])), np.float32)
-        by_bucket: dict[int, list[int]] = {}
-        for i, row in enumerate(ids):
-            by_bucket.setdefault(bucket_for(len(row), buckets), []).append(i)
-        for bucket, indices in sorted(by_bucket.items()):
-            rows = batch_size or max(1, min(MAX_BATCH, MAX_BATCH_TOKENS // bucket))
-            program = self.compile(rows, bucket)
-            for start in range(0, len(indices), rows):
-                batch = indices[start : start + rows]
-                tokens_BS, lengths_B = pad_batch([ids[i] for i in batch], rows, bucket, pad_id=0)
-                logits_NL[batch] = program(tokens_BS, lengths_B)[: len(batch), columns]
-                progress(len(batch))
+        for rows, tokens_BS, lengths_B in _batches(ids, batch_size, buckets):
+            program = self.compile(*tokens_BS.shape)
+            logits_NL[rows] = program(tokens_BS, lengths_B)[: len(rows), columns]
+            progress(len(rows))
         return logits_NL
 
-    def _forward(self, variables: dict, tokens_BS: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, Evidence]:
-        # AQT asks for an RNG even where it rounds to nearest.
-        rngs = {"params": jax.random.key(0)} if self._precision == "int8" else None
-        return cast(Any, self._model.apply(variables, tokens_BS, lengths_B, rngs=rngs, method="explain"))
+    def pooled(
+        self, ids: Sequence[np.ndarray], *, batch_size: int | None = None, buckets: Sequence[int] = BUCKETS
+    ) -> np.ndarray:
+        """The pooled vectors that the label head reads, float32 (N, D); needs no weights of the head.
+
+        The arguments and the order are those of `logits`.
+        """
+        pooled_ND = np.zeros((len(ids), self._model.config.d_model), np.float32)
+        for rows, tokens_BS, lengths_B in _batches(ids, batch_size, buckets):
+            executable = self._compiled("pooled", *tokens_BS.shape)
+            pooled_ND[rows] = np.asarray(executable(self._variables, tokens_BS, lengths_B))[: len(rows)]
+        return pooled_ND
+
+    def _compiled(self, method: str, batch_size: int, length: int) -> jax.stages.Compiled:
+        """One method of the classifier for one shape; compiled at the first call."""
+        key = (method, batch_size, length)
+        if key not in self._executables:
+            _check_mappings()
+
+            def forward(variables: dict, tokens_BS: jax.Array, lengths_B: jax.Array) -> Any:
+                return self._model.apply(variables, tokens_BS, lengths_B, method=method)
+
+            tokens_BS = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
+            lengths_B = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+            self._executables[key] = jax.jit(forward).lower(self._variables, tokens_BS, lengths_B).compile()
+        return self._executables[key]
+
+
+def _batches(
+    ids: Sequence[np.ndarray], batch_size: int | None, buckets: Sequence[int]
+) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
+    """The texts in padded batches of like length: their places in `ids`, tokens_BS and lengths_B."""
+    by_bucket: dict[int, list[int]] = {}
+    for i, row in enumerate(ids):
+        by_bucket.setdefault(bucket_for(len(row), buckets), []).append(i)
+    for bucket, indices in sorted(by_bucket.items()):
+        size = batch_size or max(1, min(MAX_BATCH, MAX_BATCH_TOKENS // bucket))
+        for start in range(0, len(indices), size):
+            rows = indices[start : start + size]
+            yield rows, *pad_batch([ids[i] for i in rows], size, bucket, pad_id=0)
 
 
 def _check_mappings() -> None:

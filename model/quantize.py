@@ -1,97 +1,56 @@
-"""INT8 by AQT (https://github.com/google/aqt), in this one file, so that a successor can replace it here.
+"""INT8 weights and products. AQT (https://github.com/google/aqt) rounds the kernels; only this file knows it.
 
 Weights are int8 with one float32 scale an output channel, activations are quantised on the fly with one scale a token,
 and products are int8 × int8 → int32. Embedding tables are int8 with one scale a row. The label head, biases and norms
 stay float32: they are small, and the head's logits are what is calibrated.
 
-Outside this file nothing knows AQT: `convert` gives plain named arrays, which bundles store, and `variables` turns
-those into what the Linen modules read.
+Weights are plain named arrays, as bundles store them: an int8 `kernel` (D, F) stands beside its `kernel_scale` (F,), an
+int8 `table` (V, D) beside its `table_scale` (V,). Serving needs no AQT.
 """
 
 from __future__ import annotations
 
 import collections
-import enum
-import functools
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from flax import traverse_util
 from jax import lax
 
 from .sharding import to_host
 
-Precision = Literal["float32", "int8"]
-
 # Name → array: "encoder.layer_0.attention.qkv.kernel". What a bundle's safetensors file holds.
 Weights = dict[str, np.ndarray]
 
 INT8_MAX = 127
-_AQT = "aqt"  # AQT's collection, and the name of its submodule in a Dense layer
 _TINY = np.finfo(np.float32).tiny
 
 
-class Quantization(enum.Enum):
-    """What the linear layers compute with."""
-
-    NONE = "none"  # float weights
-    CONVERT = "convert"  # one pass over the float weights that also writes int8 ones
-    SERVE = "serve"  # int8 weights, int32 products
-
-
-class _Int8Weights(nn.Module):
-    """What AQT froze of a kernel: int8 (D, F) and its scales, float32 (1, F)."""
-
-    shape: tuple[int, int]
-
-    @nn.compact
-    def __call__(self) -> tuple[jax.Array, jax.Array]:
-        value_DF = self.variable(_AQT, "value", jnp.zeros, self.shape, jnp.int8).value
-        return value_DF, self.variable(_AQT, "scale", jnp.zeros, (1, self.shape[1]), jnp.float32).value
-
-
-class _ServedProduct(nn.Module):
-    """int8 × int8 → int32 of frozen weights and activations that are quantised on the fly, one scale a token.
+def int8_product(x_ND: jax.Array, kernel_DF: jax.Array, scale_F: jax.Array) -> jax.Array:
+    """x · (kernel × scale) as int8 × int8 → int32, activations quantised on the fly with one scale a token.
 
     AQT computes the same (equal in float32), but at bfloat16 it rounds the int32 sums to bfloat16 before it scales
-    them, which costs accuracy and lets XLA for TPU fold the rounding into the product, so that nothing proves int8.
+    them. That costs accuracy, and XLA for TPU may then fold the rounding into the product, so that the compiled program
+    no longer shows that the product is int8.
+
+    Args:
+      x_ND: activations, float32 or bfloat16.
+      kernel_DF: int8.
+      scale_F: float32.
+
+    Returns:
+      (N, F) float32.
     """
-
-    @nn.compact
-    def __call__(self, x_ND: jax.Array, kernel_DF: jax.Array, *_: Any, **__: Any) -> jax.Array:
-        value_DF, scale_1F = _Int8Weights((kernel_DF.shape[0], kernel_DF.shape[1]), name="qrhs")()
-        x32_ND = x_ND.astype(jnp.float32)
-        bound_N1 = jnp.abs(x32_ND).max(axis=1, keepdims=True)
-        scale_N1 = jnp.where(bound_N1 == 0, 1.0, bound_N1 / (INT8_MAX + 0.5))
-        int8_ND = jnp.clip(jnp.round(x32_ND * (1 / scale_N1)), -INT8_MAX, INT8_MAX).astype(jnp.int8)
-        sums_NF = lax.dot_general(int8_ND, value_DF, (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32)
-        return sums_NF.astype(jnp.float32) * scale_N1 * scale_1F
-
-
-def dot_general(mode: Quantization) -> Callable[..., jax.Array]:
-    """A stand-in for `lax.dot_general`, to be called inside a Linen module, which then holds its variables.
-
-    Converting is AQT's; serving needs no AQT.
-    """
-    if mode is Quantization.SERVE:
-        return _ServedProduct(name=_AQT)
-    from aqt.jax.v2 import config as aqt_config
-    from aqt.jax.v2.flax import aqt_flax
-    from aqt.jax.v2.utils import QuantMode
-
-    return aqt_flax.AqtDotGeneral(
-        aqt_config.config_v4(fwd_bits=8, dlhs_bits=None, drhs_bits=None),
-        lhs_quant_mode=QuantMode.TRAIN,  # activations are quantised on the fly in every mode
-        rhs_quant_mode=QuantMode.CONVERT,
-        rhs_freeze_mode=aqt_flax.FreezerMode.CALIBRATION_AND_VALUE,
-        quant_collection=_AQT,
-        name=_AQT,
-    )
+    x32_ND = x_ND.astype(jnp.float32)
+    bound_N1 = jnp.abs(x32_ND).max(axis=1, keepdims=True)
+    scale_N1 = jnp.where(bound_N1 == 0, 1.0, bound_N1 / (INT8_MAX + 0.5))
+    int8_ND = jnp.clip(jnp.round(x32_ND * (1 / scale_N1)), -INT8_MAX, INT8_MAX).astype(jnp.int8)
+    sums_NF = lax.dot_general(int8_ND, kernel_DF, (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32)
+    return sums_NF.astype(jnp.float32) * scale_N1 * scale_F[None]
 
 
 def flatten(params: Mapping[str, Any]) -> Weights:
@@ -99,36 +58,23 @@ def flatten(params: Mapping[str, Any]) -> Weights:
     return {name: to_host(value) for name, value in traverse_util.flatten_dict(params, sep=".").items()}
 
 
-def convert(model: nn.Module, weights: Weights) -> Weights:
-    """Quantises trained float weights: post-training quantisation.
-
-    Args:
-      model: the same classifier with `Quantization.CONVERT`.
-      weights: its float32 weights.
-
-    Returns:
-      Weights in which each linear kernel is int8 (D, F) beside `kernel_scale` (F,) and each embedding table int8 (V, D)
-      beside `table_scale` (V,); value ≈ int8 × scale.
-    """
-    tokens_BS, lengths_B = jnp.zeros((1, 8), jnp.int32), jnp.full((1,), 8, jnp.int32)
-    # AQT quantises weights as it sees them pass by, and asks for an RNG even where it rounds to nearest.
-    apply = jax.jit(functools.partial(model.apply, mutable=[_AQT]))
-    rngs = {"params": jax.random.key(0)}
-    _, written = apply(jax.device_put(variables(weights, "float32")), tokens_BS, lengths_B, rngs=rngs)
-    converted = dict(weights)
-    for name, value in flatten(written[_AQT]).items():
-        layer, _, part = name.rpartition(f".{_AQT}.qrhs.")
-        if part == "value":
-            converted[f"{layer}.kernel"] = value
-        else:
-            converted[f"{layer}.kernel_scale"] = value[0]
-    for name in [name for name in weights if name.endswith(".table")]:
-        converted[name], converted[f"{name}_scale"] = _quantize_rows(weights[name])
-    return converted
+def unflatten(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Named arrays → Linen's nested parameters."""
+    return traverse_util.unflatten_dict(weights, sep=".")
 
 
-def dequantize(weights: Weights) -> Weights:
-    """The float32 weights that `convert`'s stand for: int8 × scale."""
+def to_int8(weights: Weights) -> Weights:
+    """Post-training quantisation of trained float32 weights: the encoder's kernels and tables, with their scales."""
+    quantized = dict(weights)
+    for name, value in weights.items():
+        if is_quantized(name):
+            round_to_int8 = _quantize_columns if name.endswith(".kernel") else _quantize_rows
+            quantized[name], quantized[f"{name}_scale"] = round_to_int8(value)
+    return quantized
+
+
+def to_float32(weights: Weights) -> Weights:
+    """The float32 weights that int8 ones stand for: int8 × scale."""
     floats = {}
     for name, value in weights.items():
         if value.dtype == np.int8:
@@ -137,6 +83,16 @@ def dequantize(weights: Weights) -> Weights:
         elif not name.endswith(("kernel_scale", "table_scale")):
             floats[name] = value
     return floats
+
+
+def to_bfloat16(weights: Weights) -> Weights:
+    """Rounds the encoder's kernels and tables once, instead of in every run; the other weights stay float32."""
+    return {name: value.astype(jnp.bfloat16) if is_quantized(name) else value for name, value in weights.items()}
+
+
+def is_quantized(name: str) -> bool:
+    """Whether the weight of that name is int8 in an INT8 classifier: the encoder's kernels and tables are."""
+    return name.startswith("encoder.") and name.endswith((".kernel", ".table"))
 
 
 def count_products(hlo: str) -> collections.Counter[str]:
@@ -167,23 +123,33 @@ _MATMUL_CALL = re.compile(r'custom_call_target="[^"]*(?:gemm|matmul)', re.IGNORE
 _OPERAND = re.compile(r"%?([A-Za-z_][\w.-]*)(?=,|$)")
 
 
-def variables(weights: Weights, precision: Precision) -> dict[str, Any]:
-    """Named arrays → the variable collections that the Linen modules read."""
-    if precision == "float32":
-        return {"params": traverse_util.unflatten_dict(weights, sep=".")}
-    params, frozen = {}, {}
-    for name, value in weights.items():
-        layer, _, part = name.rpartition(".")
-        if part == "kernel" and value.dtype == np.int8:
-            frozen[f"{layer}.{_AQT}.qrhs.value"] = value
-        elif part == "kernel_scale":
-            frozen[f"{layer}.{_AQT}.qrhs.scale"] = value[None]
-        else:
-            params[name] = value
-    return {
-        "params": traverse_util.unflatten_dict(params, sep="."),
-        _AQT: traverse_util.unflatten_dict(frozen, sep="."),
-    }
+def _quantize_columns(kernel_DF: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Symmetric int8 by AQT with one scale a column: (D, F) float32 → (D, F) int8 and (F,) float32."""
+    value_DF, scale_1F = _frozen_by_aqt(kernel_DF)
+    return np.asarray(value_DF), np.asarray(scale_1F)[0]
+
+
+@jax.jit
+def _frozen_by_aqt(kernel_DF: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What AQT freezes of a kernel in one product with it: int8 (D, F) and float32 scales (1, F)."""
+    from aqt.jax.v2 import config as aqt_config
+    from aqt.jax.v2.flax import aqt_flax
+    from aqt.jax.v2.utils import QuantMode
+
+    product = aqt_flax.AqtDotGeneral(
+        aqt_config.config_v4(fwd_bits=8, dlhs_bits=None, drhs_bits=None),
+        lhs_quant_mode=QuantMode.TRAIN,
+        rhs_quant_mode=QuantMode.CONVERT,
+        rhs_freeze_mode=aqt_flax.FreezerMode.CALIBRATION_AND_VALUE,
+        quant_collection="aqt",
+    )
+    x_1D = jnp.zeros((1, kernel_DF.shape[0]), jnp.float32)
+    dimensions = (((1,), (0,)), ((), ()))
+    # AQT asks for an RNG even where it rounds to nearest.
+    rngs = {"params": jax.random.key(0)}
+    _, written = product.apply({}, x_1D, kernel_DF, dimensions, precision=None, mutable=["aqt"], rngs=rngs)
+    frozen: Any = written["aqt"]["qrhs"]
+    return frozen["value"], frozen["scale"]
 
 
 def _quantize_rows(table_VD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

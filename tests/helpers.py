@@ -26,6 +26,7 @@ from classer.model.bundle import Bundle
 from classer.model.classifier import TextClassifier
 from classer.model.config import EncoderConfig
 from classer.model.decode import Calibration
+from classer.model.precision import Precision
 from classer.model.quantize import flatten
 from classer.train.config import CurriculumStage
 
@@ -94,7 +95,7 @@ def make_bundle(folder: Path) -> Bundle:
         taxonomy=TAXONOMY,
         tokenizer=WordPieceTokenizer(folder / "vocab.txt"),
         weights=weights,
-        precision="float32",
+        precision=Precision.float32,
         calibration={"topic": Calibration(1.5), "tags": Calibration(0.8, (0.3, 0.5, 0.7))},
         golden_texts=("my card has not arrived",),
         card="A test's bundle.",

@@ -12,24 +12,46 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import tyro
 
 from classer.tools.cli.main import run, tune_allocator
 from classer.tools.cli.train import parse_job, train
-from classer.tools.launching import kubernetes as launch_kubernetes
-from classer.tools.launching import local as launch_local
-from classer.tools.launching import slurm as launch_slurm
 from classer.tools.launching.job import Launch, where
+from classer.tools.launching.kubernetes import apply_manifests, manifests_yaml
+from classer.tools.launching.local import describe_processes, process_environment, run_processes
+from classer.tools.launching.slurm import batch_script, submit_batch_script
 
-TARGETS = {"local": launch_local, "slurm": launch_slurm, "kubernetes": launch_kubernetes}
+if TYPE_CHECKING:
+    from classer.train.config import TrainJob
+
+
+class LaunchTarget(NamedTuple):
+    """Where a job can run.
+
+    Attributes:
+      describe: what `--dry-run` prints, from the launch, the command and the job's folder.
+      start: runs or submits the job; returns an exit code.
+    """
+
+    describe: Callable[[Launch, Sequence[str], Path], str]
+    start: Callable[[Launch, Sequence[str], TrainJob], int]
+
+
+TARGETS = {
+    "local": LaunchTarget(describe_processes, run_processes),
+    "slurm": LaunchTarget(batch_script, submit_batch_script),
+    "kubernetes": LaunchTarget(manifests_yaml, apply_manifests),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class LaunchArguments(Launch):
-    __doc__ = f"""{Launch.__doc__}
+    """
+    Attributes:
       dry_run: print what would be run, and run nothing.
     """
 
@@ -51,7 +73,7 @@ def launch(argv: Sequence[str]) -> None:
     if arguments.dry_run:
         print(target.describe(arguments, command, job.out))
     elif arguments.target == "local" and arguments.processes == 1:
-        os.environ |= launch_local.environment(arguments, rank=0)
+        os.environ |= process_environment(arguments, rank=0)
         tune_allocator()
         print("1 process on this machine.")
         print(where(job, logs="this output, and metrics.jsonl beside the checkpoints", stop=f"kill {os.getpid()}"))

@@ -35,7 +35,7 @@ class Progress:
 
     Attributes:
       epoch: epochs done.
-      data: the position in the training data (`TrainIterator.get_state`).
+      data: the position in the training data (`BatchIterator.get_state`).
       dev_score: of the last epoch done.
       best_score: the best dev score so far.
       best_step: the step that reached it first.

@@ -15,7 +15,7 @@ from ..data.buckets import BUCKETS
 from ..data.errors import InputError
 from ..data.readers import read_mapping
 from ..data.taxonomy import TaskKind
-from ..model.config import ComputeDtype
+from ..model.precision import ComputeDtype, Precision
 from ..model.pretrained import MINILM
 
 
@@ -110,7 +110,7 @@ class Recipe:
     dropout: float = 0.0
     scan: bool = False
     remat: bool = False
-    compute_dtype: ComputeDtype = "bfloat16"
+    compute_dtype: ComputeDtype = Precision.bfloat16
     dev_fraction: float = 0.1
     curriculum: Annotated[tuple[CurriculumStage, ...], tyro.conf.Suppress] = ()
     soft_share: float = 0.7
@@ -161,7 +161,7 @@ class TrainJob:
       test: a file of examples to measure the finished model on.
       text_column: the column or field that holds the text.
       label_column: the column or field that holds the label or labels; by default `label` or `labels`.
-      curriculum: a JSON or YAML file with a list of stages; see `CurriculumStage` and docs/curriculum.md.
+      curriculum: a JSON or YAML file with a list of stages; see `CurriculumStage` and docs/guide/curricula.md.
       soft_labels: a JSON Lines file of a teacher's answers, as `classer teach` writes it.
       texts: learn from at most so many of each task's training examples, drawn at random; 0 is all.
       held_out_texts: use at most so many of each task's development and test examples, drawn at random; 0 is all.

@@ -28,16 +28,17 @@ from scipy.sparse import csr_array
 
 from ..data.buckets import BUCKETS, bucket_for, pad_batch
 from ..data.errors import InputError
-from ..data.pipeline import Batch, TrainBatches, TrainExamples
+from ..data.pipeline import Batch, TrainExamples, epoch_batches
 from ..data.readers import read_texts
 from ..data.tokenizer import WordPieceTokenizer
-from ..model.config import ComputeDtype, EncoderConfig
+from ..model.config import EncoderConfig
 from ..model.convert import Converted, convert_encoder
 from ..model.encoder import Encoder
 from ..model.layers import EncoderLayer
 from ..model.ops import rms_norm
+from ..model.precision import ComputeDtype, Precision
 from ..model.pretrained import MINILM, fetch_encoder, load_encoder, save_encoder
-from ..model.quantize import Weights, flatten, variables
+from ..model.quantize import Weights, flatten, unflatten
 from .checkpoints import Checkpoints, Progress
 from .config import Recipe
 from .runlog import RunLog
@@ -78,7 +79,7 @@ class ConvertJob:
     max_length: int = 128
     batch_size: int = 64
     learning_rate: float = 5e-4
-    compute_dtype: ComputeDtype = "bfloat16"
+    compute_dtype: ComputeDtype = Precision.bfloat16
     seed: int = 0
     resume: bool = False
 
@@ -178,7 +179,7 @@ def _heal(
     epoch_tokens = sum(map(len, train))
     epochs = max(1, round(job.tokens / epoch_tokens))
     unlabelled = csr_array((len(train), 0), dtype=np.float32)
-    batches = TrainBatches(
+    batches = epoch_batches(
         TrainExamples(train, unlabelled, np.zeros(len(train), np.int32)),
         batch_size=job.batch_size,
         seed=job.seed,
@@ -189,7 +190,7 @@ def _heal(
     schedule = learning_rate_schedule(recipe, batches.num_steps)
     optimizer = make_optimizer(recipe, schedule)
     readout = {"scale": jnp.asarray(fitted.scale_ID), "bias": jnp.asarray(fitted.bias_ID)}
-    params = {"encoder": variables(_bare(fitted.weights), "float32")["params"], "readout": readout}
+    params = {"encoder": unflatten(_bare(fitted.weights)), "readout": readout}
     state = init_state(params, optimizer)
     step = make_healing_step(teacher, weights, fitted.config, optimizer, jnp.dtype(job.compute_dtype))
     with Checkpoints(job.out / CHECKPOINTS) as checkpoints, contextlib.closing(iter(batches)) as iterator:
@@ -229,7 +230,7 @@ def make_healing_step(
     teacher's variance over them. The teacher's weights are an argument of the compiled step: they are no part of the
     state, and of no checkpoint.
     """
-    theirs = jax.device_put(variables(_bare(weights), "float32")["params"])
+    theirs = jax.device_put(unflatten(_bare(weights)))
 
     def errors(params: Any, teacher_params: Any, tokens_BS: jax.Array, lengths_B: jax.Array) -> jax.Array:
         real_N1 = (jnp.arange(tokens_BS.shape[1]) < lengths_B[:, None]).reshape(-1, 1)
@@ -290,7 +291,7 @@ def _similarity(
     tokens_BS, lengths_B = _pad(texts)
     real_BS = np.arange(tokens_BS.shape[1]) < lengths_B[:, None]
     wanted_BSD, read_BSD = (
-        np.asarray(hidden(config, variables(_bare(mine), "float32")["params"], tokens_BS, lengths_B))
+        np.asarray(hidden(config, unflatten(_bare(mine)), tokens_BS, lengths_B))
         for config, mine in ((teacher, teacher_weights), (student, weights))
     )
     read_BSD = read_BSD + bias_D

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ..data.taxonomy import Taxonomy
-from ..model.config import ComputeDtype, EncoderConfig
+from ..model.config import EncoderConfig
 from ..model.decode import Calibration, probabilities
 from ..model.focus import Focus
+from ..model.precision import Precision
 from ..model.predict import Predictor
 from ..model.quantize import Weights
 from .calibration import fit_thresholds
@@ -34,7 +35,7 @@ class DevEvaluator:
         taxonomy: Taxonomy,
         encoder: EncoderConfig,
         weights: Weights,
-        compute_dtype: ComputeDtype,
+        compute_dtype: Precision,
         dev: Mapping[str, TokenizedSplit],
         focuses: Sequence[float],
     ) -> None:
@@ -44,7 +45,7 @@ class DevEvaluator:
                 encoder,
                 taxonomy.num_labels,
                 weights,
-                "float32",
+                Precision.float32,
                 compute_dtype,
                 Focus.pyramid(focus, encoder.num_layers),
             )

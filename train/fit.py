@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-from ..data.curriculum import CurriculumBatches
-from ..data.pipeline import TrainBatches, TrainExamples
-from ..data.shards import ShardBatches, ShardCurriculum
+from ..data.curriculum import CurriculumPlan
+from ..data.pipeline import Batches, Source, epoch_batches, stage_batches
+from ..data.plans import ShufflePlan
 from ..model.focus import is_gate
 from ..model.quantize import Weights
 from .curriculum import plan_curriculum, write_curriculum
@@ -127,7 +128,7 @@ def _fit_stages(context: TrainContext, weights: Weights) -> FitResult:
         fitted = run_phase(phase, context, weights, train_step)
         weights = fitted.weights
         if is_primary():
-            drawn[stage.name] = batches.drawn(plan.num_steps)
+            drawn[stage.name] = batches.plan.drawn(plan.num_steps)
             counts = zip(taxonomy.tasks, drawn[stage.name], strict=True)
             counted = ", ".join(f"{task.name} {count:,}" for task, count in counts if count)
             print(f"Stage '{stage.name}' has trained on so many examples: {counted}.", flush=True)
@@ -136,26 +137,24 @@ def _fit_stages(context: TrainContext, weights: Weights) -> FitResult:
     return fitted
 
 
-def _stages_of(context: TrainContext) -> Callable[..., CurriculumBatches | ShardCurriculum]:
+def _stages_of(context: TrainContext) -> Callable[..., Batches[CurriculumPlan]]:
     """(shares_T, the number of steps, stage=its number) → its batches."""
+    return functools.partial(stage_batches, _source(context), **_batch_options(context))
+
+
+def _epochs(context: TrainContext, num_epochs: int) -> Batches[ShufflePlan]:
+    return epoch_batches(_source(context), num_epochs=num_epochs, **_batch_options(context))
+
+
+def _batch_options(context: TrainContext) -> dict[str, Any]:
     recipe = context.recipe
-    options = {"batch_size": recipe.batch_size, "seed": recipe.seed, "pad_id": context.pad_id}
-    if context.shards is None:
-        return functools.partial(CurriculumBatches, _join(context), **options)
-    rows = context.layout.rows(recipe.batch_size)
-    return functools.partial(ShardCurriculum, context.shards, rows=rows, **options)
+    rows = None if context.shards is None else context.layout.rows(recipe.batch_size)
+    return {"batch_size": recipe.batch_size, "seed": recipe.seed, "pad_id": context.pad_id, "rows": rows}
 
 
-def _epochs(context: TrainContext, num_epochs: int) -> TrainBatches | ShardBatches:
-    recipe = context.recipe
-    size, seed, pad_id = recipe.batch_size, recipe.seed, context.pad_id
-    if context.shards is None:
-        return TrainBatches(_join(context), batch_size=size, seed=seed, pad_id=pad_id, num_epochs=num_epochs)
-    rows = context.layout.rows(size)
-    return ShardBatches(context.shards, batch_size=size, seed=seed, pad_id=pad_id, num_epochs=num_epochs, rows=rows)
-
-
-def _join(context: TrainContext) -> TrainExamples:
+def _source(context: TrainContext) -> Source:
+    if context.shards is not None:
+        return context.shards
     recipe = context.recipe
     return join(context.taxonomy, context.train, soft_share=recipe.soft_share, temperature=recipe.soft_temperature)
 

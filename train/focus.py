@@ -3,7 +3,7 @@
 The first part of the steps dims tokens by soft gates whose temperature falls. In the rest half of the rows drop them;
 the others go on teaching the gates, which only soft rows do. Each row of each step draws its own budget, so that one
 set of weights serves all of them. What the dense classifier answered before this training is mixed into the targets
-(self-distillation). docs/focused-attention.md has the maths.
+(self-distillation). docs/internals/focus.md has the maths.
 
 Axes: B batch, I layers, N examples, L labels of one task.
 """
@@ -27,6 +27,7 @@ from ..data.taxonomy import Task, Taxonomy
 from ..model.config import EncoderConfig
 from ..model.decode import Calibration, probabilities
 from ..model.focus import UNITS, FocusDraw
+from ..model.precision import Precision
 from ..model.predict import Predictor
 from ..model.quantize import Weights
 from .config import Recipe
@@ -89,7 +90,7 @@ def distilled(
       out: keeps the answers, so that a run that goes on does so with the very same ones.
     """
     out.mkdir(parents=True, exist_ok=True)
-    predictor = Predictor(encoder, taxonomy.num_labels, weights, "float32", recipe.compute_dtype)
+    predictor = Predictor(encoder, taxonomy.num_labels, weights, Precision.float32, recipe.compute_dtype)
     mixed = {}
     for task in taxonomy.tasks:
         if (split := train.get(task.name)) is None:

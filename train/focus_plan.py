@@ -25,10 +25,11 @@ from ..data.errors import InputError
 from ..data.taxonomy import Task
 from ..model.bundle import Bundle
 from ..model.classifier import TextClassifier
-from ..model.config import ComputeDtype, EncoderConfig
+from ..model.config import EncoderConfig
 from ..model.decode import probabilities
 from ..model.focus import UNITS, Focus, FocusDraw, kept_length
-from ..model.quantize import Quantization, variables
+from ..model.precision import Precision
+from ..model.quantize import unflatten
 from .evaluation import TokenizedSplit, measure
 
 BATCH_SIZE = 32
@@ -63,7 +64,7 @@ def plan_focus(
     *,
     max_loss: float | None = None,
     speedup: float | None = None,
-    compute_dtype: ComputeDtype = "bfloat16",
+    compute_dtype: Precision = Precision.bfloat16,
     say: Callable[[str], object] = print,
 ) -> Plan:
     """The fastest focus within a loss of accuracy, or the most faithful one of a given speed.
@@ -158,16 +159,15 @@ def _divergence(task: Task, dense_NL: np.ndarray, probs_NL: np.ndarray) -> float
 class _Answers:
     """Calibrated probabilities at any focus, from one program for each length."""
 
-    def __init__(self, bundle: Bundle, task: Task, compute_dtype: ComputeDtype) -> None:
+    def __init__(self, bundle: Bundle, task: Task, compute_dtype: Precision) -> None:
         self._bundle, self._task = bundle, task
-        quantization = Quantization.SERVE if bundle.precision == "int8" else Quantization.NONE
-        model = TextClassifier(bundle.encoder, bundle.taxonomy.num_labels, jnp.dtype(compute_dtype), quantization)
-        self._variables = jax.device_put(variables(bundle.weights, bundle.precision))
+        model = TextClassifier(bundle.encoder, bundle.taxonomy.num_labels, jnp.dtype(compute_dtype), bundle.precision)
+        self._variables = jax.device_put({"params": unflatten(bundle.weights)})
 
         @jax.jit
         def forward(variables: dict, tokens_BS: jax.Array, lengths_B: jax.Array, units_I: jax.Array) -> Any:
             draw = FocusDraw(jnp.tile(units_I, (len(tokens_BS), 1)), jnp.float32(1.0), jnp.ones(len(tokens_BS), bool))
-            return model.apply(variables, tokens_BS, lengths_B, draw, rngs={"params": jax.random.key(0)})
+            return model.apply(variables, tokens_BS, lengths_B, draw)
 
         self._forward = forward
 
@@ -199,7 +199,7 @@ class _CostModel:
     feed_forward: float
 
     @classmethod
-    def measured(cls, bundle: Bundle, compute_dtype: ComputeDtype, max_length: int) -> _CostModel:
+    def measured(cls, bundle: Bundle, compute_dtype: Precision, max_length: int) -> _CostModel:
         """Fitted to the dense classifier at all bucket lengths up to that of the longest text."""
         predictor = bundle.predictor(compute_dtype)
         lengths = [bucket for bucket in BUCKETS if bucket <= bucket_for(max_length, BUCKETS) and bucket >= 32] or [32]

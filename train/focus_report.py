@@ -15,8 +15,8 @@ import numpy as np
 from ..data.buckets import BUCKETS, bucket_for, pad_batch
 from ..data.taxonomy import Task
 from ..model.bundle import Bundle
-from ..model.config import ComputeDtype
 from ..model.focus import Focus, kept_length
+from ..model.precision import Precision
 from ..model.predict import Predictor, Program
 from .evaluation import TokenizedSplit, measure
 from .pictures import draw_focus_curve
@@ -53,7 +53,7 @@ def focus_report(
     split: TokenizedSplit,
     focuses: Sequence[Focus],
     *,
-    compute_dtype: ComputeDtype = "bfloat16",
+    compute_dtype: Precision = Precision.bfloat16,
     timed_texts: int = 1024,
     rounds: int = 5,
     say: Callable[[str], object] = print,

@@ -14,10 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from ..data.curriculum import CurriculumBatches
 from ..data.errors import InputError
-from ..data.pipeline import TrainBatches
-from ..data.shards import ShardBatches, ShardCurriculum, Shards
+from ..data.pipeline import Batches
+from ..data.shards import Shards
 from ..data.taxonomy import Taxonomy
 from ..model.classifier import TextClassifier
 from ..model.config import EncoderConfig
@@ -103,7 +102,7 @@ class Phase:
       dense: the classifier whose answers each step is to mix into the targets; None for no such.
     """
 
-    batches: TrainBatches | CurriculumBatches | ShardBatches | ShardCurriculum
+    batches: Batches[Any]
     num_evals: int
     patience: int
     label_smoothing: float

@@ -17,15 +17,14 @@ from matplotlib.ticker import PercentFormatter
 
 from ..data.taxonomy import Task
 from .metrics import NUM_BINS, Metrics, reliability
+from .style import BLUE, DPI, GREEN, GREY, ORANGE
 
 GRID_LABELS = 24  # a grid of more would be too small to read, so that only the most confused labels are drawn
 BAR_LABELS = 60  # likewise for bars
 NAME_LENGTH = 34  # characters of a label's name
-DPI = 130
 NUMBERED_ZEROS = 6  # grids of up to so many labels show zeros too; in larger ones they would drown the errors
 CELL = 0.42  # least width and height of a grid's cell, in inches
 LETTER = 0.085  # width of a letter of a label's name, in inches
-BLUE, ORANGE, GREEN, GREY = "#2f6db3", "#e07b39", "#5aa469", "#8a8a8a"
 
 
 def draw_confusions(path: Path, task: Task, counts_LL: np.ndarray, title: str) -> None:

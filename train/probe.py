@@ -20,6 +20,7 @@ from scipy.special import logsumexp
 
 from ..data.taxonomy import Task, Taxonomy, with_ancestors
 from ..model.config import EncoderConfig
+from ..model.precision import Precision
 from ..model.predict import Predictor
 from ..model.quantize import Weights
 from .calibration import fit_calibration
@@ -69,9 +70,7 @@ def probe_head(
     D = encoder.d_model
     kernel_DL = weights.get("head.kernel", np.zeros((D, taxonomy.num_labels), np.float32)).copy()
     bias_L = weights.get("head.bias", np.zeros(taxonomy.num_labels, np.float32)).copy()
-    # A head that is the identity makes logits of the pooled features.
-    identity = {"head.kernel": np.eye(D, dtype=np.float32), "head.bias": np.zeros(D, np.float32)}
-    predictor = Predictor(encoder, D, {**weights, **identity}, "float32", recipe.compute_dtype)
+    predictor = Predictor(encoder, taxonomy.num_labels, weights, Precision.float32, recipe.compute_dtype)
     for task in taxonomy.tasks:
         if task.name not in tasks:
             continue
@@ -81,8 +80,8 @@ def probe_head(
         rows = labelled[np.random.default_rng(recipe.seed).permutation(len(labelled))[:most]]
         tokens_N = np.cumsum([len(split.ids[row]) for row in rows])
         rows = rows[: max(1, np.searchsorted(tokens_N, MAX_TOKENS, side="right"))]
-        features_ND = predictor.logits([split.ids[row] for row in rows])
-        dev_features_ND = predictor.logits(dev[task.name].ids)
+        features_ND = predictor.pooled([split.ids[row] for row in rows])
+        dev_features_ND = predictor.pooled(dev[task.name].ids)
         if task.kind.exclusive:
             head = sibling_heads(
                 task,

@@ -15,6 +15,7 @@ import numpy as np
 from ..data.taxonomy import Label, Task, TaskKind
 from .metrics import Metrics, check_predictions
 from .pictures import GRID_LABELS, draw_confusions, draw_label_scores, draw_reliability
+from .style import markdown_table
 
 COUNTED_LABELS = 500  # a matrix of more counts would take gigabytes at ten thousand labels
 WORST_ROWS = 20  # rows of the tables of errors
@@ -108,7 +109,7 @@ def _summary(task: Task, metrics: Metrics, title: str) -> str:
     rows.append(("expected calibration error", f"{metrics.ece:.2%}"))
     rows.append(("texts", f"{metrics.n:,}"))
     heading = f"# {_escape(title)}\n\nTask `{task.name}`: {task.kind.value}, {len(task.labels)} labels.\n"
-    return f"{heading}\n{_table(('', ''), rows)}"
+    return f"{heading}\n{markdown_table(('', ''), rows)}"
 
 
 def _confusions(task: Task, counts_LL: np.ndarray, errors: int) -> str:
@@ -121,7 +122,11 @@ def _confusions(task: Task, counts_LL: np.ndarray, errors: int) -> str:
     names = task.label_names
     rows = [(_escape(names[t]), _escape(names[p]), f"{n:,}", f"{n / support_L[t]:.1%}") for t, p, n in worst]
     lead = f"{errors:,} texts were given a wrong label; the most frequent confusions:\n\n"
-    return text + lead + _table(("true label", "predicted", "texts", "share of the true label's texts"), rows, names=2)
+    return (
+        text
+        + lead
+        + markdown_table(("true label", "predicted", "texts", "share of the true label's texts"), rows, words=2)
+    )
 
 
 def _label_errors(metrics: Metrics) -> str:
@@ -139,7 +144,7 @@ def _label_errors(metrics: Metrics) -> str:
     ]
     if not shown:
         return text.split("The labels with")[0].rstrip() + " No decision was wrong.\n"
-    return text + _table(("label", "missed", "wrongly chosen"), shown)
+    return text + markdown_table(("label", "missed", "wrongly chosen"), shown)
 
 
 def _calibration() -> str:
@@ -152,13 +157,7 @@ def _labels(metrics: Metrics) -> str:
         for m in sorted(metrics.labels, key=lambda m: (m.support == 0, m.f1))
     ]
     header = ("label", "F1", "precision", "recall", "texts", "predicted")
-    return f"## Labels, the worst F1 first\n\n{_table(header, rows)}"
-
-
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]], names: int = 1) -> str:
-    """A Markdown table whose first `names` columns are words and whose other columns are numbers."""
-    sides = ("---",) * names + ("---:",) * (len(header) - names)
-    return "".join(f"| {' | '.join(line)} |\n" for line in [header, sides, *rows])
+    return f"## Labels, the worst F1 first\n\n{markdown_table(header, rows)}"
 
 
 def _escape(text: str) -> str:

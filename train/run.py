@@ -13,8 +13,9 @@ from .. import __version__
 from ..data.errors import InputError
 from ..data.files import atomic_write
 from ..data.soft_labels import read_teachers
-from ..model.bundle import Bundle, quantize, save_bundle
+from ..model.bundle import Bundle, quantize_bundle, save_bundle
 from ..model.focus import is_gate
+from ..model.precision import Precision
 from ..model.quantize import Weights
 from ..model.sharding import make_layout
 from .baseline import BaselineScore, tfidf_svm
@@ -141,7 +142,7 @@ def run_job(job: TrainJob) -> TrainResult | None:
         taxonomy=inputs.taxonomy,
         tokenizer=start.tokenizer,
         weights=fitted.weights,
-        precision="float32",
+        precision=Precision.float32,
         calibration={},
         max_length=job.recipe.max_length,
         golden_texts=(*inputs.golden_texts, ""),
@@ -151,7 +152,7 @@ def run_job(job: TrainJob) -> TrainResult | None:
     if job.resume:  # a run that was stopped between its two bundles
         shutil.rmtree(job.out / "bundle-float32", ignore_errors=True)
     float_bundle, float_metrics = _finish(job, inputs, fitted, trained, "-float32")
-    int8_bundle, int8_metrics = _finish(job, inputs, fitted, quantize(trained), "")
+    int8_bundle, int8_metrics = _finish(job, inputs, fitted, quantize_bundle(trained), "")
     scores = []
     for task in inputs.taxonomy.tasks:
         name, dataset = task.name, inputs.dataset

@@ -13,6 +13,7 @@ from ..data.taxonomy import Taxonomy
 from ..data.tokenizer import WordPieceTokenizer
 from ..model.bundle import MANIFEST, load_bundle
 from ..model.config import NATIVE_SIZES, EncoderConfig, native
+from ..model.precision import Precision
 from ..model.pretrained import MINILM, fetch_encoder, load_encoder
 from ..model.quantize import Weights
 
@@ -50,7 +51,7 @@ def choose_start(name: str) -> Start:
         return _mean(names, [choose_start(one) for one in names])
     if (local / MANIFEST).is_file():
         bundle = load_bundle(local)
-        if bundle.precision != "float32":
+        if bundle.precision != Precision.float32:
             raise InputError(f"{local} is an INT8 bundle, which cannot be trained; name the float32 one beside it.")
         return Start(bundle.encoder, bundle.weights, bundle.tokenizer, bundle.licences, bundle.taxonomy)
     if name in NATIVE_SIZES and not local.is_dir():

@@ -28,7 +28,6 @@ from ..data.soft_labels import (
 )
 from ..data.taxonomy import Task, with_ancestors
 from ..model.bundle import MANIFEST, load_bundle
-from ..model.predict import Predictor
 
 BATCH_SIZE = 32
 
@@ -200,16 +199,13 @@ def _bundle_teacher(path: Path, task: Task, name: str) -> Teacher:
     # A file's own name is not what the bundle's only task need be called.
     theirs = bundle.taxonomy.tasks[0] if len(bundle.taxonomy.tasks) == 1 else bundle.taxonomy.task(name)
     columns = _columns(str(path), theirs.label_names, task.label_names)
-    # The head with more columns, which hand on what it reads.
     kernel_DL, bias_L = bundle.weights["head.kernel"], bundle.weights["head.bias"]
-    D, L = kernel_DL.shape
-    head = {"head.kernel": np.hstack([kernel_DL, np.eye(D)]), "head.bias": np.hstack([bias_L, np.zeros(D)])}
-    weights = {**bundle.weights, **{name: value.astype(np.float32) for name, value in head.items()}}
-    predictor = Predictor(bundle.encoder, L + D, weights, bundle.precision)
+    predictor = bundle.predictor()
 
     def answer(texts: Sequence[str]) -> Answers:
         ids = bundle.tokenizer.encode(texts, bundle.max_length).ids
-        logits_NL, pooled_ND = np.split(predictor.logits(ids), [L], axis=1)
+        pooled_ND = predictor.pooled(ids)
+        logits_NL = pooled_ND @ kernel_DL + bias_L  # the head is float32 in every precision
         return Answers(bundle.probabilities(theirs.name, logits_NL)[:, columns], pooled_ND)
 
     return answer

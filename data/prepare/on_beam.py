@@ -45,18 +45,29 @@ try:
     from apache_beam.options.pipeline_options import PipelineOptions
     from apache_beam.pvalue import AsSingleton, TaggedOutput
 except ImportError:
-    raise missing_packages("--beam", "apache-beam (without --beam the same runs in this process)", "prepare") from None
+    raise missing_packages(
+        "--runner", "apache-beam (without --runner the same runs in this process)", "prepare"
+    ) from None
 
-# Beam's default on one machine would download a runner of its own.
+# Beam's default on one machine, DirectRunner, would download a runner of its own.
 IN_PROCESS = "apache_beam.runners.portability.fn_api_runner.fn_runner.FnApiRunner"
 
 
-def prepare(plan: Plan, *, options: Sequence[str], progress: Progress) -> tuple[dict[str, Any], bool]:
+def beam_options(runner: str) -> PipelineOptions:
+    """Beam's pipeline options from the name of a runner and its options, such as "FlinkRunner --parallelism=8".
+
+    "DirectRunner" is Beam's runner in this process.
+    """
+    name, *options = runner.split()
+    return PipelineOptions([f"--runner={IN_PROCESS if name == 'DirectRunner' else name}", *options])
+
+
+def prepare(plan: Plan, *, runner: str, progress: Progress) -> tuple[dict[str, Any], bool]:
     """As `local.prepare`.
 
     Args:
       plan: what and where to.
-      options: Beam's pipeline options, such as ["--runner=FlinkRunner", …]; none is Beam's runner in this process.
+      runner: see `beam_options`.
       progress: told of the stages before and after the pipeline; the runner has its own ways to show those in it.
 
     Raises:
@@ -68,7 +79,7 @@ def prepare(plan: Plan, *, options: Sequence[str], progress: Progress) -> tuple[
     evaluation_index(plan).save(plan.work / "evaluation.npz")
     (plan.work / "parts").mkdir()
     with progress("the pipeline", "runs", 1) as bar:
-        with beam.Pipeline(options=PipelineOptions(list(options) or [f"--runner={IN_PROCESS}"])) as pipeline:
+        with beam.Pipeline(options=beam_options(runner)) as pipeline:
             build(pipeline, plan)
         bar.update(1)
     return _gather(plan, inputs), True

@@ -1,7 +1,34 @@
-"""The Python client: `Client` for scripts and threads, `AsyncClient` for asyncio. Loads neither JAX nor TensorFlow.
+"""Python clients of a Classer server: `Client` for scripts and threads, `AsyncClient` for asyncio.
 
 with Client("localhost:50051") as client:
     print(client.classify("my card has not arrived").best.label)
+
+Neither loads JAX or TensorFlow.
+
+Time-outs are in seconds and can be given to each call. The client retries nothing; after a connection has broken, the
+next call connects again.
+
+method            default time-out   when the server's queue is full
+----------------  -----------------  --------------------------------------------------------------
+classify          10                 raises Overloaded
+classify_batch    60 for each call   the outcome of each text that was refused is Overloaded
+classify_stream   none               waits
+tasks, models     10                 never refused
+healthy           1                  never refused; False instead of an error
+
+Errors are sentences. All are ServeError, which is a ClasserError; a text of a batch or stream has an error of its own.
+
+error             gRPC status          cause                                               another try
+----------------  -------------------  --------------------------------------------------  -----------------------
+InvalidRequest    INVALID_ARGUMENT     an argument is out of its limits                    fails again
+UnknownTask       NOT_FOUND            there is no such task or model                      fails again
+Unauthenticated   UNAUTHENTICATED      no API key, or an unknown one                       fails again
+Forbidden         PERMISSION_DENIED    the API key does not allow this                     fails again
+Overloaded        RESOURCE_EXHAUSTED   the queue is full, or a quota is used up            after `retry_seconds`
+DeadlineExceeded  DEADLINE_EXCEEDED    the time-out passed, or cannot be met               with a longer time-out
+Unavailable       UNAVAILABLE          no server answers, or it starts, stops or failed    later
+Cancelled         CANCELLED            the call was cancelled                              if still wanted
+InternalError     INTERNAL             the server failed on this text                      fails again, probably
 """
 
 from __future__ import annotations
@@ -17,7 +44,7 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from ...data.errors import ClasserError
+from ...data.errors import ClasserError, InputError
 from ..ops.security import Tls, aio_channel, sync_channel
 from ..proto import classifier_pb2 as pb
 from ..proto.classifier_pb2_grpc import ClassifierStub
@@ -68,8 +95,8 @@ DEFAULT_SERVER = "localhost:50051"
 _STREAM_TEXTS = 128
 _POLL_SECONDS = 0.1
 _OPTIONS = [
-    ("grpc.max_receive_message_length", -1),  # a batch's answers are as long as the task's label names make them
-    # A server that is just starting is found within a second, where gRPC's own pauses grow to two minutes.
+    ("grpc.max_receive_message_length", -1),  # a batch's answers have no limit: label names may be long
+    # A server that has just started is found within a second; gRPC's default pauses grow to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
@@ -79,18 +106,18 @@ _OPTIONS = [
 class Client:
     """A connection to a Classer server, for any number of threads. Use it as a context manager, or `close` it.
 
-    Every method that asks the server raises a `ServeError`: `Unavailable` if none answers at that address,
-    `DeadlineExceeded` after its `timeout` (seconds), and what the server itself refuses.
+    Its methods raise the errors in the table of this module. Making a client does not connect; the first call does.
 
     Args:
-      server: "host:port".
-      tls: how to connect with TLS; None connects in the clear.
-      key: an API key, sent with every call; only over TLS, or to this machine.
-      own_connection: whether not to share a connection with other clients of this process to the same server.
+      server: address, "host:port".
+      tls: certificates for TLS; None connects without TLS.
+      key: API key, sent with every call; needs TLS unless the server is on this machine.
+      own_connection: whether to open a connection of its own; by default the clients of a process share one for each
+        server.
 
     Raises:
-      InputError: a file of `tls` cannot be used.
-      InvalidRequest: the key would travel in the clear.
+      InputError: the address is no HOST:PORT, or a file of `tls` cannot be used.
+      InvalidRequest: the key would be sent without TLS over a network, or holds characters that no key has.
     """
 
     def __init__(
@@ -102,6 +129,7 @@ class Client:
         own_connection: bool = False,
     ) -> None:
         self.server = server
+        _check_address(server)
         self._channel = sync_channel(server, _options(own_connection), tls, key)
         self._classifier = ClassifierStub(self._channel)
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
@@ -113,6 +141,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
+        """Closes the connection. Calls in flight raise Cancelled."""
         self._channel.close()
 
     def classify(
@@ -122,12 +151,12 @@ class Client:
 
         Args:
           text: at most 1,000,000 characters; may be empty.
-          task: may be left out if the server has one only.
+          task: name of the task; may be left out if the server has only one.
           timeout: seconds.
           options: see `ClassifyOptions`.
 
         Raises:
-          ServeError: one of its kinds, by cause.
+          ServeError: see the table of this module.
         """
         request = one_request(text, task, options)
         with _typed_errors(self.server, timeout):
@@ -150,10 +179,10 @@ class Client:
           options: as for `classify`, for all texts.
 
         Returns:
-          For each text, in order, its answer or the error of its own.
+          For each text, in order, its answer or its error.
 
         Raises:
-          ServeError: a whole call failed; texts of earlier calls were classified in vain.
+          ServeError: a whole call failed; the answers of earlier calls are lost.
         """
         outcomes: list[Outcome] = []
         for request in batch_requests(texts, task, options):
@@ -169,19 +198,19 @@ class Client:
         timeout: float | None = None,
         **options: Unpack[ClassifyOptions],
     ) -> Iterator[Outcome]:
-        """Classifies texts in bulk: an outcome for each, in order, as they are done.
+        """Classifies any number of texts: yields an answer or error for each, in order.
 
-        They are read only as the server gets work done, so there may be any number of them; what the server would
-        refuse because too much waits is waited for.
+        Texts are read from the iterable only as the server finishes others, so that memory stays flat. A full queue
+        delays the stream instead of failing it.
 
         Args:
           texts: as for `classify`.
           task: as for `classify`, for all texts.
-          timeout: seconds for all of it; None for ever.
+          timeout: seconds for the whole stream; None for no limit.
           options: as for `classify`, for all texts; the priority is "bulk" if none is given.
 
         Raises:
-          ServeError: the stream ended early; what came before is valid.
+          ServeError: the stream ended early; the answers before that are valid.
         """
         failed: list[Exception] = []
 
@@ -190,7 +219,7 @@ class Client:
                 rest = iter(texts)
                 while some := list(itertools.islice(rest, _STREAM_TEXTS)):
                     yield from batch_requests(some, task, options)
-            except Exception as error:  # gRPC would only say that there was one
+            except Exception as error:  # gRPC drops the error itself
                 failed.append(error)
                 raise
 
@@ -199,12 +228,12 @@ class Client:
                 yield from _outcomes(response)
 
     def tasks(self, model: str | None = None, *, timeout: float = 10.0) -> list[TaskInfo]:
-        """What the server can be asked for, of one model or of all."""
+        """Lists the tasks of one model, or of all models."""
         with _typed_errors(self.server, timeout):
             return read_tasks(self._classifier.ListTasks(pb.ListTasksRequest(model=model or ""), timeout=timeout))
 
     def healthy(self, *, timeout: float = 1.0) -> bool:
-        """Whether a server answers at that address and is ready to classify."""
+        """Whether a server answers at the address and is ready to classify; never raises."""
         try:
             answer = self._health.Check(_health_request(), timeout=timeout)
         except grpc.RpcError:
@@ -212,10 +241,10 @@ class Client:
         return answer.status == health_pb2.HealthCheckResponse.SERVING
 
     def wait_until_healthy(self, timeout: float = 60.0) -> None:
-        """Returns as soon as the server is healthy.
+        """Waits until the server is healthy.
 
         Raises:
-          Unavailable: it was not within `timeout` seconds.
+          Unavailable: it was not healthy within `timeout` seconds.
         """
         end = time.monotonic() + timeout
         while not self.healthy(timeout=_poll_timeout(end)):
@@ -225,7 +254,7 @@ class Client:
 
 
 class AsyncClient:
-    """`Client` for asyncio: the same methods, arguments and errors, to be awaited. Make it inside the event loop."""
+    """`Client` for asyncio: the same methods, arguments and errors. Make it inside the event loop that uses it."""
 
     def __init__(
         self,
@@ -236,6 +265,7 @@ class AsyncClient:
         own_connection: bool = False,
     ) -> None:
         self.server = server
+        _check_address(server)
         self._channel = aio_channel(server, _options(own_connection), tls, key)
         self._classifier = ClassifierStub(self._channel)
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
@@ -247,12 +277,13 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
+        """`Client.close`."""
         await self._channel.close()
 
     async def classify(
         self, text: str, task: str | None = None, *, timeout: float = 10.0, **options: Unpack[ClassifyOptions]
     ) -> Classification:
-        """`Client.classify`. Cancelling the awaiting task cancels the request in the server too."""
+        """`Client.classify`. Cancelling the awaiting task cancels the request in the server."""
         request = one_request(text, task, options)
         with _typed_errors(self.server, timeout):
             return read_classification(await self._classifier.Classify(request, timeout=timeout))
@@ -288,7 +319,7 @@ class AsyncClient:
                 async for some in chunks(texts, _STREAM_TEXTS):
                     for request in batch_requests(some, task, options):
                         yield request
-            except Exception as error:  # gRPC would only log it
+            except Exception as error:  # gRPC only logs it
                 failed.append(error)
                 raise
 
@@ -319,6 +350,11 @@ class AsyncClient:
             await asyncio.sleep(_POLL_SECONDS)
 
 
+def _check_address(server: str) -> None:
+    if ":" not in server:
+        raise InputError(f"The server's address is '{server}'; it must be HOST:PORT, such as {DEFAULT_SERVER}.")
+
+
 def _options(own_connection: bool) -> list[tuple[str, int]]:
     # Channels to one address share their connections unless they keep a pool of their own.
     return [*_OPTIONS, ("grpc.use_local_subchannel_pool", 1)] if own_connection else _OPTIONS
@@ -326,20 +362,21 @@ def _options(own_connection: bool) -> list[tuple[str, int]]:
 
 @contextlib.contextmanager
 def _typed_errors(server: str, timeout: float | None, failed: Sequence[Exception] = ()) -> Iterator[None]:
-    """Turns gRPC's errors into ours: the server's own sentence where it sent one, else one about the connection.
+    """Turns gRPC's errors into ServeError, with the server's sentence if it sent one, else with one on the connection.
 
-    What `failed` holds by then is what really went wrong, on our side.
+    Args:
+      failed: errors of the caller's own iterable; the first one is raised in place of gRPC's.
     """
     try:
         yield
-    except asyncio.CancelledError:  # what gRPC makes of it where it is asynchronous
+    except asyncio.CancelledError:  # gRPC's asyncio API cancels a call whose iterator raises
         if failed:
             raise failed[0] from None
         raise
     except grpc.RpcError as error:
         if failed:
             raise failed[0] from None
-        code, details, carried = _what_it_says(error)
+        code, details, carried = _read_error(error)
         if carried is not None:
             raise carried from error
         if code is grpc.StatusCode.DEADLINE_EXCEEDED and timeout is not None:
@@ -347,7 +384,7 @@ def _typed_errors(server: str, timeout: float | None, failed: Sequence[Exception
         elif code is grpc.StatusCode.CANCELLED:
             details = f"The request to the server at {server} was cancelled."
         elif code is grpc.StatusCode.UNIMPLEMENTED:
-            details = f"What answers at {server} is not a Classer server, or one of another version."
+            details = f"The server at {server} is not a Classer server, or has another version."
         elif code is grpc.StatusCode.UNAVAILABLE and not details.startswith("The server"):
             details = _why_unreachable(server, details)
         raise error_of(code, details) from error
@@ -369,10 +406,10 @@ def _why_unreachable(server: str, details: str) -> str:
     return f"No server answers at {server}; is it running, and is the address right? ({details})"
 
 
-def _what_it_says(error: Any) -> tuple[grpc.StatusCode, str, ServeError | None]:
-    """Status, sentence, and the server's own error if it sent one.
+def _read_error(error: Any) -> tuple[grpc.StatusCode, str, ServeError | None]:
+    """Status and sentence of an RpcError, and the server's own error if it sent one.
 
-    Every RpcError that a call raises is itself a call with these methods; the base class does not say so.
+    An RpcError that a call raises has the methods of a call, although its base class does not.
     """
     return error.code(), error.details() or "", error_of_call(error)
 
@@ -394,4 +431,4 @@ def _poll_timeout(end: float) -> float:
 
 
 def _never_healthy(server: str, timeout: float) -> Unavailable:
-    return Unavailable(f"No healthy server at {server} within {timeout:g} seconds; its own output says what it does.")
+    return Unavailable(f"No healthy server at {server} within {timeout:g} seconds; see the server's output.")

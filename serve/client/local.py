@@ -22,10 +22,10 @@ from ...data.taxonomy import Task, TaskKind
 from ...model.bundle import MANIFEST, load_bundle
 from ...model.focus import Focus
 from ...model.predict import Executables
-from ..core.answers import Answers, check_threshold, not_finite
+from ..core.answers import AnswerDecoder, check_threshold, not_finite
 from ..core.engine import Engine
 from ..core.models import AUTO, ModelSettings, make_engine, name_of
-from ..core.tokenizing import Tokens, check_length, encode_texts
+from ..core.tokenizing import TokenizedText, encode_texts, length_error
 from ..core.work import Scored
 from ..proto import classifier_pb2 as pb
 from ..wire.errors import InvalidRequest, NotPossible, ServeError
@@ -96,7 +96,7 @@ class LocalModel:
             TaskInfo(task.name, task.kind.value, len(task.labels), self.name, self.version)
             for task in self._bundle.taxonomy.tasks
         )
-        self._answers = Answers(self._bundle.taxonomy, self._bundle.calibration, self.name, self.version)
+        self._answers = AnswerDecoder(self._bundle.taxonomy, self._bundle.calibration, self.name, self.version)
         self._executables: list[Executables] = []
         self._engines: dict[Focus, Engine] = {}
         self._lock = threading.Lock()  # engines are used from one thread at a time
@@ -336,15 +336,15 @@ class LocalModel:
 
     def _score(
         self, texts: Sequence[str], engine: Engine, *, spans: bool = False
-    ) -> list[tuple[Tokens, Scored] | ServeError]:
+    ) -> list[tuple[TokenizedText, Scored] | ServeError]:
         """Tokens and logits of each text, or its error, in order; batches are of texts of like length."""
-        results: list[Any] = list(map(_length_error, texts))
+        results: list[Any] = list(map(length_error, texts))
         short = [i for i, error in enumerate(results) if error is None]
         tokens = encode_texts(self._bundle.tokenizer, [texts[i] for i in short], self.max_length, spans=spans)
         by_bucket: dict[int, list[int]] = {}
         for i, one in zip(short, tokens, strict=True):
             results[i] = one
-            if isinstance(one, Tokens):
+            if isinstance(one, TokenizedText):
                 by_bucket.setdefault(bucket_for(len(one.ids), engine.buckets), []).append(i)
         arrived = time.perf_counter()
         for bucket, rows in sorted(by_bucket.items()):
@@ -438,14 +438,6 @@ def _described(value: Any) -> str:
         return "bytes, which must be decoded first"
     name = type(value).__name__
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
-
-
-def _length_error(text: str) -> InvalidRequest | None:
-    try:
-        check_length(text)
-    except InvalidRequest as error:
-        return error
-    return None
 
 
 def _raise_at(row: int, error: ServeError) -> NoReturn:

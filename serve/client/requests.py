@@ -65,8 +65,6 @@ def _message(task: str | None, options: ClassifyOptions) -> pb.ClassifyOptions:
     if unknown := options.keys() - known.keys():
         raise TypeError(f"There is no option '{min(unknown)}'; there are: {', '.join(known)}.")
     fields = {**options, "task": task or ""}
-    if "focus" in fields:
-        fields["focus"] = str(fields["focus"])
     if "priority" in fields:
         if fields["priority"] not in ("interactive", "bulk"):
             raise InvalidRequest(
@@ -74,6 +72,8 @@ def _message(task: str | None, options: ClassifyOptions) -> pb.ClassifyOptions:
             )
         fields["priority"] = value_of(pb.Priority, fields["priority"])
     with _unsendable():
+        focus = fields.get("focus", "")
+        fields["focus"] = focus if isinstance(focus, str) else f"{focus:g}"
         return pb.ClassifyOptions(**fields)
 
 

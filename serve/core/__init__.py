@@ -1,4 +1,6 @@
-"""Turbine, the inference engine: compiled programs, queues, the scheduler that forms batches, and the request pipeline.
+"""Turbine, the inference engine, and what makes a classifier of it. No gRPC.
 
-No gRPC here.
+Turbine is `engine` (the compiled programs of a model, and the choice among them), `queues` and `scheduler` (which forms
+batches and feeds the device) and `deadlines`. `models` loads and swaps models, `tokenizing` makes token ids of texts,
+`answers` responses of logits, and `pipeline` takes a request through all of them.
 """

@@ -1,4 +1,4 @@
-"""From logits to the response: decoding against the taxonomy, the same code as in evaluation. No gRPC channel here.
+"""From logits to responses: decoding against the taxonomy, by the same code as in evaluation. No gRPC.
 
 Axes: `N` texts, `L` labels of one task.
 """
@@ -18,7 +18,7 @@ from ..proto import classifier_pb2 as pb
 from ..wire.enums import value_of
 from ..wire.errors import InternalError, InvalidRequest, UnknownTask
 from ..wire.limits import DEFAULT_TOP_K
-from .tokenizing import Tokens
+from .tokenizing import TokenizedText
 from .work import Scored
 
 
@@ -36,14 +36,14 @@ class Decoded(NamedTuple):
     finite_N: np.ndarray
 
 
-class Answers:
-    """Turns what the device said into responses, for one model.
+class AnswerDecoder:
+    """Decodes the device's outputs into responses, for one model.
 
     Args:
-      taxonomy: the model's.
-      calibration: of each task, by its name.
-      name: the model's, as responses give it.
-      version: the model's, as responses give it.
+      taxonomy: the model's tasks and labels.
+      calibration: the calibration of each task, by its name.
+      name: the model's name in responses.
+      version: the model's version in responses.
     """
 
     def __init__(self, taxonomy: Taxonomy, calibration: Mapping[str, Calibration], name: str, version: str) -> None:
@@ -58,10 +58,10 @@ class Answers:
         return self._tasks
 
     def task(self, name: str) -> Task:
-        """The task of that name; the only one if the name is empty.
+        """The task of a name; the only task if the name is empty.
 
         Raises:
-          UnknownTask: there is none of that name.
+          UnknownTask: there is no task of that name.
           InvalidRequest: the name is empty and there are several.
         """
         known = ", ".join(self._tasks)
@@ -90,7 +90,7 @@ class Answers:
     def answer(
         self,
         task: Task,
-        tokens: Sequence[Tokens],
+        tokens: Sequence[TokenizedText],
         scored: Sequence[Scored],
         top_k: int,
         *,
@@ -101,15 +101,15 @@ class Answers:
         """Responses to N texts.
 
         Args:
-          task: the one asked about.
-          tokens: what the model read of each text.
-          scored: what the device said of each.
+          task: the task that was asked for.
+          tokens: each text as the model read it.
+          scored: the device's result of each text.
           top_k: how many labels to give, best first (0: `DEFAULT_TOP_K`); the chosen ones are given in any case. Of a
             tree these are leaves, and the label at which the answer stops.
           threshold: the score from which a label is chosen, instead of the model's own; of labels that exclude one
             another the best one is then chosen only if it reaches that; in a tree, the first from the best leaf upwards
             that does.
-          evidence: whether to say what was kept of each; the tokens must have their spans.
+          evidence: whether to return the tokens that the model kept; `tokens` must then have spans.
           focus: what the texts were read with, as responses give it.
 
         Returns:

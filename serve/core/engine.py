@@ -1,6 +1,6 @@
 """Turbine's engine: the compiled programs of one model at one focus, each measured, and the choice among them.
 
-No gRPC and no threads: whoever owns an engine calls it from one thread at a time. Axes: `B` batch, `S` sequence,
+No gRPC and no threads: an engine is called from one thread at a time. Axes: `B` batch, `S` sequence,
 `L` labels of the whole taxonomy, `N` texts.
 """
 
@@ -19,14 +19,14 @@ from ...data.errors import InputError
 from ...model.evidence import Kept
 from .work import Output
 
-# Few programs, so that a server starts in well under a minute on two cores: each takes one to three seconds to compile.
-BUCKETS = (16, 32, 64, 128, 256, 512)
+# Few programs, because each takes one to three seconds to compile on two cores.
+PROGRAM_LENGTHS = (16, 32, 64, 128, 256, 512)
 BATCH_SIZES = (1, 8, 32)
-# Beyond this a larger batch gains nothing, and those who wait for the device wait too long.
+# Larger batches gain no throughput, and delay the texts behind them.
 MAX_BATCH_TOKENS = 8192
-# How near the best measured rate a program must come to be taken for its size.
+# A larger program is preferred if it reaches this part of the best measured rate.
 ABOUT_AS_GOOD = 0.9
-# The first run of a program may still allocate; of the others the fastest counts.
+# Runs that time a program: the first may still allocate, the fastest of the others counts.
 WARM_UP_RUNS = 6
 # `ensure` stops measuring a program after so long, because a caller waits.
 ENSURE_SECONDS = 1.0
@@ -34,7 +34,7 @@ EMPTY = 2  # tokens of the empty text: [CLS] and [SEP]
 
 
 class ExecutableProtocol(Protocol):
-    """One executable for a static shape: tokens_BS and lengths_B (int32) → logits_BL (float32), what each row kept.
+    """An executable for one static shape: tokens_BS, lengths_B (int32) → logits_BL (float32), kept tokens of each row.
 
     Each method starts a run; the function that it returns waits for it.
     """
@@ -47,7 +47,7 @@ class ExecutableProtocol(Protocol):
 
 
 class CompilerProtocol(Protocol):
-    """What the engine needs of `model.predict.Predictor`."""
+    """The part of `model.predict.Predictor` that an engine uses."""
 
     @property
     def focused(self) -> bool: ...
@@ -56,8 +56,8 @@ class CompilerProtocol(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Golden:
-    """Texts whose outputs are known, to tell a precision that computes something else.
+class GoldenCheck:
+    """Texts with known outputs, which a precision must reproduce to be used.
 
     Attributes:
       ids: token ids of each text.
@@ -73,7 +73,7 @@ class Golden:
 
 @dataclasses.dataclass(frozen=True)
 class TimedProgram:
-    """A program that is ready: what it took to compile, and what one full batch of it takes.
+    """A compiled and timed program.
 
     Attributes:
       max_error: how far it was from the golden outputs.
@@ -91,18 +91,18 @@ class TimedProgram:
 
 
 class Engine:
-    """All programs of one model at one focus; a `scheduler.Device`.
+    """All programs of one model at one focus; a `work.Device`.
 
     For each bucket the largest batch is compiled in every precision, and the fastest of those that reproduce the golden
     outputs runs that bucket; only that one's smaller batches are compiled too, and must reproduce them as well.
 
     Args:
-      predictors: what compiles the programs, by precision, in the order of preference among equals.
+      predictors: the compiler of each precision, in the order of preference among equally fast ones.
       max_length: the model's, in tokens; the largest bucket is this long.
-      pad_id: the token id that fills what is left of a row; also what warm-up runs on.
-      golden: what every precision must reproduce; None asks for nothing.
-      plan: bucket → precision, where the choice was made before (for a model of the same shapes); then nothing is
-        measured but what is chosen, unless that does not reproduce the golden outputs.
+      pad_id: the token id that fills rows; warm-up runs on it too.
+      golden: the outputs that every precision must reproduce; None for no check.
+      plan: bucket → precision, as chosen before for a model of the same shapes. Other precisions are tried only if that
+        one does not reproduce the golden outputs.
       buckets: the lengths in tokens for which there are programs; those beyond `max_length` are left out.
       batch_sizes: the numbers of texts for which there are programs. The smallest is always built, a larger one only
         where it holds at most `MAX_BATCH_TOKENS`.
@@ -115,9 +115,9 @@ class Engine:
         *,
         max_length: int,
         pad_id: int,
-        golden: Golden | None = None,
+        golden: GoldenCheck | None = None,
         plan: Mapping[int, str] | None = None,
-        buckets: Sequence[int] = BUCKETS,
+        buckets: Sequence[int] = PROGRAM_LENGTHS,
         batch_sizes: Sequence[int] = BATCH_SIZES,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -132,7 +132,7 @@ class Engine:
             for bucket in self._buckets
         }
         self._plan = {bucket: plan[bucket] for bucket in self._buckets if plan and plan.get(bucket) in self._predictors}
-        # How many programs `warm_up` compiles, if the golden outputs turn no choice down.
+        # How many programs `warm_up` compiles, unless a choice fails to reproduce the golden outputs.
         self.steps = sum(
             len(self._sizes[bucket]) - 1 + (1 if bucket in self._plan else len(self._predictors))
             for bucket in self._buckets
@@ -143,7 +143,7 @@ class Engine:
 
     @property
     def focused(self) -> bool:
-        """Whether the programs leave tokens out."""
+        """Whether the programs drop tokens."""
         return self._focused
 
     @property
@@ -162,7 +162,7 @@ class Engine:
 
     @property
     def programs(self) -> list[TimedProgram]:
-        """The programs that are ready, by bucket and batch size."""
+        """The compiled programs, by bucket and batch size."""
         return [self._warmed[shape] for shape in self.shapes if shape in self._warmed]
 
     @property
@@ -183,7 +183,7 @@ class Engine:
         """
         for bucket in self._buckets:
             yield from self._warm_up_bucket(bucket, self._sizes[bucket])
-        # With them go the weights that no program uses.
+        # This frees the weights that no program uses.
         self._golden, self._predictors = None, {}
 
     def ensure(self, bucket: int, count: int, *, exact: bool = True) -> None:
@@ -209,11 +209,11 @@ class Engine:
         self._plan[bucket] = self._warmed[bucket, size].precision
 
     def batch_for(self, bucket: int, waiting: int) -> int:
-        """How many of `waiting` texts to run next: what finishes the most texts a second, as measured at warm-up.
+        """How many of `waiting` texts to run next: the number with the highest rate of texts a second.
 
-        A batch of 32 with 9 texts in it may take four times as long as a full one of 8 (on a CPU) or no longer (on a
-        GPU). Of those about as good as the best, the largest: measurements are noisy, and every batch has its price
-        outside the program too.
+        The rates were measured at warm-up: a batch of 32 with 9 texts in it may take four times as long as a full one
+        of 8 (on a CPU), or no longer (on a GPU). Among programs about as fast as the best, the largest is taken,
+        because measurements are noisy and every batch has costs outside the program.
         """
         rates = {
             size: min(waiting, size) / max(self._warmed[bucket, size].run_seconds, 1e-9)
@@ -227,7 +227,7 @@ class Engine:
         return _smallest(self._ready_sizes(bucket) or self._sizes[bucket], count)
 
     def seconds(self, bucket: int, count: int) -> float:
-        """What a batch of `count` texts of a bucket took at warm-up."""
+        """Seconds of a batch of `count` texts of a bucket, as measured at warm-up."""
         return self._warmed[bucket, self.rows(bucket, count)].run_seconds
 
     def launch(self, ids: Sequence[np.ndarray], bucket: int) -> Callable[[], list[Output]]:
@@ -264,7 +264,7 @@ class Engine:
         return self.launch(ids, bucket)()
 
     def check(self) -> None:
-        """Runs the smallest program on padding; it raises only if the device is lost."""
+        """Runs the smallest program on padding. Raises if the device is lost."""
         bucket = self._buckets[0]
         self.run([np.full(bucket, self._pad_id, np.int32)], bucket)
 
@@ -314,12 +314,12 @@ class Engine:
         )
 
     def _max_error(self, program: ExecutableProtocol, size: int, bucket: int) -> float:
-        """How far a program is from the golden outputs of those texts that fit it."""
+        """The largest error of a program on the golden texts that fit it; NaN if an output is not finite."""
         golden, max_error = self._golden, 0.0
         if golden is None:
             return max_error
         fitting = [i for i, ids in enumerate(golden.ids) if len(ids) <= bucket]
-        # Of the empty text INT8 may make something else than float (see `bundle.quantize`): it is for want of others.
+        # INT8 may differ from float on the empty text (see `bundle.quantize`): used only if no other text fits.
         fitting = [i for i in fitting if len(golden.ids[i]) > EMPTY] or fitting
         for start in range(0, len(fitting), size):
             some = fitting[start : start + size]
@@ -334,7 +334,7 @@ class Engine:
         return self._golden is None or warmed.max_error <= self._golden.tolerance  # False where it is NaN
 
     def _fastest(self, tried: Iterable[TimedProgram]) -> TimedProgram | None:
-        """Of those that reproduce the golden outputs."""
+        """The fastest program that reproduces the golden outputs; None if none does."""
         return min(filter(self._reproduces, tried), key=lambda one: one.run_seconds, default=None)
 
 

@@ -1,6 +1,6 @@
-"""The models that a server answers with: loading, choosing among them, and swapping them while requests run.
+"""The models of a server: loading, looking up, and swapping them while requests run.
 
-No gRPC. `Models` is used from one event loop; what takes long runs in threads beside it.
+No gRPC. `Models` is used from one event loop; slow work runs in threads beside it.
 """
 
 from __future__ import annotations
@@ -25,25 +25,26 @@ from ...data.taxonomy import Task
 from ...model.bundle import GOLDEN_LENGTH, Bundle, load_bundle
 from ...model.config import EncoderConfig
 from ...model.focus import Focus
+from ...model.precision import Precision
 from ...model.predict import Executables, Predictor, Program
-from ...model.variants import AGREEMENT, VARIANTS, Variant, disagreement, golden_ids, native, variant_predictor
+from ...model.variants import AGREEMENT, VARIANTS, disagreement, golden_ids, variant_predictor
 from ..wire.errors import InvalidRequest, NotPossible, UnknownTask
-from .answers import Answers
-from .engine import Engine, Golden, TimedProgram
+from .answers import AnswerDecoder
+from .engine import Engine, GoldenCheck, TimedProgram
 from .tokenizing import TokenizerStage
 
-# What a name may be: it stands in URLs, in metrics and in log lines.
+# Valid names: they stand in URLs, metrics and log lines.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 AUTO = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSettings:
-    """How models are computed.
+    """How models are compiled.
 
     Attributes:
-      focuses: the budgets that programs are compiled for, each as `Focus.parse` takes it; the first is the default.
-      precision: one of `VARIANTS`, or `AUTO`: measured for each bucket.
+      focuses: the focus budgets to compile programs for, each as `Focus.parse` takes it; the first is the default.
+      precision: one of `VARIANTS`, or `AUTO`: the fastest for each bucket, as measured.
     """
 
     focuses: tuple[str, ...] = ("1",)
@@ -57,7 +58,7 @@ class ModelSettings:
 
 
 class State(enum.Enum):
-    """Where a model is between being loaded and being freed."""
+    """The states of a model, in order."""
 
     LOADING = 1
     READY = 2
@@ -65,15 +66,15 @@ class State(enum.Enum):
 
 
 class Model:
-    """One version of a model, with all that it needs to answer.
+    """One version of a model, with everything needed to answer requests.
 
     Attributes:
-      name: under which it is served.
-      bundle: what it was loaded from; without its weights.
+      name: the name under which it is served.
+      bundle: its bundle, without the weights.
       engines: by focus, the default one first.
-      executables: what was compiled for it, kept so that a next version of the same shapes need not be compiled.
-      state: where it is.
-      in_flight: how many requests it is working on.
+      executables: its compiled programs, kept so that the next version of the same shapes compiles none.
+      state: its state.
+      in_flight: how many requests use it now.
       loaded_at: seconds since 1970.
     """
 
@@ -83,7 +84,7 @@ class Model:
         self.engines: dict[str, Engine] = {}
         self.executables: list[Executables] = []
         self.tokenizer = TokenizerStage(bundle.tokenizer, bundle.max_length)
-        self.answers = Answers(bundle.taxonomy, bundle.calibration, name, bundle.version)
+        self.answers = AnswerDecoder(bundle.taxonomy, bundle.calibration, name, bundle.version)
         self.state = State.LOADING
         self.in_flight = 0
         self.loaded_at = time.time()
@@ -94,10 +95,10 @@ class Model:
         return self.bundle.version
 
     def engine(self, focus: str) -> Engine:
-        """The engine of a focus; the default one if it is empty.
+        """The engine of a focus; the default engine if `focus` is empty.
 
         Raises:
-          InvalidRequest: there is none of that focus.
+          InvalidRequest: there is no engine of that focus.
         """
         if not focus:
             return next(iter(self.engines.values()))
@@ -108,7 +109,7 @@ class Model:
 
     @contextlib.contextmanager
     def using(self) -> Iterator[None]:
-        """Keeps the model from being freed while a request is in it."""
+        """Keeps the model from being freed while a request uses it."""
         self.in_flight += 1
         try:
             yield
@@ -118,13 +119,13 @@ class Model:
                 self._idle(self)
 
     def retire(self, idle: Callable[[Model], None]) -> None:
-        """Takes on no more; `idle` is called after the last request."""
+        """Marks the model as retiring; `idle` is called after its last request."""
         self.state, self._idle = State.RETIRING, idle
         if not self.in_flight:
             idle(self)
 
     def warm_up(self) -> Iterator[TimedProgram]:
-        """Makes it ready, one program with each `next`. Runs in any one thread."""
+        """Compiles and times the programs, one with each `next`. Runs in any one thread."""
         self.bundle.tokenizer.encode(["warm up"], self.bundle.max_length)
         for engine in self.engines.values():
             yield from engine.warm_up()
@@ -135,19 +136,19 @@ class Models:
 
     Args:
       folders: the bundles that may be loaded, by name.
-      settings: how they are computed.
+      settings: how they are compiled.
     """
 
     def __init__(self, folders: Mapping[str, Path], settings: ModelSettings | None = None) -> None:
         self.folders = dict(folders)
         self._settings = settings or ModelSettings()
-        self._versions: dict[str, list[Model]] = {}  # by name; those that answer, in the order of loading
+        self._versions: dict[str, list[Model]] = {}  # by name: the ready ones, in the order of loading
         self._default: dict[str, Model] = {}
         self._others: list[Model] = []  # loading or retiring
         self._loading = asyncio.Lock()
 
     def __iter__(self) -> Iterator[Model]:
-        """All models, whatever their state, by name."""
+        """All models in any state, sorted by name."""
         ready = [model for models in self._versions.values() for model in models]
         yield from sorted([*ready, *self._others], key=lambda model: (model.name, model.loaded_at))
 
@@ -160,10 +161,14 @@ class Models:
         return [self._default[name] for name in sorted(self._default)]
 
     def find(self, name: str, version: str = "") -> Model:
-        """A model that answers requests: of that name (any, if there is only one) and version (empty: the default).
+        """A ready model.
+
+        Args:
+          name: its name; may be empty if there is only one.
+          version: its version; empty for the default one.
 
         Raises:
-          UnknownTask: there is none.
+          UnknownTask: there is no such model.
           InvalidRequest: the name is empty and there are several.
         """
         if not self._default:
@@ -183,10 +188,11 @@ class Models:
         raise UnknownTask(f"The model has no version as given; it has: {versions}.", field="model_version")
 
     def resolve(self, task: str, model: str = "", version: str = "") -> tuple[Model, Task]:
-        """Who answers a request.
+        """The model and task of a request, from the names that it gives; each may be empty if there is only one.
 
         Raises:
-          UnknownTask, InvalidRequest: nobody, or several could.
+          UnknownTask: there is no such task or model.
+          InvalidRequest: there are several.
         """
         if model or version or len(self._default) <= 1:
             found = self.find(model, version)
@@ -211,17 +217,17 @@ class Models:
         keep_old: bool = False,
         progress: Callable[[Model, TimedProgram | None], bool] = lambda model, warmed: True,
     ) -> Model:
-        """Loads a bundle, warms it, and only then lets requests go to it: all of them at once.
+        """Loads a bundle and compiles its programs; then requests go to it, all from the same moment.
 
         Args:
           bundle: a name of `folders`.
-          name: under which to serve it; empty for the same.
-          default: whether requests that name no version go to it from now on; they do if there is no other.
-          keep_old: whether the version that they went to stays; else it is retired.
-          progress: called with the model before and after each program that was compiled; False gives up.
+          name: the name to serve it under; empty for the bundle's.
+          default: whether it becomes the default version; the first version of a name does in any case.
+          keep_old: whether the former default version stays; else it is retired.
+          progress: called with the model before and after each compiled program; False gives up.
 
         Raises:
-          UnknownTask: a name that is not of `folders`.
+          UnknownTask: a name is not in `folders`.
           NotPossible: that version is loaded under that name already, or loading was given up.
           InputError: the bundle cannot be used.
         """
@@ -257,11 +263,12 @@ class Models:
         return model
 
     def unload(self, name: str, version: str) -> None:
-        """Takes a version out; it answers the requests that it has begun.
+        """Retires a version. Requests that use it are still answered.
 
         Raises:
+          InvalidRequest: the name or the version is empty.
           UnknownTask: there is no such version.
-          NotPossible: it is the default, and there are others.
+          NotPossible: it is the default version, and there are others.
         """
         if not name or not version:
             raise InvalidRequest("Both `name` and `version` must be given.", field="version" if name else "name")
@@ -273,14 +280,14 @@ class Models:
         self._retire(model)
 
     def set_default(self, name: str, version: str) -> Model:
-        """Makes a loaded version the one that requests go to which name none. Raises as `find`."""
+        """Makes a ready version the default of its name. Raises the errors of `find`."""
         if not name or not version:
             raise InvalidRequest("Both `name` and `version` must be given.", field="version" if name else "name")
         self._default[name] = self.find(name, version)
         return self._default[name]
 
     def close(self) -> None:
-        """Ends every thread, once no request is in flight any more."""
+        """Ends every thread. No request may be in flight."""
         for model in self:
             model.tokenizer.close()
 
@@ -295,7 +302,7 @@ class Models:
         self._others.remove(model)
         model.tokenizer.close()
         model.engines.clear()
-        # Later, when whoever has just used the model has let go of it too.
+        # Later, when the last request has dropped its references too.
         asyncio.get_running_loop().call_later(0.1, lambda: asyncio.get_running_loop().run_in_executor(None, _trim))
 
 
@@ -332,13 +339,13 @@ def named_folders(sources: Sequence[str]) -> dict[str, Path]:
 
 @dataclasses.dataclass(eq=False)
 class _OnDemand:
-    """A `Predictor` that puts its weights on the device when it is first used: one that a plan leaves out never is.
+    """A `Predictor` that puts its weights on the device at its first use; a plan may never use it.
 
-    `executables` gets what it compiles.
+    Its compiled programs are added to `executables`.
     """
 
     bundle: Bundle
-    variant: Variant
+    variant: Precision
     focus: Focus | None
     executables: list[Executables]
 
@@ -357,19 +364,19 @@ class _OnDemand:
 
 
 def _prepare(name: str, path: Path, settings: ModelSettings, sibling: Model | None) -> Model:
-    """Reads a bundle and puts on the device, and compiles, what its check needs; the rest is `warm_up`'s."""
+    """Reads a bundle, and compiles the program of its check; `Model.warm_up` compiles the others."""
     bundle = load_bundle(path)
     model = Model(name, bundle)
     alike = sibling if sibling is not None and _shapes(sibling.bundle) == _shapes(bundle) else None
     for text in settings.focuses:
         focus = Focus.parse(text, bundle.encoder.num_layers)
         if not focus.full and not bundle.encoder.gated and "1" in settings.focuses:
-            continue  # among several models those without gates serve what they can
+            continue  # a model without gates serves the full focus only
         before = alike.engines.get(text) if alike is not None else None
         plan = before.plan if before is not None and before.ready else {}
         model.engines[text] = make_engine(bundle, focus, settings.precision, model.executables, plan)
     if sibling is not None:
-        model.executables += sibling.executables  # also those of the precisions that were not chosen
+        model.executables += sibling.executables  # including those of precisions that were not chosen
     return model
 
 
@@ -393,10 +400,10 @@ def make_engine(
       InputError: the bundle was not trained for the focus.
     """
     kept = None if focus.full else focus
-    variants: list[Variant] = [one for one in VARIANTS if precision in (AUTO, one)]
-    variants.sort(key=lambda one: one != native(bundle))  # among equals the bundle's own is preferred
-    predictors = {one: _OnDemand(bundle, one, kept, executables) for one in variants}
-    own = predictors.get(native(bundle)) or _OnDemand(bundle, native(bundle), kept, executables)
+    variants: list[Precision] = [one for one in VARIANTS if precision in (AUTO, one)]
+    variants.sort(key=lambda one: one != bundle.precision)  # among equals the bundle's own is preferred
+    predictors: dict[str, _OnDemand] = {one: _OnDemand(bundle, one, kept, executables) for one in variants}
+    own = predictors.get(bundle.precision) or _OnDemand(bundle, bundle.precision, kept, executables)
     return Engine(
         predictors,
         max_length=bundle.max_length,
@@ -407,12 +414,12 @@ def make_engine(
 
 
 def _shapes(bundle: Bundle) -> tuple[EncoderConfig, int, int]:
-    """What the programs of two bundles must agree in for one's measurements to hold for the other."""
+    """Bundles of equal shapes can share measurements and compiled programs."""
     return bundle.encoder, bundle.taxonomy.num_labels, bundle.max_length
 
 
-def _golden(bundle: Bundle, predictor: Predictor) -> Golden:
-    """What the bundle's own precision gives: at full focus the golden outputs, as `load_bundle` has just found."""
+def _golden(bundle: Bundle, predictor: Predictor) -> GoldenCheck:
+    """The outputs of the bundle's own precision; at full focus `load_bundle` has checked them."""
     ids = golden_ids(bundle)
     length = min(GOLDEN_LENGTH, bundle.max_length)
     reference_NL = predictor.logits(ids, batch_size=max(1, len(ids)), buckets=(length,))
@@ -420,13 +427,13 @@ def _golden(bundle: Bundle, predictor: Predictor) -> Golden:
     def max_error(texts: Sequence[int], logits_NL: np.ndarray) -> float:
         return disagreement(bundle, logits_NL, reference_NL[list(texts)])
 
-    return Golden(ids, max_error, AGREEMENT)
+    return GoldenCheck(ids, max_error, AGREEMENT)
 
 
 def _settle() -> None:
-    """Exempts all that is loaded from further garbage collections.
+    """Exempts all loaded objects from further garbage collections.
 
-    Under load the full ones come every few seconds, and took 0.4 s each, in which nothing else ran in this process.
+    Under load full collections run every few seconds. With a model they take 0.4 s each, which stops the process.
     """
     gc.unfreeze()
     gc.collect()
@@ -434,7 +441,7 @@ def _settle() -> None:
 
 
 def _trim() -> None:
-    """Gives freed memory back to the system: glibc keeps what a model took, and the next one may not fit into it."""
+    """Returns freed memory to the system: glibc keeps it, and the next model may not fit into the rest."""
     _settle()
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):

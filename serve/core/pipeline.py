@@ -1,4 +1,4 @@
-"""From requests to responses: resolve → check → tokenise → schedule → decode. On one event loop, without gRPC."""
+"""The request pipeline: resolve → check → tokenise → schedule → decode. Runs on one event loop; no gRPC."""
 
 from __future__ import annotations
 
@@ -7,39 +7,32 @@ import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any
 
 from ...data.taxonomy import Task
 from ..proto import classifier_pb2 as pb
 from ..wire.errors import DeadlineExceeded, InvalidRequest, ServeError
 from ..wire.limits import MAX_REQUEST_ID
 from .answers import check_threshold
+from .deadlines import ResponsePath
 from .engine import Engine
 from .models import Model, Models
 from .scheduler import Scheduler
-from .tokenizing import Tokens, check_length
+from .tokenizing import TokenizedText, length_error
 from .work import Priority, Scored, Work
 
-# How an answer's way from the device to its caller is foreseen, as TCP does with round trips (RFC 6298 §2): by a smooth
-# mean and four times a smooth deviation. Also the part of a deadline that it may take at most: whatever it says, a
-# text that finds the device free is run, and mends it. And so many seconds, or so much of a shorter deadline, at least:
-# what an answer takes from here to its caller is not seen.
-MEAN_RATE, SPREAD_RATE, SPREADS = 1 / 8, 1 / 4, 4
-MAX_WAY_BACK_SHARE = 0.5
-MIN_WAY_BACK, MIN_WAY_BACK_SHARE = 0.04, 0.1
-
-Outcome = pb.ClassifyResponse | ServeError
+ResponseOrError = pb.ClassifyResponse | ServeError
 
 
 @dataclasses.dataclass(frozen=True)
 class ResolvedRequest:
-    """What the options of a request come to. Texts of equal ones are decoded together.
+    """A request's options after validation and model lookup.
 
     Attributes:
-      deadline: when the device must be done with it: the caller's, less what the way back takes at most.
-      give_up: when the call is answered without it: half of that way before the caller's deadline; without one, never.
+      deadline: the device's deadline, None for none; see `deadlines.ResponsePath.limits`.
+      give_up: the time at which the call is answered without the texts that are not done; infinity for never.
     """
 
     model: Model
@@ -55,47 +48,43 @@ class ResolvedRequest:
     request_id: str
 
 
-@dataclasses.dataclass
-class LatencyEstimate:
-    """Seconds that vary: how many they will be at most, nearly always."""
+@dataclasses.dataclass(eq=False)
+class _Record:
+    """One text on its way through the pipeline; `outcome` ends it."""
 
-    mean: float = 0.0
-    spread: float = 0.0
-
-    @property
-    def most(self) -> float:
-        return self.mean + SPREADS * self.spread
-
-    def add(self, seconds: float) -> None:
-        self.spread += SPREAD_RATE * (abs(seconds - self.mean) - self.spread)
-        self.mean += MEAN_RATE * (seconds - self.mean)
+    text: str
+    request: ResolvedRequest
+    tokens: TokenizedText | None = None
+    scored: Scored | None = None
+    outcome: ResponseOrError | None = None
 
 
 class Pipeline:
-    """Classifies texts with whatever models there are.
+    """Classifies texts with the loaded models.
 
     Args:
-      models: who answers.
-      scheduler: runs them.
+      models: the loaded models, by name and task.
+      scheduler: queues texts and runs them on the device.
     """
 
     def __init__(self, models: Models, scheduler: Scheduler) -> None:
         self._models = models
         self._scheduler = scheduler
-        self._way_back = LatencyEstimate()  # seconds from the device's answer until it can be sent
+        self._responses = ResponsePath()
 
-    def ask(
+    def resolve(
         self, options: pb.ClassifyOptions, seconds: float | None, priority: Priority = Priority.INTERACTIVE
     ) -> ResolvedRequest:
-        """Checks the options of a request.
+        """Checks a request's options, and finds its model, task and engine.
 
         Args:
-          options: those of the request.
-          seconds: how long the caller will wait; None for ever.
-          priority: what it is if the request does not say.
+          options: the request's options.
+          seconds: until the caller's deadline; None if there is none.
+          priority: the priority if the options name none.
 
         Raises:
-          InvalidRequest, UnknownTask: what is wrong with them.
+          InvalidRequest: an option is out of range, or several models could be meant.
+          UnknownTask: there is no such task, model or version.
         """
         model, task = self._models.resolve(options.task, options.model, options.model_version)
         engine = model.engine(options.focus)
@@ -126,12 +115,7 @@ class Pipeline:
             if own <= 0:
                 raise InvalidRequest("The field `timeout` must be above 0.", field="timeout")
             seconds = own if seconds is None else min(own, seconds)
-        deadline, give_up = None, math.inf
-        if seconds is not None:
-            least, most = min(MIN_WAY_BACK, MIN_WAY_BACK_SHARE * seconds), MAX_WAY_BACK_SHARE * seconds
-            way_back = min(max(self._way_back.most, least), most)
-            deadline = self._scheduler.clock() + seconds - way_back
-            give_up = deadline + way_back / 2
+        deadline, give_up = self._responses.limits(seconds, self._scheduler.clock())
         return ResolvedRequest(
             model,
             task,
@@ -146,127 +130,140 @@ class Pipeline:
             options.request_id,
         )
 
-    async def classify(self, texts: Sequence[str], asked: Sequence[ResolvedRequest]) -> list[Outcome]:
-        """One outcome for each text, in order. Cancelling it takes the texts out of the device's queue."""
+    async def classify(self, texts: Sequence[str], requests: Sequence[ResolvedRequest]) -> list[ResponseOrError]:
+        """Classifies N texts, each with the options of its own request.
+
+        Cancelling the coroutine takes the texts that are not running out of the device's queue.
+
+        Returns:
+          N outcomes in order: a response, or the error of that text.
+
+        Raises:
+          Exception: a failure that is not one of the texts', from the device's futures.
+        """
+        records = [_Record(text, request) for text, request in zip(texts, requests, strict=True)]
         with contextlib.ExitStack() as stack:
-            for model in {id(one.model): one.model for one in asked}.values():
+            for model in {id(one.model): one.model for one in requests}.values():
                 stack.enter_context(model.using())
-            outcomes: dict[int, Outcome] = {}
-            for i, text in enumerate(texts):
-                try:
-                    check_length(text)
-                except InvalidRequest as error:
-                    outcomes[i] = error
-            # What cannot be answered in time is refused before anything is spent on it.
-            expected: list[int] = []
-            announced: list[tuple[int, Priority]] = []
-            rest = [i for i in range(len(texts)) if i not in outcomes]
-            for _, group in _grouped(rest, [id(asked[i]) for i in rest]):
-                one = asked[group[0]]
-                fit, error = self._scheduler.reserve(len(group), one.deadline, one.priority)
-                announced.append((fit, one.priority))
-                expected += group[:fit]
-                if error is not None:
-                    outcomes.update(dict.fromkeys(group[fit:], error))
-            tokens: dict[int, Tokens] = {}
+            for record in records:
+                record.outcome = length_error(record.text)
+            reserved = self._reserve(_open(records))
             try:
-                groups = _grouped(expected, [(asked[i].model, asked[i].evidence) for i in expected])
-                await asyncio.gather(
-                    *(self._tokenize(model, spans, group, texts, tokens, outcomes) for (model, spans), group in groups)
-                )
-                order = sorted(tokens)
+                await self._tokenize(_open(records))
                 submitted = self._scheduler.clock()
-                futures = self._scheduler.submit_all(
-                    Work(asked[i].engine, tokens[i].ids, asked[i].deadline, asked[i].priority) for i in order
-                )
+                running = _open(records)
+                futures = self._scheduler.submit_all(map(_work, running))
             finally:
-                for count, priority in announced:
+                for count, priority in reserved:
                     self._scheduler.release(count, priority)
-            # One batch that takes longer than was predicted does not take a call's other answers with it.
-            latest = max((asked[i].give_up for i in order), default=math.inf)
+            # A batch that takes longer than predicted must not hold up the call's other answers.
+            latest = max((record.request.give_up for record in running), default=math.inf)
             await finished(futures, latest - self._scheduler.clock() if latest < math.inf else None)
-            scored = _sorted_out(order, futures, outcomes)
-            # Where some are not, the time since includes the wait for these.
-            if scored and len(scored) == len(order):
-                on_device = max(one.queue_seconds + one.compute_seconds for one in scored.values())
-                self._way_back.add(max(self._scheduler.clock() - submitted - on_device, 0.0))
-            self._decode(asked, tokens, scored, outcomes)
-            return [outcomes[i] for i in range(len(texts))]
+            _take_results(running, futures)
+            scored = [record.scored for record in running if record.scored is not None]
+            # Where some texts are not done, the time since includes the wait for them.
+            if scored and len(scored) == len(running):
+                on_device = max(one.queue_seconds + one.compute_seconds for one in scored)
+                self._responses.add(self._scheduler.clock() - submitted, on_device)
+            _decode(_open(records))
+        return [record.outcome for record in records if record.outcome is not None]
 
-    async def _tokenize(
-        self,
-        model: Model,
-        spans: bool,
-        group: list[int],
-        texts: Sequence[str],
-        tokens: dict[int, Tokens],
-        outcomes: dict[int, Outcome],
-    ) -> None:
-        try:
-            encoded = await model.tokenizer.tokenize([texts[i] for i in group], spans=spans)
-        except ServeError as error:
-            outcomes.update(dict.fromkeys(group, error))
-            return
-        for i, one in zip(group, encoded, strict=True):
-            if isinstance(one, Tokens):
-                tokens[i] = one
-            else:
-                outcomes[i] = one
+    def _reserve(self, records: Sequence[_Record]) -> list[tuple[int, Priority]]:
+        """Reserves device time, and refuses what cannot be answered in time before anything is spent on it.
 
-    def _decode(
-        self,
-        asked: Sequence[ResolvedRequest],
-        tokens: dict[int, Tokens],
-        scored: dict[int, Scored],
-        outcomes: dict[int, Outcome],
-    ) -> None:
-        done = list(scored)
-        keys = [
-            (one.model, one.task.name, one.focus, one.top_k, one.threshold, one.evidence)
-            for one in (asked[i] for i in done)
-        ]
-        for (model, _, focus, top_k, threshold, evidence), group in _grouped(done, keys):
-            answers = model.answers.answer(
-                asked[group[0]].task,
-                [tokens[i] for i in group],
-                [scored[i] for i in group],
-                top_k,
-                threshold=threshold,
-                evidence=evidence,
-                focus=focus,
-            )
-            for i, answer in zip(group, answers, strict=True):
-                if isinstance(answer, pb.ClassifyResponse):
-                    answer.request_id = asked[i].request_id
-                outcomes[i] = answer
+        Returns:
+          The numbers of texts reserved and their priorities, to be released.
+        """
+        reserved = []
+        for group in _grouped(records, lambda record: id(record.request)):
+            request = group[0].request
+            fit, error = self._scheduler.reserve(len(group), request.deadline, request.priority)
+            reserved.append((fit, request.priority))
+            for record in group[fit:]:
+                record.outcome = error
+        return reserved
+
+    async def _tokenize(self, records: Sequence[_Record]) -> None:
+        async def tokenize(group: Sequence[_Record]) -> None:
+            request = group[0].request
+            try:
+                texts = [record.text for record in group]
+                encoded = await request.model.tokenizer.tokenize(texts, spans=request.evidence)
+            except ServeError as error:
+                # Its traceback holds this frame, and so the records: a reference cycle, for Python's collector.
+                encoded = [error.with_traceback(None)] * len(group)
+            for record, one in zip(group, encoded, strict=True):
+                if isinstance(one, TokenizedText):
+                    record.tokens = one
+                else:
+                    record.outcome = one
+
+        groups = _grouped(records, lambda record: (record.request.model, record.request.evidence))
+        await asyncio.gather(*map(tokenize, groups))
 
 
-def _sorted_out(
-    order: Sequence[int], futures: Sequence[Future[Scored]], outcomes: dict[int, Outcome]
-) -> dict[int, Scored]:
-    """What the device said of each text; what kept it from others goes to `outcomes`. Raises what is nobody's fault."""
-    scored: dict[int, Scored] = {}
-    for i, future in zip(order, futures, strict=True):
+def _open(records: Sequence[_Record]) -> list[_Record]:
+    """The records without an outcome."""
+    return [record for record in records if record.outcome is None]
+
+
+def _work(record: _Record) -> Work:
+    request, tokens = record.request, record.tokens
+    assert tokens is not None
+    return Work(request.engine, tokens.ids, request.deadline, request.priority)
+
+
+def _take_results(records: Sequence[_Record], futures: Sequence[Future[Scored]]) -> None:
+    """Moves the futures' results and refusals into the records. Raises any other exception of a future."""
+    for record, future in zip(records, futures, strict=True):
         if future.cancelled() or not future.done():
-            outcomes[i] = DeadlineExceeded("The deadline was too near when the text had not yet been run to its end.")
+            record.outcome = DeadlineExceeded(
+                "The deadline was too near when the text had not yet been run to its end."
+            )
             continue
         error = future.exception()
         if error is None:
-            scored[i] = future.result()
+            record.scored = future.result()
         elif isinstance(error, ServeError):
-            outcomes[i] = error
+            record.outcome = error
         else:
             raise error
-    return scored
+
+
+def _decode(records: Sequence[_Record]) -> None:
+    """Decodes scored texts into responses; texts of equal options together."""
+
+    def options(record: _Record) -> tuple[Any, ...]:
+        one = record.request
+        return one.model, one.task.name, one.focus, one.top_k, one.threshold, one.evidence
+
+    for group in _grouped(records, options):
+        request = group[0].request
+        answers = request.model.answers.answer(
+            request.task,
+            [record.tokens for record in group if record.tokens is not None],
+            [record.scored for record in group if record.scored is not None],
+            request.top_k,
+            threshold=request.threshold,
+            evidence=request.evidence,
+            focus=request.focus,
+        )
+        for record, answer in zip(group, answers, strict=True):
+            if isinstance(answer, pb.ClassifyResponse):
+                answer.request_id = record.request.request_id
+            record.outcome = answer
 
 
 async def finished(futures: Sequence[Future[Any]], seconds: float | None) -> None:
-    """Waits for all futures, or so long, with one call into the event loop; then, or cancelled, it cancels the rest."""
+    """Waits for futures of other threads, at most `seconds`, with one call into the event loop.
+
+    When it returns, raises or is cancelled, it cancels the futures that are not done.
+    """
     if not futures:
         return
     loop = asyncio.get_running_loop()
     done = loop.create_future()
-    # The callbacks, which a future keeps, do not hold the futures (see `Scheduler._enqueue`).
+    # Futures keep their callbacks. A callback that refers to them would make a cycle (see `Scheduler._enqueue`).
     count, last = itertools.count(1), len(futures)  # the count's `next` is atomic
 
     def one_more(_: Future[Any]) -> None:
@@ -284,12 +281,9 @@ async def finished(futures: Sequence[Future[Any]], seconds: float | None) -> Non
             future.cancel()  # one that is done or running stays so
 
 
-K = TypeVar("K")
-
-
-def _grouped(indices: Sequence[int], keys: Sequence[K]) -> list[tuple[K, list[int]]]:
-    """The indices of equal keys together, in the order of their first."""
-    groups: dict[K, list[int]] = {}
-    for i, key in zip(indices, keys, strict=True):
-        groups.setdefault(key, []).append(i)
-    return list(groups.items())
+def _grouped(records: Sequence[_Record], key: Callable[[_Record], Hashable]) -> list[list[_Record]]:
+    """The records of equal keys together, in the order of their first."""
+    groups: dict[Hashable, list[_Record]] = {}
+    for record in records:
+        groups.setdefault(key(record), []).append(record)
+    return list(groups.values())

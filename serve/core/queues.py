@@ -1,4 +1,4 @@
-"""What waits for the device: one queue for each model, length bucket and priority. Not thread-safe; no clock."""
+"""Queues of texts that wait for the device: one a model, length bucket and priority. Not thread-safe; no clock."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from concurrent.futures import Future
 
 from .work import Device, Priority, Scored, Work
 
-# Whose queue it is: the model's, the bucket's in tokens, the priority's.
+# What identifies a queue: the device, the length bucket in tokens, the priority.
 Key = tuple[Device, int, Priority]
 
 
@@ -20,11 +20,11 @@ class Entry:
     Attributes:
       work: the text.
       bucket: the length, in tokens, that it is padded to.
-      enqueued: when it came, in seconds.
-      order: how many came before it.
-      rank: the lowest goes first.
-      seconds: its share of the warm-up's time for a full batch.
-      future: where its owner waits.
+      enqueued: when it was queued, in seconds.
+      order: how many texts were queued before it.
+      rank: the entry of the lowest rank goes first.
+      seconds: its share of a full batch's time, as the warm-up measured it.
+      future: receives its result.
     """
 
     work: Work
@@ -40,11 +40,12 @@ class Entry:
         return self.work.device, self.bucket, self.work.priority
 
     def late(self, now: float) -> bool:
+        """Whether its deadline has passed."""
         return self.work.deadline is not None and self.work.deadline <= now
 
 
 class Queues:
-    """All queues, each in the order of arrival, and what is in them: false if that is nothing."""
+    """All queues, each in the order of arrival. Falsy when empty."""
 
     def __init__(self) -> None:
         self._lanes: dict[Key, collections.OrderedDict[int, Entry]] = {}
@@ -56,23 +57,23 @@ class Queues:
 
     @property
     def tokens(self) -> int:
-        """Tokens that wait, each text counted as its bucket's length."""
+        """Tokens in all queues, each text counted as its bucket's length."""
         return sum(self._tokens.values())
 
     def tokens_of(self, priority: Priority) -> int:
-        """Those of one priority."""
+        """Tokens in the queues of one priority."""
         return self._tokens[priority]
 
     def seconds_before(self, priority: Priority) -> float:
-        """What those take, as measured at warm-up, that go before a text of a priority which comes now."""
+        """Seconds, as measured at warm-up, of the texts that go before a new one of a priority."""
         return sum(self._seconds[other] for other in Priority if other <= priority)
 
     def count(self, keys: Iterable[Key]) -> int:
-        """How many texts wait in some queues."""
+        """How many texts are in the given queues."""
         return sum(len(self._lanes.get(key, ())) for key in keys)
 
     def first(self, keys: Iterable[Key] | None = None) -> Entry | None:
-        """The entry of the lowest rank in some queues, or in all."""
+        """The entry of the lowest rank in the given queues, or in all; None if they are empty."""
         heads = [
             next(iter(lane.values()))
             for key in (self._lanes if keys is None else keys)
@@ -81,12 +82,13 @@ class Queues:
         return min(heads, key=lambda entry: entry.rank) if heads else None
 
     def add(self, entry: Entry) -> None:
+        """Appends an entry to its queue."""
         self._lanes.setdefault(entry.key, collections.OrderedDict())[entry.order] = entry
         self._tokens[entry.work.priority] += entry.bucket
         self._seconds[entry.work.priority] += entry.seconds
 
     def remove(self, entry: Entry) -> None:
-        """Takes an entry out, if it is still in."""
+        """Removes an entry; nothing happens if it is not queued any more."""
         lane = self._lanes.get(entry.key)
         if lane is not None and lane.pop(entry.order, None) is not None:
             self._tokens[entry.work.priority] -= entry.bucket
@@ -97,7 +99,7 @@ class Queues:
             self._seconds = dict.fromkeys(Priority, 0.0)  # else sums of floats would drift off zero
 
     def clear(self) -> list[Entry]:
-        """Takes all out."""
+        """Removes and returns all entries."""
         entries = [entry for lane in self._lanes.values() for entry in lane.values()]
         self._lanes.clear()
         self._tokens = dict.fromkeys(Priority, 0)

@@ -1,4 +1,4 @@
-"""What `classer serve` prints of a model that is ready: its programs, and which precision was chosen why."""
+"""The summary that `classer serve` prints of a model: its programs, and why each precision was chosen."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from .engine import Engine
 from .models import Model
 
 
-def describe(model: Model) -> str:
-    """A model in a few lines: one a length bucket, with what was measured."""
+def model_summary(model: Model) -> str:
+    """A few lines of text: the model, then its measured speed, one line a length bucket."""
     engines = model.engines.items()
     programs = [warmed for _, engine in engines for warmed in (*engine.programs, *engine.measured)]
     compiled = {id(warmed.program): warmed.compile_seconds for warmed in programs}

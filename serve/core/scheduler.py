@@ -1,16 +1,15 @@
-"""Turbine's scheduler: what waits, in which order, and the one loop that feeds the device.
+"""Turbine's scheduler: forms batches of the texts that wait, and feeds the device from one loop.
 
-No gRPC and no JAX: it sees token ids, `Device`s (one a model and focus, all on the same hardware) and a clock. Whenever
-the hardware is free, the oldest text that waits decides what runs next: its model and its length bucket. There is no
-timer, because batches form by themselves while the hardware is busy.
+No gRPC and no JAX: it works on token ids, on `work.Device`s (one a model and focus, all on the same hardware) and a
+clock. Whenever the hardware is free, the text of the lowest rank determines the model and the length bucket of the next
+batch. There is no timer: texts gather while the hardware is busy.
 
-Order. A text ranks by its arrival, a bulk one as if it had come `BULK_PATIENCE` seconds later. It is overtaken only by
-texts that rank before it, share a batch with one that does, or fill rows that would have stood empty: so neither long
-nor short ones starve, nor bulk ones.
+Order. A text's rank is its arrival time; a bulk text ranks as if it had arrived `BULK_PATIENCE` seconds later. Only
+texts of a lower rank, texts that share a batch with one, and texts that fill otherwise empty rows are run before it. So
+neither long nor short nor bulk texts starve.
 
-Deadlines. What a batch takes is predicted from the warm-up's measurements, times how the last batches compared with
-theirs. A text whose deadline would pass before its turn is refused at once, if it was announced (`reserve`) even before
-it is tokenised; one whose deadline has passed, or is nearer than its batch would take, is not run.
+Deadlines (`deadlines.RunTimes`). A text whose deadline would pass before its turn is refused at once; with `reserve`
+even before it is tokenised. A text whose deadline has passed, or is nearer than its batch would take, is not run.
 
 All times are seconds of the scheduler's clock.
 """
@@ -30,25 +29,17 @@ from concurrent.futures import Future
 from ...data.buckets import bucket_for
 from ..ops.log import log_failure
 from ..wire.errors import DeadlineExceeded, InternalError, InvalidRequest, Overloaded, ServeError, Unavailable
+from .deadlines import MIN_RETRY_SECONDS, RunTimes, too_late
 from .queues import Entry, Queues
 from .work import BatchRun, Device, Output, Priority, Scored, Work
 
-# About four thousand texts of 256 tokens. Twice what the largest batch call can bring (1,024 texts of 512 tokens), so
-# that one such call alone is never refused, bulk or not.
+# About four thousand texts of 256 tokens. Twice the largest batch call (1,024 texts of 512 tokens), so that one such
+# call alone is never refused, bulk or not.
 MAX_WAITING_TOKENS = 1 << 20
-# The part of what may wait that bulk texts may fill: the rest is kept for those for which someone waits.
+# The part of the queue's tokens that bulk texts may take; the rest is kept for interactive ones.
 BULK_SHARE = 0.5
-# By how many seconds a bulk text's arrival counts as later; also how long a stream of interactive ones can hold it up.
+# How many seconds later a bulk text ranks; also the longest that a stream of interactive texts can delay it.
 BULK_PATIENCE = 2.0
-# How fast predictions follow what batches really take, and within which factors of the warm-up's measurements.
-DRIFT_RATE = 0.1
-DRIFT_RANGE = (0.25, 8.0)
-# How fast the mean text follows those that come.
-TEXT_RATE = 0.05
-# What a deadline must leave beyond the prediction, as a factor of it.
-MARGIN = 1.4
-# A refusal's hint is no shorter: a caller who comes back sooner finds the same queue.
-MIN_RETRY_SECONDS = 0.02
 
 
 @dataclasses.dataclass(eq=False)
@@ -57,7 +48,7 @@ class _Batch:
     bucket: int
     collect: Callable[[], Sequence[Output]]
     started: float
-    expected: float  # seconds, as the warm-up measured
+    expected: float  # seconds, as measured at warm-up
 
     @property
     def device(self) -> Device:
@@ -65,14 +56,14 @@ class _Batch:
 
 
 class Scheduler:
-    """Queues texts and runs them on a device, in a thread of its own after `start` (or by `step`, from one thread).
+    """Queues texts and runs them on devices: in its own thread after `start`, or by calls of `step` from one thread.
 
-    Every future it hands out ends: with a `Scored`, with a `ServeError`, or cancelled by its owner.
+    Every future that it returns ends with a `Scored`, with a `ServeError`, or cancelled by its owner.
 
     Args:
-      max_waiting_tokens: how many tokens (each text counted as its bucket's length) may wait before more is refused.
+      max_waiting_tokens: how many tokens may be queued, each text counted as its bucket's length; more are refused.
       depth: how many batches may be on the device at once. With 2 the next batch is prepared and sent while one runs,
-        which an accelerator needs to stay busy; on a CPU two would share the cores.
+        which keeps an accelerator busy; on a CPU two batches would compete for the cores.
       clock: seconds, monotonic; deadlines are on the same clock.
       on_death: called once, from the loop's thread, if the loop dies. It must not raise.
       on_batch: called in the loop's thread after each batch. It must be quick, and not raise.
@@ -93,11 +84,10 @@ class Scheduler:
         self._on_death = on_death
         self._on_batch = on_batch
         self._queues = Queues()
-        self._expected = dict.fromkeys(Priority, 0)  # texts that were announced and are not here yet
-        self._text_seconds = 0.0  # of the last texts, each one's share of a full batch, as the warm-up measured
+        self._reserved = dict.fromkeys(Priority, 0)  # texts that are not tokenised yet
         self._running: collections.deque[_Batch] = collections.deque()
         self._answered: list[tuple[Entry, Scored]] = []  # of the last batch, not handed out yet
-        self._drift = 1.0
+        self._times = RunTimes()
         self._collected = clock()
         self._orders = itertools.count()
         self._refusal: str | None = None  # why nothing more is taken on: closing, or dead
@@ -120,18 +110,18 @@ class Scheduler:
 
     @property
     def backlog_seconds(self) -> float:
-        """How long the device is expected to need for all that it has been given."""
+        """Predicted seconds until everything that is queued or running is done."""
         with self._changed:
             return self._backlog(Priority.BULK, self._clock())
 
     @property
     def alive(self) -> bool:
-        """False once the loop has died; such a scheduler refuses all work."""
+        """False once the loop has died; the scheduler then refuses all work."""
         return not self._dead
 
     @property
     def running_seconds(self) -> float:
-        """For how long the oldest batch on the device has been there; 0 if there is none."""
+        """How long the oldest batch on the device has been running; 0 if there is none."""
         with self._changed:
             return self._clock() - self._running[0].started if self._running else 0.0
 
@@ -140,7 +130,7 @@ class Scheduler:
         self._thread.start()
 
     def close(self, timeout: float | None = None) -> None:
-        """Takes on nothing more, lets what waits finish, and ends the loop; at most `timeout` seconds."""
+        """Refuses new texts, runs those that are queued, and ends the loop; waits at most `timeout` seconds."""
         with self._changed:
             self._refusal = self._refusal or "The server is shutting down; send the text to another one."
             self._changed.notify()
@@ -148,11 +138,11 @@ class Scheduler:
             self._thread.join(timeout)
 
     def reserve(self, count: int, deadline: float | None, priority: Priority) -> tuple[int, ServeError | None]:
-        """Announces texts that have still to be tokenised, so that those behind them reckon with them, until `release`.
+        """Reserves device time for texts that are not tokenised yet; `release` gives it back.
 
         Returns:
-          How many of them were announced, and why the rest was not: they would be refused as things stand, and
-          tokenising them would only take time from those that can be answered.
+          How many of the texts have a reservation, and the error of the rest: these would be refused once tokenised, so
+          that tokenising them would only delay others.
         """
         now = self._clock()
         with self._changed:
@@ -160,35 +150,34 @@ class Scheduler:
                 return 0, Unavailable(self._refusal)
             if self.waiting_tokens >= self._max_waiting_tokens:
                 return 0, self._no_room(self.waiting_tokens, self._max_waiting_tokens, "tokens", now)
-            each = self._text_seconds * self._drift
-            ahead = sum(texts for other, texts in self._expected.items() if other <= priority)
+            each = self._times.per_text
+            ahead = sum(texts for other, texts in self._reserved.items() if other <= priority)
             wait = self._backlog(priority, now) + ahead * each
             fit, error = count, None
-            if deadline is not None and each > 0:
-                left = (deadline - now) / MARGIN - wait
-                fit = min(count, max(math.floor(left / each) + 1, 1 if wait == 0 else 0))
+            if deadline is not None:
+                fit = self._times.fitting(count, deadline - now, wait)
                 if fit < count:
-                    error = _too_late(deadline - now, wait + fit * each)
-            self._expected[priority] += fit
+                    error = too_late(deadline - now, wait + fit * each)
+            self._reserved[priority] += fit
             return fit, error
 
     def release(self, count: int, priority: Priority) -> None:
-        """Ends what `reserve` announced: these texts are queued now, or never will be."""
+        """Gives back the reservations of texts that are queued now, or never will be."""
         with self._changed:
-            self._expected[priority] -= count
+            self._reserved[priority] -= count
 
     def submit(self, work: Work) -> Future[Scored]:
         """`submit_all` for one text."""
         return self.submit_all([work])[0]
 
     def submit_all(self, works: Iterable[Work]) -> list[Future[Scored]]:
-        """Queues texts, together, so that they can share batches.
+        """Queues texts together, so that they can share batches.
 
         Returns:
-          A future for each text; cancelling it takes the text out of its queue, unless it is already running. A
-          refusal is the future's exception, and never touches the texts beside it: InvalidRequest (longer than every
-          bucket), DeadlineExceeded (passed, or cannot be met), Overloaded (now or never: nothing is computed),
-          Unavailable (closing or dead).
+          A future for each text. Cancelling it takes the text out of its queue, unless it is already running. A
+          refused text has its error as the future's exception, and does not affect the others: InvalidRequest (longer
+          than every bucket), DeadlineExceeded (passed, or cannot be met), Overloaded (the queues are full),
+          Unavailable (the scheduler is closed or dead).
         """
         now = self._clock()
         futures: list[Future[Scored]] = []
@@ -200,7 +189,7 @@ class Scheduler:
                 try:
                     self._enqueue(work, now, future)
                 except ServeError as error:
-                    # Its traceback has the future that is to hold it: another such ring as `_enqueue` tells of.
+                    # The traceback refers to the future, which will refer to the error: a reference cycle (`_enqueue`).
                     refused.append((future, error.with_traceback(None)))
             self._changed.notify()
         # Callbacks of futures may come back to the scheduler, so they run without its lock.
@@ -209,9 +198,9 @@ class Scheduler:
         return futures
 
     def step(self) -> bool:
-        """Starts a batch of what waits, and waits for the oldest one that runs unless more can be started.
+        """Starts a batch of queued texts; then waits for the oldest running batch, unless another can be started.
 
-        What a batch gave is handed out when the next one has been started, so that the device does not wait for that.
+        A batch's results are delivered after the next batch was started, so that the device does not wait for that.
 
         Returns:
           Whether there was anything to do.
@@ -252,19 +241,19 @@ class Scheduler:
         seconds = work.device.seconds(bucket, full) / full
         busy = self._running or self.waiting_tokens
         wait = self._backlog(work.priority, now)
-        # With nothing else to do the device may as well try: predictions can be wrong, and only runs mend them.
-        # A text is answered with its batch, not before; and what was predicted is never exact.
+        # A text is answered with its batch, not before. An idle device tries any text: predictions can be wrong, and
+        # only runs correct them.
         mates = min(full, 1 + self._queues.count([(work.device, bucket, work.priority)]))
-        needed = MARGIN * (wait + self._drift * work.device.seconds(bucket, mates))
-        if work.deadline is not None and busy and now + needed > work.deadline:
-            raise _too_late(work.deadline - now, wait)
+        left = math.inf if work.deadline is None else work.deadline - now
+        if busy and self._times.misses(left, wait, work.device.seconds(bucket, mates)):
+            raise too_late(left, wait)
         order = next(self._orders)
         rank = (now + (BULK_PATIENCE if work.priority is Priority.BULK else 0.0), order)
         entry = Entry(work, bucket, now, order, rank, seconds, future)
         self._queues.add(entry)
-        self._text_seconds += TEXT_RATE * (seconds - self._text_seconds)
-        # A future keeps its callbacks, and the entry holds the future: a strong reference would make a ring of them, to
-        # be freed only by Python's collector, which under load then stops everything for a tenth of a second.
+        self._times.add_text(seconds)
+        # A future keeps its callbacks, and the entry refers to the future. A strong reference would make a cycle, which
+        # only Python's garbage collector frees; under load its runs stop the process for a tenth of a second.
         queued = weakref.ref(entry)
         future.add_done_callback(lambda done: self._forget(queued()) if done.cancelled() else None)
 
@@ -278,25 +267,25 @@ class Scheduler:
     def _no_room(self, waiting: int, bound: int, whose: str, now: float) -> Overloaded:
         return Overloaded(
             f"The server has {waiting} {whose} waiting and takes on {bound} at most; try again in a moment.",
-            # By then half of what waits is done; all callers at once would not fit into less.
+            # By then half of the queue is done, which makes room for as many callers again.
             retry_seconds=max(self._backlog(Priority.BULK, now) / 2, MIN_RETRY_SECONDS),
         )
 
     def _backlog(self, priority: Priority, now: float) -> float:
-        """Predicted seconds until a text that comes now would have its turn."""
-        running = sum(batch.expected for batch in self._running) * self._drift
+        """Predicted seconds until the turn of a text that is queued now."""
+        running = sum(batch.expected for batch in self._running) * self._times.drift
         if self._running:
             running = max(running - (now - max(self._running[0].started, self._collected)), 0.0)
-        return running + self._queues.seconds_before(priority) * self._drift
+        return running + self._queues.seconds_before(priority) * self._times.drift
 
     def _forget(self, entry: Entry | None) -> None:
-        """Takes a cancelled text out of its queue, unless it has left it (as any other that is done has)."""
+        """Removes a cancelled text from its queue, unless it has left it already."""
         if entry is not None:
             with self._changed:
                 self._queues.remove(entry)
 
     def _take(self) -> tuple[list[Entry], list[Entry]]:
-        """The next batch, and the texts before it whose deadlines have passed or are too near."""
+        """Removes and returns the next batch, and the texts whose deadlines have passed or are too near."""
         batch: list[Entry] = []
         expired: list[Entry] = []
         with self._changed:
@@ -308,13 +297,13 @@ class Scheduler:
             count = device.batch_for(bucket, self._queues.count(own))
             rows = device.rows(bucket, count)
             now = self._clock()
-            ready = now + self._drift * device.seconds(bucket, count)
+            ready = now + self._times.drift * device.seconds(bucket, count)
             shorter = [(device, b, priority) for b in device.buckets if b < bucket for priority in Priority]
-            # Rows that would stand empty are the shorter texts' for nothing.
+            # Shorter texts fill the rows that would stay empty, at no cost.
             for keys, most in ((own, count), (shorter, rows)):
                 while len(batch) < most and (entry := self._queues.first(keys)) is not None:
                     self._queues.remove(entry)
-                    # From here on the owner can no longer cancel; False means that it just has.
+                    # From here on the owner cannot cancel; False means that it has just done so.
                     if not entry.future.set_running_or_notify_cancel():
                         continue
                     hopeless = entry.late(ready) and (bool(batch) or bool(self._queues))
@@ -343,16 +332,14 @@ class Scheduler:
                 self._running.popleft()
             return
         now = self._clock()
-        # With several on the device, one begins when the one before it ends.
+        # With several batches on the device, each starts when the one before it ends.
         began = max(batch.started, self._collected)
-        # To those behind it a batch costs the time from the last one's end: its taking, padding and starting too.
+        # The cost for texts behind a batch counts from the end of the last one: forming and padding it are included.
         cost = now - max(self._collected, min(entry.enqueued for entry in batch.entries))
         with self._changed:
             self._running.popleft()
             self._collected = now
-            ratio = cost / max(batch.expected, 1e-9)
-            low, high = DRIFT_RANGE
-            self._drift += DRIFT_RATE * (min(max(ratio, low), high) - self._drift)
+            self._times.add_batch(cost, batch.expected)
         self._answered += [
             (entry, Scored(output, began - entry.enqueued, now - began))
             for entry, output in zip(batch.entries, outputs, strict=True)
@@ -365,7 +352,11 @@ class Scheduler:
             _deliver(entry, scored)
 
     def _run_apart(self, batch: _Batch) -> None:
-        """After a failed batch: one text's failure is not its batch-mates', and a lost device is not one text's."""
+        """Runs the texts of a failed batch one by one, so that one text's failure fails no other.
+
+        Raises:
+          Exception: the device's check failed: the device is lost.
+        """
         for entry in batch.entries:
             began = self._clock()
             if entry.late(began):
@@ -379,7 +370,7 @@ class Scheduler:
                 _deliver(entry, Scored(output, began - entry.enqueued, self._clock() - began))
 
     def _try_again(self, batch: _Batch, entry: Entry) -> Output | None:
-        """What one text of a failed batch gives by itself; None if it fails again."""
+        """The output of one text of a failed batch, run by itself; None if it fails again."""
         try:
             return batch.device.launch([entry.work.ids], batch.bucket)()[0]
         except Exception as error:
@@ -390,12 +381,12 @@ class Scheduler:
         try:
             while self._wait():
                 self.step()
-        except BaseException as error:  # whatever ended the loop, those who wait must hear of it
+        except BaseException as error:  # whatever ended the loop, every future must end
             log_failure("The device loop died", error)
             self._die()
 
     def _wait(self) -> bool:
-        """Blocks until something waits or runs (True), or nothing ever will again (False)."""
+        """Blocks until there is work (True), or the scheduler is closed and empty (False)."""
         with self._changed:
             while not self._queues and not self._running and not self._answered and self._refusal is None:
                 self._changed.wait()
@@ -411,13 +402,6 @@ class Scheduler:
             if entry.future.set_running_or_notify_cancel():
                 _deliver(entry, Unavailable(self._refusal))
         self._on_death()
-
-
-def _too_late(left: float, wait: float) -> DeadlineExceeded:
-    return DeadlineExceeded(
-        f"The deadline is {left:.3f} seconds away, but the text's turn would come in about {wait:.3f}; it was not run.",
-        retry_seconds=max(wait, MIN_RETRY_SECONDS),
-    )
 
 
 def _raising(error: Exception) -> Callable[[], Sequence[Output]]:

@@ -1,6 +1,6 @@
-"""The stage before the device: texts to token ids, off the event loop, all that wait together.
+"""The pipeline's tokenizer stage: texts to token ids, in batches, in a thread beside the event loop.
 
-Like the scheduler it has no timer: while the worker thread tokenises one batch the next one gathers. No gRPC.
+Like the scheduler it has no timer: while the worker thread tokenises one batch, the next one gathers. No gRPC.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from ...data.readers import MAX_TEXT_CHARS
 from ..ops.log import log_failure
 from ..wire.errors import InternalError, InvalidRequest, Overloaded, ServeError
 
-# What may wait, and what is tokenised at once, in characters. A text also counts as one for itself, so that very
-# many empty ones are not free.
+# Characters that may be queued, and characters of a batch. Each text counts one more than it has, so that many empty
+# texts are bounded too.
 MAX_WAITING_CHARS = 64_000_000
 MAX_BATCH_CHARS = 1_000_000
-# A refusal's hint: about what so many take, after which there is room again.
+# The retry hint of a refusal: about the time that a full queue takes.
 RETRY_SECONDS = 0.5
 
 
-class Encoded(Protocol):
-    """What `WordPieceTokenizer.encode` returns for N texts."""
+class EncodingProtocol(Protocol):
+    """The part of `data.tokenizer.WordPieceTokenizer.encode`'s result that this stage uses, for N texts."""
 
     @property
     def ids(self) -> Sequence[np.ndarray]:
@@ -47,21 +47,21 @@ class Encoded(Protocol):
         ...
 
 
-class Tokenizer(Protocol):
-    """What this stage needs of `data.tokenizer.WordPieceTokenizer`."""
+class TokenizerProtocol(Protocol):
+    """The part of `data.tokenizer.WordPieceTokenizer` that this stage uses."""
 
-    def encode(self, texts: Sequence[str], max_length: int) -> Encoded: ...
+    def encode(self, texts: Sequence[str], max_length: int) -> EncodingProtocol: ...
 
-    def encode_with_offsets(self, texts: Sequence[str], max_length: int) -> Encoded: ...
+    def encode_with_offsets(self, texts: Sequence[str], max_length: int) -> EncodingProtocol: ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Tokens:
-    """One text for the device.
+class TokenizedText:
+    """The token ids of one text.
 
     Attributes:
       ids: int32 (S,).
-      truncated: whether the text had more than the model reads.
+      truncated: whether the text has more tokens than the model reads.
       spans: int32 (S, 2), the characters that each token covers; None unless asked for.
     """
 
@@ -70,20 +70,31 @@ class Tokens:
     spans: np.ndarray | None = None
 
 
+def length_error(text: str) -> InvalidRequest | None:
+    """The refusal of a text of more than `MAX_TEXT_CHARS` characters; None for a shorter one."""
+    if len(text) <= MAX_TEXT_CHARS:
+        return None
+    return InvalidRequest(
+        f"The text has {len(text)} characters; at most {MAX_TEXT_CHARS} are taken. Split or shorten it.", field="text"
+    )
+
+
 @dataclasses.dataclass(eq=False)
 class _Group:
-    """The texts of one request, and where its caller waits for them."""
+    """The texts of one call, and the future of their tokens."""
 
     texts: Sequence[str]
     chars: int
     spans: bool
-    future: asyncio.Future[list[Tokens | ServeError]]
+    future: asyncio.Future[list[TokenizedText | ServeError]]
 
 
 class TokenizerStage:
-    """Tokenises texts in one worker thread. Use it from one event loop, and `close` it at the end."""
+    """Tokenises texts in one worker thread. Used from one event loop; `close` ends the thread."""
 
-    def __init__(self, tokenizer: Tokenizer, max_length: int, *, max_waiting_chars: int = MAX_WAITING_CHARS) -> None:
+    def __init__(
+        self, tokenizer: TokenizerProtocol, max_length: int, *, max_waiting_chars: int = MAX_WAITING_CHARS
+    ) -> None:
         self._tokenizer = tokenizer
         self._max_length = max_length
         self._max_waiting_chars = max_waiting_chars
@@ -92,11 +103,11 @@ class TokenizerStage:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="classer-tokenizer")
         self._worker: asyncio.Task[None] | None = None
 
-    async def tokenize(self, texts: Sequence[str], *, spans: bool = False) -> list[Tokens | ServeError]:
-        """The tokens of each text, with their `spans` if asked; or the InternalError of one that it failed on.
+    async def tokenize(self, texts: Sequence[str], *, spans: bool = False) -> list[TokenizedText | ServeError]:
+        """The tokens of each text, with spans if `spans`; an InternalError for a text that the tokenizer fails on.
 
         Raises:
-          Overloaded: too much waits already.
+          Overloaded: too many characters are queued already.
         """
         chars = sum(len(text) + 1 for text in texts)
         if self._waiting_chars + chars > self._max_waiting_chars:
@@ -113,11 +124,11 @@ class TokenizerStage:
         return await group.future
 
     def close(self) -> None:
-        """Ends the worker thread, once no request is in flight any more."""
+        """Ends the worker thread. No call may be in flight."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _work(self) -> None:
-        """Empties the queue, then ends; the next text starts it anew."""
+        """Runs until the queue is empty; the next call starts it again."""
         loop = asyncio.get_running_loop()
         try:
             while groups := self._take():
@@ -127,7 +138,7 @@ class TokenizerStage:
                 outcomes = iter(await loop.run_in_executor(self._thread, encode))
                 for group in groups:
                     own = list(itertools.islice(outcomes, len(group.texts)))
-                    if not group.future.done():  # else its caller has gone
+                    if not group.future.done():  # else the call was cancelled
                         group.future.set_result(own)
         finally:
             self._worker = None
@@ -145,26 +156,20 @@ class TokenizerStage:
 
 
 def encode_texts(
-    tokenizer: Tokenizer, texts: Sequence[str], max_length: int, *, spans: bool = False
-) -> list[Tokens | ServeError]:
-    """The tokens of each text, with their `spans` if asked; an InternalError for a text that the tokenizer fails on."""
+    tokenizer: TokenizerProtocol, texts: Sequence[str], max_length: int, *, spans: bool = False
+) -> list[TokenizedText | ServeError]:
+    """The tokens of each text, with spans if `spans`; an InternalError for a text that the tokenizer fails on.
+
+    After a failure texts are tried one by one, so that none fails another.
+    """
     try:
         encode = tokenizer.encode_with_offsets if spans else tokenizer.encode
         encoded = encode(texts, max_length)
         spans_N = encoded.spans or [None] * len(texts)
         rows = zip(encoded.ids, encoded.truncated, spans_N, strict=True)
-        return [Tokens(ids, bool(cut), spans_S2) for ids, cut, spans_S2 in rows]
+        return [TokenizedText(ids, bool(cut), spans_S2) for ids, cut, spans_S2 in rows]
     except Exception as error:
         if len(texts) > 1:
             return [outcome for text in texts for outcome in encode_texts(tokenizer, [text], max_length, spans=spans)]
         log_failure("The tokenizer failed on a text", error)
         return [InternalError("The server could not tokenize this text; its log says why.")]
-
-
-def check_length(text: str) -> None:
-    """Raises InvalidRequest: the text has more than `MAX_TEXT_CHARS` characters."""
-    if len(text) > MAX_TEXT_CHARS:
-        raise InvalidRequest(
-            f"The text has {len(text)} characters; at most {MAX_TEXT_CHARS} are taken. Split or shorten it.",
-            field="text",
-        )

@@ -1,4 +1,4 @@
-"""What passes between those who have texts, the scheduler and the engines. No gRPC and no JAX."""
+"""The types that pipeline, scheduler and engines exchange. No gRPC and no JAX."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ...model.evidence import Kept
 
 
 class Priority(enum.IntEnum):
-    """Which of two texts that came together is run first."""
+    """The order among texts that arrive together: the lower value is run first."""
 
     INTERACTIVE = 0
     BULK = 1
 
 
 class Device(Protocol):
-    """What the scheduler needs of an engine. Called by one thread at a time, but for `buckets` and `seconds`."""
+    """The part of an engine that the scheduler uses. Only `buckets` and `seconds` may be called by several threads."""
 
     @property
     def buckets(self) -> tuple[int, ...]:
@@ -28,35 +28,36 @@ class Device(Protocol):
         ...
 
     def batch_for(self, bucket: int, waiting: int) -> int:
-        """How many of `waiting` texts of a bucket to run next: 1 … `waiting`."""
+        """How many of `waiting` texts of a bucket to run in the next batch: 1 … `waiting`."""
         ...
 
     def rows(self, bucket: int, count: int) -> int:
-        """The rows of the program that `count` texts of a bucket run in; those left over cost the same empty."""
+        """The rows of the program that runs `count` texts of a bucket. Empty rows cost as much as filled ones."""
         ...
 
     def seconds(self, bucket: int, count: int) -> float:
-        """What a batch of `count` texts of a bucket is expected to take."""
+        """The expected seconds of a batch of `count` texts of a bucket."""
         ...
 
     def launch(self, ids: Sequence[np.ndarray], bucket: int) -> Callable[[], Sequence[Output]]:
-        """Starts N texts, at most as many as `rows` said; the function returned waits for what they give.
+        """Starts a batch of N texts, at most as many as `rows` says.
 
-        Whatever either raises is these texts' failure.
+        Returns:
+          A function that waits for the outputs of the N texts. An exception of it, or of `launch`, fails these texts.
         """
         ...
 
     def check(self) -> None:
-        """Runs something known to work; whatever it raises means that the hardware is lost."""
+        """Runs a batch that is known to work. An exception means that the device is lost."""
         ...
 
 
 class Output(NamedTuple):
-    """What the device says of one text.
+    """The device's output for one text.
 
     Attributes:
       logits_L: (L,) float32, over all labels of the model.
-      kept: the tokens that it read to the end; None where nothing is left out.
+      kept: the tokens that were kept to the last layer; None if the model drops none.
       precision: what the program computed in; empty where that is not known.
     """
 
@@ -67,12 +68,12 @@ class Output(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """What became of one text.
+    """The result of one text.
 
     Attributes:
-      output: what the device said.
-      queue_seconds: from `submit` until its batch began.
-      compute_seconds: what the device took over its batch.
+      output: the device's output.
+      queue_seconds: from `submit` until its batch started.
+      compute_seconds: the run time of its batch.
     """
 
     output: Output
@@ -81,16 +82,16 @@ class Scored:
 
 
 class BatchRun(NamedTuple):
-    """What a batch was, for those who count.
+    """A batch that was run, for metrics.
 
     Attributes:
-      device: whose it was.
-      bucket: tokens a row.
-      rows: of the program, filled or not.
-      texts: in it.
-      tokens: of these texts, without padding.
-      seconds: that the device took.
-      queue_seconds: how long each text waited for it.
+      device: the device that ran it.
+      bucket: tokens a row, padding included.
+      rows: rows of the program, filled or not.
+      texts: texts in the batch.
+      tokens: tokens of these texts, without padding.
+      seconds: run time.
+      queue_seconds: how long each text was queued.
     """
 
     device: Device
@@ -106,10 +107,10 @@ class Work(NamedTuple):
     """One text to run.
 
     Attributes:
-      device: the model that is to read it.
+      device: the engine that runs it.
       ids: its token ids, (S,).
-      deadline: when the answer is of no more use.
-      priority: whether someone waits for it.
+      deadline: when it must have been run, on the scheduler's clock; None if there is none.
+      priority: its place among texts that arrive together.
     """
 
     device: Device

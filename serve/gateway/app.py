@@ -23,7 +23,7 @@ from ..ops.guard import MAX_IN_FLIGHT_BYTES, MAX_IN_FLIGHT_CALLS
 from ..ops.log import log_failure
 from ..ops.metrics import CallMetrics, new_registry
 from ..ops.security import KEY_HEADER, KEY_SCHEME, Tls, aio_channel, is_this_machine
-from ..ops.tracing import Tracing, end, parent_of
+from ..ops.tracing import Tracing, end_span, parent_of
 from ..proto import classifier_pb2 as pb
 from ..proto.classifier_pb2_grpc import ClassifierStub
 from ..wire.errors import (
@@ -77,13 +77,14 @@ def make_app(
     max_calls: int = MAX_IN_FLIGHT_CALLS,
     max_bytes: int = MAX_IN_FLIGHT_BYTES,
 ) -> FastAPI:
-    """The application: /v1/classify, /v1/classify-batch, /v1/tasks; /healthz, /readyz, /metrics; /docs, /openapi.json.
+    """The application: /v1/classify, /v1/models, /v1/tasks; /healthz, /readyz, /metrics; /docs, /openapi.json.
 
     Args:
-      server: "host:port" of the gRPC service.
-      tls: how to connect to it.
-      tracing: where spans go; None nowhere. A caller's `traceparent` then goes on to the service as it is.
-      max_calls, max_bytes: what may be in flight at once; beyond either, calls are refused as 429.
+      server: address of the gRPC server, "host:port".
+      tls: TLS toward the server; None without TLS.
+      tracing: exporter of spans; None passes a caller's `traceparent` on to the server unchanged.
+      max_calls: calls in flight at most; more are refused with status 429.
+      max_bytes: bytes of bodies in flight at most; more are refused with status 429.
     """
     upstream = _Upstream(server, tls, tracing)
 
@@ -142,25 +143,25 @@ def make_app(
 
     @app.get("/healthz", response_class=PlainTextResponse)
     async def healthz() -> str:
-        """Whether this process lives."""
+        """Liveness of the gateway."""
         return "ok"
 
     @app.get("/readyz", response_class=PlainTextResponse)
     async def readyz() -> Response:
-        """Whether the service behind it is ready to classify."""
+        """Readiness of the server behind the gateway."""
         ready = await upstream.ready()
         return PlainTextResponse("ready" if ready else "not ready", 200 if ready else 503)
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        """This gateway's figures, for Prometheus; the server's own are on its own port."""
+        """Prometheus metrics of the gateway; the server has its own port for its metrics."""
         return Response(generate_latest(upstream.registry), media_type=CONTENT_TYPE_LATEST)
 
     return app
 
 
 class _Upstream:
-    """The gRPC service behind the gateway."""
+    """The gRPC server behind the gateway."""
 
     def __init__(self, server: str, tls: Tls | None, tracing: Tracing | None) -> None:
         self._server, self._tls, self._tracing = server, tls, tracing
@@ -168,7 +169,7 @@ class _Upstream:
         self.metrics = CallMetrics(self.registry)
 
     def connect(self) -> None:
-        """Call it on the event loop that is to make the calls."""
+        """Opens the channel, on the event loop that makes the calls."""
         self._channel = aio_channel(self._server, _OPTIONS, self._tls)
         self._classifier = ClassifierStub(self._channel)
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
@@ -185,10 +186,12 @@ class _Upstream:
         return answer.status == health_pb2.HealthCheckResponse.SERVING
 
     async def call(self, method: str, request: Request, message: Any, seconds: float, *, texts: int) -> Any:
-        """Makes a call with the caller's key and place in a trace, and counts it. A caller that goes cancels it.
+        """Makes a call with the caller's API key and trace context, and counts it.
+
+        A caller that disconnects cancels its call.
 
         Raises:
-          ServeError: as the service, or the connection to it, said.
+          ServeError: the server refused the call, or cannot be reached.
         """
         started = time.perf_counter()
         span = None if self._tracing is None else self._tracing.start(f"HTTP {method}", request.headers, {})
@@ -211,7 +214,7 @@ class _Upstream:
             elapsed = time.perf_counter() - started
             self.metrics.ended(f"HTTP {method}", code, elapsed, reason, "", counts, refused)
             if span is not None:
-                end(span, code, {"classer.texts": texts})
+                end_span(span, code, {"classer.texts": texts})
 
     def _key_of(self, request: Request) -> list[tuple[str, str]]:
         value = request.headers.get(KEY_HEADER)
@@ -227,13 +230,13 @@ class _Upstream:
 
 
 async def _typed(rpc: Awaitable[T]) -> T:
-    """The call's response; its failure as one of our errors, with the service's own sentence where it sent one."""
+    """The call's response. Raises ServeError, with the server's sentence if it sent one."""
     try:
         return await rpc
     except grpc.aio.AioRpcError as failure:
         if (said := error_of_call(failure)) is not None:
             raise said from None
-        # gRPC's own words name addresses, and are none of the caller's business.
+        # gRPC's own details name internal addresses.
         sentence = {
             grpc.StatusCode.DEADLINE_EXCEEDED: "The deadline passed before there was an answer.",
             grpc.StatusCode.UNAVAILABLE: "The gateway does not reach its server; try again in a moment.",
@@ -243,7 +246,7 @@ async def _typed(rpc: Awaitable[T]) -> T:
 
 
 async def _while_there(request: Request, call: Awaitable[T]) -> T:
-    """Awaits a call, and cancels it once the HTTP caller has gone."""
+    """The call's response; cancels the call and raises Cancelled if the HTTP caller disconnects."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -268,11 +271,13 @@ def _parent_in(request: Request) -> list[tuple[str, str]]:
 
 @contextlib.contextmanager
 def _sendable() -> Any:
-    """Refuses what protobuf cannot carry."""
+    """Turns protobuf's errors into InvalidRequest."""
     try:
         yield
     except (UnicodeEncodeError, ValueError):
-        raise InvalidRequest("A field holds what UTF-8 or its number's range cannot carry.") from None
+        raise InvalidRequest(
+            "A field holds a character that UTF-8 cannot carry, or a number out of its range."
+        ) from None
 
 
 async def _answer_error(_: Request, error: Exception) -> Response:
@@ -314,8 +319,8 @@ async def _answer_http(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     known = {
         400: "The body cannot be read as JSON in UTF-8.",
-        404: "There is nothing at this path; /docs lists what there is.",
-        405: "This path does not take this method.",
+        404: "No route has this path; /docs lists the routes.",
+        405: "This route does not take this method.",
     }
     code = {404: "NOT_FOUND", 405: "UNIMPLEMENTED"}.get(error.status_code, "INVALID_ARGUMENT")
     body = ErrorOut(
@@ -332,9 +337,9 @@ async def _answer_bug(request: Request, error: Exception) -> Response:
 
 
 class _Limit:
-    """Refuses what would be more than may be in flight at once, and a body that is larger than the service takes.
+    """Middleware that bounds the calls and bytes in flight, and the size of a body.
 
-    Bodies are counted as they are read, whatever their headers say; health and metrics are answered in any case.
+    Bytes are counted as they are read, whatever the headers say. Health and metrics are always answered.
     """
 
     def __init__(
@@ -388,7 +393,7 @@ class _Limit:
 
     def _too_much(self, what: str, reason: str) -> _Refused:
         error = Overloaded(
-            f"The gateway works on {what} at a time; try again in a moment.",
+            f"The gateway has its limit of {what} in flight; try again in a moment.",
             retry_seconds=RETRY_SECONDS,
             reason=reason,
         )
@@ -397,13 +402,13 @@ class _Limit:
 
 
 def _too_large() -> Response:
-    sentence = f"The body is larger than {MAX_MESSAGE_BYTES} bytes, which is what a request may have."
+    sentence = f"The body is larger than {MAX_MESSAGE_BYTES} bytes, the limit of a request."
     error = ErrorOut(code="INVALID_ARGUMENT", reason="TOO_LARGE", message=sentence)
     return JSONResponse(Failure(error=error).model_dump(), 413, {"connection": "close"})
 
 
 class _Refused(BaseException):
-    """Not an Exception, so that no handler on its way answers it with another status."""
+    """Carries a refusal past the exception handlers; not an Exception, so that none of them answers it."""
 
     def __init__(self, response: Response) -> None:
         self.response = response

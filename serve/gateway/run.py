@@ -1,8 +1,7 @@
-"""The HTTP gateway: JSON in, a call of the gRPC service, JSON out. A light process: no JAX, no TensorFlow, no model.
+"""HTTP gateway process: JSON over HTTP in front of a gRPC server. Loads no JAX, no TensorFlow and no model.
 
-It decides nothing itself but how much it takes on at once: API keys and deadlines travel to the service, and the
-service's refusals come back with the HTTP status of their meaning. Nothing that a caller sent is said again in an
-error.
+The gateway limits only what it has in flight. API keys and deadlines go on to the server, and the server's errors come
+back with the HTTP status of their kind. No error repeats what a caller sent.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from pathlib import Path
 from ...data.errors import InputError
 from ...data.extras import missing_packages
 from ..ops.guard import MAX_IN_FLIGHT_BYTES, MAX_IN_FLIGHT_CALLS
+from ..ops.listening import bind
 from ..ops.log import LogFormat, configure_logging
 from ..ops.security import Tls
 from ..ops.tracing import Tracing
@@ -30,16 +30,16 @@ class GatewayConfig:
     """
     Attributes:
       server: address of a running `classer serve`, HOST:PORT.
-      host: the address to listen on; the default is reachable from this machine only.
-      port: 0 picks a free one, which the line printed names.
+      host: address to listen on; the default is reachable from this machine only.
+      port: port to listen on; 0 picks a free one and prints it.
       server_tls_ca: connect to the server with TLS, trusting these authorities, PEM.
       server_tls_cert: a certificate to show to the server, PEM; for mutual TLS.
       server_tls_key: the private key of --server-tls-cert, PEM.
       tls_cert: the gateway's own certificate and chain, PEM; with it, and --tls-key, it speaks HTTPS only.
       tls_key: the certificate's private key, PEM.
-      max_in_flight: calls that are worked on at once; what comes beyond them is refused with status 429.
-      max_in_flight_mb: likewise, megabytes of bodies.
-      drain_seconds: how long requests in flight may still take after SIGTERM or SIGINT.
+      max_in_flight: calls in flight at most; more are refused with status 429.
+      max_in_flight_mb: megabytes of bodies in flight at most; more are refused with status 429.
+      drain_seconds: seconds that requests in flight may take after SIGTERM or SIGINT.
       trace_endpoint: an OpenTelemetry collector (OTLP over gRPC), such as http://localhost:4317.
       log_format: of the log, on stderr: text, or json with one object a line.
     """
@@ -60,15 +60,15 @@ class GatewayConfig:
 
     @property
     def server_tls(self) -> Tls | None:
-        """How to connect to the server; None in the clear."""
+        """TLS toward the server; None without TLS."""
         return Tls.of_files(self.server_tls_cert, self.server_tls_key, self.server_tls_ca)
 
 
 def run_gateway(config: GatewayConfig) -> None:
-    """Serves until SIGTERM or SIGINT, then lets what is in flight finish.
+    """Serves until SIGTERM or SIGINT, then finishes the requests in flight.
 
     Raises:
-      InputError: a package is missing, a file cannot be used, or the address not be listened on.
+      InputError: a package is missing, a file cannot be used, or the address is taken.
     """
     try:
         import uvicorn
@@ -81,15 +81,15 @@ def run_gateway(config: GatewayConfig) -> None:
     if config.max_in_flight < 1 or config.max_in_flight_mb <= 0:
         raise InputError("--max-in-flight and --max-in-flight-mb must be above 0.")
     if config.tls_cert is not None or config.tls_key is not None:
-        Tls(config.tls_cert, config.tls_key).server_credentials()  # says what is wrong with them, if anything is
-    listener = _listen(config.host, config.port)
+        Tls(config.tls_cert, config.tls_key).server_credentials()  # checks the files; raises InputError
+    listener = bind(config.host, config.port, "--port", _listen)
     configure_logging(config.log_format, access=False)
     tracing = None if config.trace_endpoint is None else Tracing(config.trace_endpoint, "classer-gateway")
 
     class Server(uvicorn.Server):
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
-            # uvicorn's own raises the signal anew once it has drained, so that a good end would look like a bad one.
+            # uvicorn's own raises the signal again after the drain, so that the exit status would be a failure.
             for signum in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(signum, self.handle_exit)
             yield
@@ -121,11 +121,4 @@ def run_gateway(config: GatewayConfig) -> None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Raises InputError if the address cannot be listened on."""
-    if not 0 <= port <= 65535:
-        raise InputError(f"--port is {port}; a port is a number from 0 (pick a free one) to 65535.")
-    try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise InputError(f"Cannot listen on {host}:{port}: {reason}. Choose another --port or --host.") from None
+    return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)

@@ -1,4 +1,4 @@
-"""The folder in which JAX keeps what it compiled. What is read from there is run: nobody else may write to it."""
+"""The check of JAX's compile cache. Programs in it are run, so that nobody else may write to the folder."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ...data.errors import InputError
 
 
 def check_private(folder: Path) -> None:
-    """Refuses a folder that others can write to, or that is theirs; one that is not there yet is made, private.
+    """Checks that only this user can write to a folder. A missing folder is made, with mode 0700.
 
     Raises:
-      InputError: it is not private, or cannot be made.
+      InputError: another user owns it or can write to it, or it cannot be made.
     """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

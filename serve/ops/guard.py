@@ -1,8 +1,7 @@
-"""What stands between the wire and the services: who may call, how much at once, and what is written down of each call.
+"""The gRPC interceptor in front of the services: API keys, admission control, statuses, logs, metrics and traces.
 
-One interceptor does all of it, so that a call passes one wrapper, and makes what a service raises the call's status. It
-never looks into a text, and what it writes down holds neither texts nor keys. Health and reflection need no key and are
-not counted.
+It is one interceptor, so that a call passes one wrapper. It also turns what a service raises into the call's status. It
+never reads a text, and logs neither texts nor keys. Health and reflection need no key and are not counted.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from .keys import Allowance, KeyRing
 from .log import access_logger, audit_logger, log_failure, log_fields
 from .metrics import CallMetrics, Stages
 from .security import KEY_HEADER, KEY_SCHEME
-from .tracing import Tracing, end, trace_id
+from .tracing import Tracing, end_span, trace_id
 
 if TYPE_CHECKING:
     from .tracing import Span
@@ -38,17 +37,17 @@ OUR_PACKAGE = "classer."
 ADMIN_SERVICE = "ModelAdmin"
 MAX_IN_FLIGHT_CALLS = 4096
 MAX_IN_FLIGHT_BYTES = 256 * 1024 * 1024
-# A stream whose key must wait longer than this is refused instead.
+# A stream whose key would have to wait longer for its rate is refused instead.
 _PATIENCE_SECONDS = 60.0
-# Calls of several texts.
+# Methods whose messages hold several texts.
 _BATCHES = ("ClassifyBatch", "ClassifyStream")
-# What an admin's call under way is about, as `audit` said.
+# The audit fields of the admin call that runs (see `audit`).
 _about: contextvars.ContextVar[dict[str, str]] = contextvars.ContextVar("about")
 
 
 @dataclasses.dataclass
 class _Call:
-    """One call while it is worked on."""
+    """One call while it runs."""
 
     method: str
     peer: str
@@ -73,11 +72,11 @@ class Guard(grpc.aio.ServerInterceptor):
     """Guards the services of one server, on its event loop.
 
     Args:
-      keys: who may call; None lets everyone.
-      metrics: where calls are counted; None nowhere.
-      tracing: where spans go; None nowhere.
-      max_calls, max_bytes: what may be in flight at once. Beyond either, calls are refused before they are tokenised
-        (beyond `max_calls` before they are even read), as RESOURCE_EXHAUSTED.
+      keys: the API keys that may call; None lets everyone.
+      metrics: counts the calls; None for none.
+      tracing: makes a span for each call; None for none.
+      max_calls, max_bytes: the calls, and bytes of their requests, that may be in flight. More are refused as
+        RESOURCE_EXHAUSTED before they are tokenised; beyond `max_calls`, before they are read.
     """
 
     def __init__(
@@ -162,10 +161,10 @@ class Guard(grpc.aio.ServerInterceptor):
         return guarded
 
     def _guard_stream(self, inner: Callable[..., Any], begin: Callable[[Any], _Call]) -> Callable[..., Any]:
-        # It writes its answers, where a generator would be left as it stands when its caller is gone.
+        # Not a generator: gRPC would not close one whose caller has gone.
         async def guarded(requests: AsyncIterator[Any], context: Any) -> None:
             call = begin(context)
-            sizes: collections.deque[int] = collections.deque()  # of the messages that are not answered yet
+            sizes: collections.deque[int] = collections.deque()  # of the messages without a response yet
             refused: list[ServeError] = []
 
             async def admitted() -> AsyncIterator[Any]:
@@ -192,7 +191,7 @@ class Guard(grpc.aio.ServerInterceptor):
                             size = sizes.popleft()
                             call.bytes -= size
                             self._bytes -= size
-                except asyncio.CancelledError:  # what a front end hears of its call to the engine
+                except asyncio.CancelledError:  # in a front end, whose call to the engine has ended
                     if refused:
                         raise refused[0] from None
                     raise
@@ -202,7 +201,7 @@ class Guard(grpc.aio.ServerInterceptor):
 
     @contextlib.asynccontextmanager
     async def _in_call(self, call: _Call, context: Any) -> AsyncIterator[None]:
-        """Holds a call's place, keeps the error it ends with as its `failure`, and writes down what became of it."""
+        """Counts a call while it runs; keeps its error as `failure`; logs and measures its end."""
         self._calls += 1
         code, reason = "OK", ""
         try:
@@ -212,7 +211,7 @@ class Guard(grpc.aio.ServerInterceptor):
         except (asyncio.CancelledError, GeneratorExit, grpc.aio.InternalError) as error:
             left = context.time_remaining()
             code = reason = "DEADLINE_EXCEEDED" if left is not None and left <= 0 else "CANCELLED"
-            if isinstance(error, grpc.aio.InternalError):  # there is no one left to answer
+            if isinstance(error, grpc.aio.InternalError):  # the caller has gone
                 raise asyncio.CancelledError from None
             raise
         except Exception as error:
@@ -237,7 +236,7 @@ class Guard(grpc.aio.ServerInterceptor):
         self._bytes += size
 
     def _note(self, call: _Call, response: Any) -> None:
-        """Notes what became of a call's texts; of a batch's stages, those of the text that waited longest."""
+        """Counts the texts of a response by status; takes the stages of the text that was queued longest."""
         if self._metrics is None and self._tracing is None and not access_logger.isEnabledFor(logging.INFO):
             return
         if isinstance(response, bytes) and call.method in _BATCHES and self._metrics is not None:
@@ -267,7 +266,7 @@ class Guard(grpc.aio.ServerInterceptor):
                 if call.stages is None
                 else {"classer.queue": call.stages.queue, "classer.compute": call.stages.compute}
             )
-            end(call.span, code, {"classer.texts": sum(texts.values()), **staged})
+            end_span(call.span, code, {"classer.texts": sum(texts.values()), **staged})
         fields = {"method": call.method, "code": code, "ms": round(seconds * 1e3, 2), "peer": call.peer}
         for name, value in (
             ("reason", reason),
@@ -284,13 +283,13 @@ class Guard(grpc.aio.ServerInterceptor):
 
 
 def audit(**fields: str) -> None:
-    """Adds to the audit line of the admin's call under way what it is about: names that the server knows, no others."""
+    """Adds fields to the audit line of the admin call that runs. Pass only names that the server knows."""
     if (about := _about.get(None)) is not None:
         about.update(fields)
 
 
 def _fail(context: Any, call: _Call) -> None:
-    """Ends a call with the status of its failure. An abort, which raises once more, would cost half as much again."""
+    """Sets the status of a failed call. `context.abort` raises again, and would cost half as much again."""
     if call.failure is not None:
         context.set_code(code_of(call.failure))
         context.set_details(str(call.failure))
@@ -298,7 +297,7 @@ def _fail(context: Any, call: _Call) -> None:
 
 
 def _refusing(in_call: Callable[..., Any], begin: Callable[[Any], _Call], error: ServeError) -> Any:
-    """A handler that reads nothing, not even the message, and refuses."""
+    """A handler that fails each call with an error, without reading its message."""
 
     async def refuse(_: Any, context: Any) -> None:
         call = begin(context)
@@ -310,7 +309,7 @@ def _refusing(in_call: Callable[..., Any], begin: Callable[[Any], _Call], error:
 
 
 async def _take_patiently(allowance: Allowance, texts: int) -> None:
-    """Spends a stream's texts as its key's rate lets it; what takes too long to wait for is refused after all."""
+    """Spends a stream's texts, waiting for its key's rate. Raises Overloaded if that would take too long."""
     while True:
         try:
             allowance.take(texts)
@@ -327,13 +326,13 @@ def _presented(metadata: dict[str, Any]) -> str | None:
 
 
 def _identity(context: Any) -> str:
-    """The name in a client's certificate, of mutual TLS."""
+    """The common name of the client's certificate (mutual TLS); empty if there is none."""
     names = context.auth_context().get("x509_common_name") or ()
     return next((name.decode("utf-8", "replace") for name in names), "")
 
 
 def _tolerant(deserializer: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
-    """A deserialiser that makes the error its result: what it raises gRPC would call UNKNOWN, with a traceback."""
+    """A deserialiser that returns its error. gRPC would log a raised one and make it UNKNOWN."""
     if deserializer is None:
         return None
 
@@ -359,7 +358,7 @@ def _size(request: Any) -> int:
 
 
 def _count(method: str, request: Any) -> int:
-    """Texts of a request; a front end hands batches on as bytes. Raises InvalidRequest if they are no message."""
+    """How many texts a request has. Front ends pass batches as bytes; raises InvalidRequest if these are no message."""
     if isinstance(request, bytes) and method in _BATCHES:
         try:
             request = pb.ClassifyBatchRequest.FromString(request)

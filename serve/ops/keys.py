@@ -1,7 +1,7 @@
-"""API keys: made once and shown once, kept as hashes, compared in constant time, each with a rate and a quota.
+"""API keys, each with a rate and a quota: shown once when made, stored as hashes, compared in constant time. No gRPC.
 
-A key is `ck_ID_SECRET`. The id finds its entry; the secret is 256 random bits, so that a plain SHA-256 of it cannot be
-searched, and a slow hash would only slow the server down. No gRPC here.
+A key is `ck_ID_SECRET`. The id finds its entry. The secret has 256 random bits, so that a plain SHA-256 of it cannot be
+reversed by search, and a slow hash is not needed.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from ...data.files import atomic_write
 from ..wire.errors import Overloaded, Unauthenticated
 from .log import logger
 
-PREFIX = "ck"
+KEY_PREFIX = "ck"
 _DAY = 86_400
-# How often a server looks whether the file has changed.
+# How often a server checks whether the file has changed.
 _LOOK_SECONDS = 1.0
-# Seconds of its rate that a key may save up.
+# The burst: so many seconds of its rate a key may save up.
 _BURST_SECONDS = 1.0
 
 
@@ -37,11 +37,11 @@ class ApiKey:
     """One key as it is stored.
 
     Attributes:
-      name: who it is for; stands in logs and metrics.
-      id: the part of the key that is no secret.
-      sha256: of the secret, in hex.
-      rate: texts a second; None for any number.
-      per_day: texts a day (UTC); None for any number.
+      name: the holder; stands in logs and metrics.
+      id: the public part of the key.
+      sha256: SHA-256 of the secret, in hex.
+      rate: texts a second; None for no limit.
+      per_day: texts a day (UTC); None for no limit.
       admin: whether it may change the server's models.
       created: the day on which it was made.
     """
@@ -58,7 +58,7 @@ class ApiKey:
 def make_key(
     name: str, *, rate: float | None = None, per_day: int | None = None, admin: bool = False
 ) -> tuple[ApiKey, str]:
-    """A new entry, and the key itself, which is stored nowhere.
+    """Makes a key; returns its entry and the key itself, which is stored nowhere.
 
     Raises:
       InputError: the name or a limit is out of range.
@@ -71,7 +71,7 @@ def make_key(
         raise InputError(f"--per-day is {per_day}; give at least 1 text a day.")
     key_id, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
     entry = ApiKey(name, key_id, _digest(secret), rate, per_day, admin, time.strftime("%Y-%m-%d", time.gmtime()))
-    return entry, f"{PREFIX}_{key_id}_{secret}"
+    return entry, f"{KEY_PREFIX}_{key_id}_{secret}"
 
 
 def read_keys(path: Path) -> list[ApiKey]:
@@ -131,14 +131,14 @@ def write_keys(path: Path, entries: Iterable[ApiKey]) -> None:
 
 
 class Allowance:
-    """How much one key may still ask: a token bucket for its rate, a count for its day.
+    """The limits of one key: a token bucket for its rate, a count for its day.
 
-    A call larger than what is left of the rate passes if anything is left, and the key then waits until it is paid off:
-    so no call is too large to ever pass, and the rate holds on average.
+    If anything is left of the rate, a call of any size passes, and the key then waits until the bucket has refilled. So
+    no call is too large to ever pass, and the rate holds on average.
 
     Args:
-      entry: the key.
-      share: the part of its limits that this process grants, where several serve the same clients.
+      entry: the key's entry.
+      share: the part of its limits that this process grants, if several processes serve the same clients.
       clock: seconds, monotonic.
       now: seconds since 1970.
     """
@@ -160,7 +160,7 @@ class Allowance:
         self._day, self._used = 0, 0
 
     def take(self, texts: int) -> None:
-        """Spends so many texts.
+        """Spends texts from the rate and the quota.
 
         Raises:
           Overloaded: the rate or the day's quota is used up; nothing was spent.
@@ -191,15 +191,15 @@ class Allowance:
 
 
 class KeyRing:
-    """The keys of a file, read anew when it changes, so that a revoked one ends without a restart.
+    """The keys of a file. The file is read again when it changes, so that revoking a key needs no restart.
 
     Args:
       path: the key file.
-      share: as of `Allowance`.
+      share: see `Allowance`.
 
     Raises:
-      InputError: the file cannot be used. Once a ring is made, a file that cannot be used is logged, and the keys stay
-        what they were.
+      InputError: the file cannot be used. If a changed file cannot be used, that is logged and the keys stay as they
+        were.
     """
 
     def __init__(self, path: Path, *, share: float = 1.0, clock: Callable[[], float] = time.monotonic) -> None:
@@ -210,17 +210,17 @@ class KeyRing:
         self._replace(read_keys(path))
 
     def find(self, presented: str | None) -> Allowance:
-        """The allowance of a key as a caller sent it.
+        """The limits of a key as a caller sent it.
 
         Raises:
-          Unauthenticated: there is none, or it is none of these. Nothing of it is said again.
+          Unauthenticated: there is no key, or it is unknown. The message does not repeat it.
         """
         self._look()
         if not presented:
             raise Unauthenticated("This server answers to API keys only; send one as `authorization: Bearer KEY`.")
         _, key_id, secret = [*presented.split("_", 2), "", ""][:3]
         allowance = self._allowances.get(key_id)
-        # The secret is hashed and compared for an unknown id too, so that the time says nothing of which ids there are.
+        # The secret is hashed and compared for an unknown id too, so that timing does not reveal known ids.
         expected = allowance.entry.sha256 if allowance is not None else "0" * 64
         same = hmac.compare_digest(_digest(secret), expected)
         if allowance is None or not same:
@@ -242,7 +242,7 @@ class KeyRing:
             logger.error("The key file has changed and cannot be used; the keys stay what they were. %s", error)
 
     def _replace(self, entries: Iterable[ApiKey]) -> None:
-        """Takes the entries over; what an unchanged key has used stays used."""
+        """Replaces the entries. An unchanged key keeps its usage."""
         kept = self._allowances
         self._allowances = {
             entry.id: kept[entry.id]

@@ -1,4 +1,4 @@
-"""How the server logs: where a failure came from and what became of a call, never what a user sent, nor a key."""
+"""The server's logs: failures and calls. They never hold texts or keys."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import traceback
 from typing import Any, Literal
 
 logger = logging.getLogger("classer.serve")
-# One line a call, and one for each change of the server's models. Their own loggers, so that each can go elsewhere.
+# One line a call, and one for each change of the server's models. Loggers of their own, so that each can be redirected.
 access_logger = logging.getLogger("classer.access")
 audit_logger = logging.getLogger("classer.audit")
 
@@ -18,12 +18,12 @@ LogFormat = Literal["text", "json"]
 
 
 def log_failure(what: str, error: BaseException) -> None:
-    """Logs an error's type and frames, but not its message: that may hold a text."""
+    """Logs an error's type and frames, but not its message, which may hold a text."""
     logger.error("%s: %s\n%s", what, type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
 
 
 def log_fields(to: logging.Logger, message: str, **fields: Any) -> None:
-    """Logs a message with fields, which the JSON format keeps apart."""
+    """Logs a message with fields; in the JSON format each is a field of the object."""
     to.info(message, extra={"fields": fields})
 
 
@@ -43,7 +43,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """The same for people: time, level, message, fields."""
+    """One readable line: time, level, logger, message, and the record's fields."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields = "".join(f" {name}={value}" for name, value in getattr(record, "fields", {}).items())
@@ -55,8 +55,8 @@ def configure_logging(kind: LogFormat, *, access: bool) -> None:
     """Sends the server's log to stderr, one line a record.
 
     Args:
-      kind: how lines look.
-      access: whether each call gets a line.
+      kind: the format of a line.
+      access: whether each call is logged.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if kind == "json" else TextFormatter())

@@ -1,6 +1,6 @@
-"""What a server tells Prometheus. Every metric's name stands in this file; no name, text or key of a caller is a label.
+"""The Prometheus metrics of servers and gateways. All names stand in this file; callers' texts and keys are no labels.
 
-Shares are left to the query, so that they can be summed over servers: the padding share is
+Shares are left to the query, so that they can be summed over servers. The padding share is
 `1 - rate(classer_batch_tokens_total) / rate(classer_batch_padded_tokens_total)`.
 """
 
@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from ...data.errors import InputError
 from ...data.extras import missing_packages
+from .listening import bind
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
-class Batch(Protocol):
-    """What the metrics need of `scheduler.BatchRun`."""
+class BatchProtocol(Protocol):
+    """The part of `work.BatchRun` that the metrics use."""
 
     @property
     def bucket(self) -> int: ...
@@ -35,17 +35,17 @@ class Batch(Protocol):
 
 
 class Stages(NamedTuple):
-    """How long a text waited for the device, and how long its batch ran, in seconds."""
+    """Seconds that a text was queued for the device, and that its batch ran."""
 
     queue: float
     compute: float
 
 
 def new_registry() -> CollectorRegistry:
-    """A registry with this process's own figures (memory, CPU time, open files) in it.
+    """A registry with the metrics of this process: memory, CPU time, open files.
 
     Raises:
-      InputError: the package is missing.
+      InputError: prometheus_client is not installed.
     """
     try:
         from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
@@ -58,7 +58,7 @@ def new_registry() -> CollectorRegistry:
 
 
 class CallMetrics:
-    """What is counted of calls, at a server or a gateway."""
+    """The metrics of calls, in a server or a gateway."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         from prometheus_client import Counter, Gauge, Histogram
@@ -100,7 +100,7 @@ class CallMetrics:
         texts: Mapping[str, int],
         refused: Mapping[str, int],
     ) -> None:
-        """Counts a call that has ended; `texts` are its texts by status, `refused` those of a batch by reason."""
+        """Counts a call at its end; `texts` are its texts by status, `refused` a batch's failed texts by reason."""
         self._calls.labels(method, code).inc()
         self._call_seconds.labels(method).observe(seconds)
         if code != "OK":
@@ -113,18 +113,20 @@ class CallMetrics:
             self._key_texts.labels(key).inc(sum(texts.values()))
 
     def staged(self, seconds: float, stages: Stages) -> None:
-        """Counts where the time of an answered call went."""
+        """Records the stages of an answered call that took `seconds`."""
         self._stage_seconds.labels("queue").observe(stages.queue)
         self._stage_seconds.labels("compute").observe(stages.compute)
         self._stage_seconds.labels("rest").observe(max(0.0, seconds - stages.queue - stages.compute))
 
 
 class DeviceMetrics:
-    """What is counted of the device and its queue.
+    """The metrics of the device and its queue.
 
     Args:
-      registry: where.
-      waiting_tokens, max_waiting_tokens, alive: asked whenever Prometheus asks.
+      registry: the registry of the metrics.
+      waiting_tokens: the tokens in the queues now; called at each scrape.
+      max_waiting_tokens: how many there may be.
+      alive: whether the device works; called at each scrape.
     """
 
     def __init__(
@@ -157,8 +159,8 @@ class DeviceMetrics:
         )
         living.set_function(lambda: float(alive()))
 
-    def ran(self, batch: Batch) -> None:
-        """Counts a batch; a scheduler's `on_batch`."""
+    def ran(self, batch: BatchProtocol) -> None:
+        """Counts a batch; an `on_batch` of the scheduler."""
         bucket = str(batch.bucket)
         self._batches.labels(bucket).inc()
         self._texts.labels(bucket).inc(batch.texts)
@@ -169,27 +171,29 @@ class DeviceMetrics:
 
 
 class MetricsServer:
-    """Answers Prometheus over HTTP, at /metrics, in a thread.
+    """Serves /metrics over HTTP, in a thread.
 
     Args:
-      registry: what to tell.
-      host, port: where; port 0 picks a free one.
+      registry: the metrics to serve.
+      host, port: the address; port 0 picks a free one.
 
     Raises:
       InputError: the address cannot be listened on.
 
     Attributes:
-      port: the real one.
+      port: the real port.
     """
 
     def __init__(self, registry: CollectorRegistry, host: str, port: int) -> None:
         from prometheus_client import start_http_server
 
-        try:
-            self._server, self._thread = start_http_server(port, host, registry)
-        except (OSError, OverflowError) as error:
-            reason = (getattr(error, "strerror", None) or str(error)).lower()
-            raise InputError(f"Cannot listen on {host}:{port} for metrics: {reason}. Choose another port.") from None
+        self._server, self._thread = bind(
+            host,
+            port,
+            "--metrics-port",
+            lambda host, port: start_http_server(port, host, registry),
+            host_option="--metrics-host",
+        )
         self.port = self._server.server_port
 
     def close(self) -> None:

@@ -1,7 +1,4 @@
-"""What a server is told about its safety and its operation, and the parts that this makes: guard, metrics, traces.
-
-The same for every process that callers reach: a whole server, or one of several front ends before an engine.
-"""
+"""Security and operation of a server or a front end: the options, and the parts that are made of them."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from .guard import MAX_IN_FLIGHT_BYTES, MAX_IN_FLIGHT_CALLS, Guard
 from .keys import KeyRing
 from .listening import make_server
 from .log import LogFormat
-from .metrics import Batch, CallMetrics, DeviceMetrics, MetricsServer, new_registry
+from .metrics import BatchProtocol, CallMetrics, DeviceMetrics, MetricsServer, new_registry
 from .security import Tls
 from .tracing import Tracing
 
@@ -129,7 +126,7 @@ class Operations:
 
     def add_port(self, server: grpc.aio.Server, address: str) -> int:
         """Binds a port of a server, with TLS if there is a certificate. Raises RuntimeError if gRPC refuses it."""
-        # What never leaves this machine's memory needs no TLS.
+        # A Unix socket does not leave this machine and needs no TLS.
         if self._credentials is None or address.startswith("unix:"):
             return server.add_insecure_port(address)
         return server.add_secure_port(address, self._credentials)
@@ -137,19 +134,19 @@ class Operations:
     def watch_device(
         self, *, waiting_tokens: Callable[[], int], max_waiting_tokens: int, alive: Callable[[], bool]
     ) -> None:
-        """Exports the device's figures from now on, if there are metrics at all."""
+        """Exports the device's metrics, if metrics are on."""
         if self.registry is not None:
             self._device = DeviceMetrics(
                 self.registry, waiting_tokens=waiting_tokens, max_waiting_tokens=max_waiting_tokens, alive=alive
             )
 
-    def batch_ran(self, batch: Batch) -> None:
-        """A scheduler's `on_batch`."""
+    def batch_ran(self, batch: BatchProtocol) -> None:
+        """Counts a batch; an `on_batch` of the scheduler."""
         if self._device is not None:
             self._device.ran(batch)
 
     def close(self) -> None:
-        """Sends the last traces and stops answering Prometheus."""
+        """Exports the last traces and stops the metrics server."""
         if self._metrics_server is not None:
             self._metrics_server.close()
         if self._tracing is not None:

@@ -1,4 +1,4 @@
-"""TLS and API keys on the wire, for the server, for its clients, and for what stands between. Loads nothing heavy."""
+"""TLS and API keys on the wire, for servers, front ends, gateways and clients. Loads no heavy package."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ...data.errors import InputError
 from ..wire.errors import InvalidRequest
 from .tracing import current_parent
 
-# Where a key stands among a call's metadata, as HTTP has it too: "Bearer KEY".
+# The metadata, or HTTP header, of an API key: "Bearer KEY".
 KEY_HEADER = "authorization"
 KEY_SCHEME = "Bearer "
 
@@ -27,10 +27,10 @@ class Tls:
     """The files of one end of a TLS connection, all of them PEM.
 
     Attributes:
-      cert: this end's certificate, with the chain up to its authority; of a client only for mutual TLS.
+      cert: this end's certificate and its chain; a client needs one only for mutual TLS.
       key: the private key of `cert`.
-      ca: the authorities that the other end's certificate must come from. A server that is given them asks every client
-        for a certificate (mutual TLS); a client that is not trusts those that gRPC brings.
+      ca: the authorities that must have issued the other end's certificate. A server with a `ca` requires a certificate
+        of every client (mutual TLS). A client without one trusts gRPC's own list.
     """
 
     cert: Path | None = None
@@ -44,7 +44,7 @@ class Tls:
 
     @classmethod
     def of_files(cls, cert: Path | None, key: Path | None, ca: Path | None) -> Tls | None:
-        """None, which is in the clear, if there is no file. Raises InputError if they do not go together."""
+        """The TLS of these files; None, for no TLS, if there is none. Raises InputError if one is missing."""
         return None if cert is None and key is None and ca is None else cls(cert, key, ca)
 
     def server_credentials(self) -> grpc.ServerCredentials:
@@ -165,7 +165,7 @@ def _has_extra(key: str | None) -> bool:
 
 
 def _extra(key: str | None) -> list[tuple[str, str]]:
-    """What is sent beside every call: the key, and the caller's place in a trace."""
+    """The metadata that is added to every call: the API key, and the caller's span."""
     entries = list(current_parent())
     return entries if key is None else [*entries, (KEY_HEADER, KEY_SCHEME + key)]
 

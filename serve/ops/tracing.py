@@ -1,6 +1,6 @@
-"""OpenTelemetry traces: one span a call, its parent taken from the caller's `traceparent`. Nothing unless configured.
+"""OpenTelemetry traces: one span a call, with the caller's `traceparent` as its parent. Off unless configured.
 
-The package is imported when a `Tracing` is made, and by clients only in processes that have loaded it themselves.
+OpenTelemetry is imported when a `Tracing` is made; clients use it only in processes that have imported it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _PARENT = ("traceparent", "tracestate")
 
 
 class Tracing:
-    """Makes the spans of a process and sends them away, in a thread of the package's own.
+    """Makes the spans of a process. OpenTelemetry exports them in a thread of its own.
 
     Args:
       endpoint: of an OTLP collector over gRPC, such as "http://localhost:4317".
@@ -47,7 +47,7 @@ class Tracing:
         self._tracer = self._provider.get_tracer("classer")
 
     def start(self, name: str, parent: Mapping[str, str], attributes: Mapping[str, str]) -> Span:
-        """A span of a call that has arrived; `parent` are its headers. The caller ends it, with `end`."""
+        """Starts the span of a call; `parent` has the call's headers. End it with `end_span`."""
         from opentelemetry.trace import SpanKind
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -56,11 +56,11 @@ class Tracing:
         return self._tracer.start_span(name, context=context, kind=SpanKind.SERVER, attributes=dict(attributes))
 
     def close(self) -> None:
-        """Sends what is left."""
+        """Exports the remaining spans."""
         self._provider.shutdown()
 
 
-def end(span: Span, code: str, attributes: Mapping[str, float | int]) -> None:
+def end_span(span: Span, code: str, attributes: Mapping[str, float | int]) -> None:
     """Ends a call's span with its gRPC status."""
     from opentelemetry.trace import Status, StatusCode
 

@@ -1,4 +1,4 @@
-"""The gRPC service `classer.v1.ModelAdmin`: which models a server answers with, changed while it runs."""
+"""The gRPC service `classer.v1.ModelAdmin`: changes the models of a running server."""
 
 from __future__ import annotations
 
@@ -12,23 +12,21 @@ from ..ops.guard import audit
 from ..ops.log import log_failure, logger
 from ..proto import classifier_pb2 as pb
 from ..proto.classifier_pb2_grpc import ModelAdminServicer
-from ..wire.errors import NotPossible, Unavailable
+from ..wire.errors import NotPossible
 from .describe import model_message
-from .service import Calls
+from .lifecycle import Lifecycle
 
 
 class ModelAdminService(ModelAdminServicer):
     """`classer.v1.ModelAdmin`, on the event loop of its `Models`.
 
     Attributes:
-      calls: those in flight.
-      ready: False until the first models are warm; every call is then UNAVAILABLE.
+      calls: the calls that run; ready once the first models are warm.
     """
 
     def __init__(self, models: Models) -> None:
         self._models = models
-        self.calls = Calls()
-        self.ready = False
+        self.calls = Lifecycle(ready=False)
         self._tasks: set[asyncio.Task[Model]] = set()
 
     async def ListBundles(
@@ -38,9 +36,8 @@ class ModelAdminService(ModelAdminServicer):
 
     async def LoadModel(self, request: pb.LoadModelRequest, context: grpc.aio.ServicerContext) -> pb.Model:
         with self.calls.call():
-            self._check_ready()
             self._audit(bundle=request.bundle, model=request.name or request.bundle)
-            # To the end, even if the caller has gone: half a swap is none.
+            # Shielded: a swap ends even if the caller has gone.
             task = asyncio.create_task(self._load(request))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -52,7 +49,6 @@ class ModelAdminService(ModelAdminServicer):
         self, request: pb.UnloadModelRequest, context: grpc.aio.ServicerContext
     ) -> pb.UnloadModelResponse:
         with self.calls.call():
-            self._check_ready()
             self._audit(model=request.name, version=request.version)
             self._models.unload(request.name, request.version)
             logger.info("unloaded model %s version %s", request.name, request.version)
@@ -62,18 +58,13 @@ class ModelAdminService(ModelAdminServicer):
         self, request: pb.SetDefaultVersionRequest, context: grpc.aio.ServicerContext
     ) -> pb.Model:
         with self.calls.call():
-            self._check_ready()
             self._audit(model=request.name, version=request.version)
             model = self._models.set_default(request.name, request.version)
             logger.info("model %s answers with version %s", request.name, request.version)
         return model_message(model, self._models, labels=True)
 
-    def _check_ready(self) -> None:
-        if not self.ready:
-            raise Unavailable("The server is still compiling its programs; wait until its health says SERVING.")
-
     def _audit(self, **given: str) -> None:
-        """Says what a call is about, where that is the name of something; else it is a caller's own words."""
+        """Adds known names to the call's audit line; others, which may hold anything, are logged as "unknown"."""
         bundles = self._models.folders.keys()
         known = {"bundle": bundles, "model": bundles, "version": {model.version for model in self._models}}
         audit(**{field: value if value in known[field] else "unknown" for field, value in given.items()})
@@ -84,7 +75,7 @@ class ModelAdminService(ModelAdminServicer):
                 request.bundle, request.name, default=not request.keep_default, keep_old=request.keep_old
             )
         except InputError as error:
-            # Its sentence names files of this machine: that is for the log, not for the caller.
+            # The sentence names files of this machine: it belongs in the log, not in the response.
             logger.error("The bundle '%s' cannot be used: %s", request.bundle, error)
             raise NotPossible(
                 "The bundle cannot be used; the server's log says why. What was served before still is."

@@ -1,7 +1,7 @@
-"""A front end: a light process that takes calls, checks them, and hands them to the engine's process in batches.
+"""A front end: a light process that accepts and checks calls, and forwards them to the engine's process in batches.
 
-It speaks the same protocol on both sides, so that it can also stand on another machine. A unary call that finds no
-other under way goes on at once; else those of two milliseconds go together. Loads neither JAX nor TensorFlow.
+It speaks the same protocol on both sides, so that it may also run on another machine. A unary call is forwarded at once
+if no batch is under way; else the calls of two milliseconds are forwarded together. Loads neither JAX nor TensorFlow.
 
 `python -m classer.serve.rpc.frontend JSON` with the fields of `FrontEndConfig`; it ends when its standard input does.
 """
@@ -15,9 +15,8 @@ import dataclasses
 import json
 import math
 import os
-import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,27 +29,27 @@ from grpc_health.v1.health import aio as health_aio  # pyright: ignore[reportAtt
 from grpc_reflection.v1alpha import reflection
 
 from ...data.errors import InputError
-from ...data.readers import MAX_TEXT_CHARS
-from ..ops.listening import listen, run_loop
+from ..core.tokenizing import length_error
+from ..ops.listening import bind_server, run_loop
 from ..ops.log import configure_logging
 from ..ops.operations import Operations, OperationsConfig
 from ..ops.security import Tls, aio_channel
 from ..proto import classifier_pb2 as pb
-from ..wire.errors import InvalidRequest, Overloaded, ServeError
+from ..wire.errors import Overloaded, ServeError
 from ..wire.limits import MAX_TEXTS, RETRY_SECONDS
 from ..wire.status import error_of, error_of_call, from_status
+from .lifecycle import Lifecycle, stop_signal
 
 Health = health_pb2.HealthCheckResponse
 CLASSIFIER = pb.DESCRIPTOR.services_by_name["Classifier"]
-# While batches are under way, unary calls are gathered for so long, or until there are so many. A call between
-# processes costs as much as several requests in it.
+# While a batch is under way, unary calls are gathered for so long, or up to so many: a call between processes costs as
+# much as several requests in one.
 GATHER_SECONDS = 0.002
 GATHER_REQUESTS = 64
-# What may wait here, in bytes of requests, before more is refused.
+# Bytes of requests that may be queued here; more are refused.
 MAX_WAITING_BYTES = 64 << 20
 # Bytes of one batch; with the largest request (4 MB of text) on top still below what a message may be.
 MAX_BATCH_BYTES = 4 << 20
-_SEND_SECONDS = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +57,7 @@ class FrontEndConfig:
     """How to run a front end.
 
     Attributes:
-      engine: where the engine's process answers: HOST:PORT, or unix:PATH.
+      engine: the address of the engine's process: HOST:PORT, or unix:PATH.
       host: the address to listen on; the default is reachable from this machine only.
       port: 0 picks a free one, which the line printed names.
       drain_seconds: how long requests in flight may still take after SIGTERM or SIGINT.
@@ -106,7 +105,7 @@ class Coalescer:
     """Gathers single requests into batches.
 
     Args:
-      send: classifies a batch, each item with an outcome of its own; what it raises is every item's failure.
+      send: classifies a batch, each item with its own outcome; an exception of it fails every item.
     """
 
     def __init__(self, send: Callable[[pb.ClassifyBatchRequest], Awaitable[pb.ClassifyBatchResponse]]) -> None:
@@ -121,11 +120,11 @@ class Coalescer:
     async def classify(self, request: pb.ClassifyRequest) -> pb.ClassifyBatchItem:
         """The outcome of one request.
 
-        Cancelled before its batch has left, it never leaves; later its batch goes on for the others, and is cancelled
-        with the last of them.
+        If it is cancelled before its batch is sent, it is left out; later, its batch is cancelled once all its requests
+        are.
 
         Raises:
-          Overloaded: too much waits already.
+          Overloaded: too many bytes are queued already.
         """
         size = request.ByteSize()
         if self._waiting_bytes + size > MAX_WAITING_BYTES:
@@ -141,7 +140,7 @@ class Coalescer:
         if len(self._waiting) >= GATHER_REQUESTS:
             self._flush()
         elif self._timer is None:
-            # At the soonest after whatever else has come in this turn of the event loop.
+            # At the soonest after this turn of the event loop, so that all its calls go together.
             later = loop.call_later(GATHER_SECONDS, self._flush) if self._batches else loop.call_soon(self._flush)
             self._timer = later
         return await future
@@ -162,7 +161,7 @@ class Coalescer:
         while self._waiting and len(requests) < MAX_TEXTS and (not requests or taken < MAX_BATCH_BYTES):
             request, size, future = self._waiting.popleft()
             self._waiting_bytes -= size
-            if not future.done():  # else its caller has gone
+            if not future.done():  # else the call was cancelled
                 requests.append(request)
                 futures.append(future)
                 taken += size
@@ -198,23 +197,23 @@ class Coalescer:
 
 
 class FrontEnd:
-    """One front end. Made, and its methods called, on one running event loop.
+    """One front end. Made and used on one running event loop.
 
     Raises:
-      InputError: the address cannot be listened on, or a file or variable not be used.
-      InvalidRequest: the engine's API key would travel in the clear.
+      InputError: the address cannot be bound, or a file or environment variable cannot be used.
+      InvalidRequest: the engine's API key would be sent unencrypted.
 
     Attributes:
-      address: "host:port" as it really is.
+      address: the real "host:port".
     """
 
     def __init__(self, config: FrontEndConfig) -> None:
         self._config = config
         self._operations = Operations(config.operations, share=config.share)
         self._server = self._operations.make_server(reuse_port=config.shared)
-        self.address = listen(self._server, config.host, config.port, "--port", self._operations.add_port)
+        self.address = bind_server(self._server, config.host, config.port, "--port", add_port=self._operations.add_port)
         tls = Tls.of_files(config.engine_tls_cert, config.engine_tls_key, config.engine_tls_ca)
-        # Windows that grow with the traffic would let one who reads no answers have megabytes of them worked out.
+        # Windows that grow with the traffic would buffer megabytes for a caller that reads no responses.
         options = [("grpc.max_receive_message_length", -1), ("grpc.http2.bdp_probe", 0)]
         self._channel = aio_channel(config.engine, options, tls, config.engine_key)
         batch = self._channel.unary_unary(
@@ -224,35 +223,29 @@ class FrontEnd:
         )
         self._coalescer = Coalescer(batch)
         self._health = health_aio.HealthServicer()
-        self._in_flight = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._calls = Lifecycle(ready=True)
         self._watching: asyncio.Task[None] | None = None
         self._server.add_generic_rpc_handlers((self._handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((CLASSIFIER.full_name, HEALTH_NAME, reflection.SERVICE_NAME), self._server)
 
     async def start(self) -> None:
-        """Answers from now on; its health is the engine's."""
+        """Starts to take calls; its health is the engine's."""
         await self._say(Health.NOT_SERVING)
         await self._server.start()
         self._watching = asyncio.create_task(self._watch())
 
     async def stop(self) -> None:
-        """Takes on nothing more, and lets what is in flight finish for `drain_seconds`."""
+        """Refuses new calls, and lets those in flight finish, at most `drain_seconds`."""
         if self._watching is not None:
             self._watching.cancel()
         await self._health.enter_graceful_shutdown()
-        stopping = asyncio.create_task(self._server.stop(self._config.drain_seconds))
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), self._config.drain_seconds)
-        await self._server.stop(_SEND_SECONDS)
-        await stopping
+        await self._calls.stop([self._server], self._config.drain_seconds)
         await self._channel.close()
         self._operations.close()
 
     def _handlers(self) -> grpc.GenericRpcHandler:
-        """Classify is gathered; whatever else the service has passes through as bytes."""
+        """The handlers: Classify is gathered, all other methods pass through as bytes."""
         handlers = {}
         for method in CLASSIFIER.methods:
             if method.name == "Classify":
@@ -270,14 +263,9 @@ class FrontEnd:
         return grpc.method_handlers_generic_handler(CLASSIFIER.full_name, handlers)
 
     async def _classify(self, request: pb.ClassifyRequest, context: grpc.aio.ServicerContext) -> pb.ClassifyResponse:
-        self._begin()
-        try:
-            if len(request.text) > MAX_TEXT_CHARS:
-                raise InvalidRequest(
-                    f"The text has {len(request.text)} characters; at most {MAX_TEXT_CHARS} are taken. Split or "
-                    "shorten it.",
-                    field="text",
-                )
+        with self._calls.call(), _engine_errors():
+            if (error := length_error(request.text)) is not None:
+                raise error
             if (seconds := context.time_remaining()) is not None:
                 options = request.options
                 own = options.timeout.ToNanoseconds() / 1e9 if options.HasField("timeout") else math.inf
@@ -286,49 +274,28 @@ class FrontEnd:
             if item.HasField("error"):
                 raise from_status(item.error)
             return item.response
-        except grpc.aio.AioRpcError as error:
-            raise _error_of(error) from None
-        finally:
-            self._end()
 
     def _unary(self, call: Any) -> Callable[[bytes, grpc.aio.ServicerContext], Awaitable[bytes]]:
         async def handle(request: bytes, context: grpc.aio.ServicerContext) -> bytes:
-            self._begin()
-            try:
+            with self._calls.call(), _engine_errors():
                 return await call(request, timeout=context.time_remaining())
-            except grpc.aio.AioRpcError as error:
-                raise _error_of(error) from None
-            finally:
-                self._end()
 
         return handle
 
     def _stream(self, call: Any) -> Callable[[AsyncIterator[bytes], grpc.aio.ServicerContext], AsyncIterator[bytes]]:
         async def handle(requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
-            self._begin()
-            answers = call(requests, timeout=context.time_remaining())
-            try:
-                async for response in answers:
-                    yield response
-            except grpc.aio.AioRpcError as error:
-                raise _error_of(error) from None
-            finally:
-                answers.cancel()  # where the caller has gone before the end
-                self._end()
+            with self._calls.call(), _engine_errors():
+                answers = call(requests, timeout=context.time_remaining())
+                try:
+                    async for response in answers:
+                        yield response
+                finally:
+                    answers.cancel()  # if the caller has gone before the end
 
         return handle
 
-    def _begin(self) -> None:
-        self._in_flight += 1
-        self._idle.clear()
-
-    def _end(self) -> None:
-        self._in_flight -= 1
-        if not self._in_flight:
-            self._idle.set()
-
     async def _watch(self) -> None:
-        """Says what the engine's health says, and that it is not well while it does not answer."""
+        """Copies the engine's health; NOT_SERVING while the engine does not answer."""
         stub: Any = health_pb2_grpc.HealthStub(self._channel)
         while True:
             with contextlib.suppress(grpc.aio.AioRpcError):
@@ -342,8 +309,17 @@ class FrontEnd:
             await self._health.set(name, status)
 
 
+@contextlib.contextmanager
+def _engine_errors() -> Iterator[None]:
+    """Makes a failed call to the engine the error that the engine meant."""
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        raise _error_of(error) from None
+
+
 def _error_of(failure: grpc.aio.AioRpcError) -> ServeError:
-    """What the engine said, or what became of the connection to it."""
+    """The engine's error, or that of the connection to it."""
     if (said := error_of_call(failure)) is not None:
         return said
     code, details = failure.code(), failure.details() or ""
@@ -356,21 +332,19 @@ def run_front_end(config: FrontEndConfig, *, orphaned: bool = False) -> None:
     """Runs until SIGTERM or SIGINT, then drains and returns. Call it from the main thread.
 
     Args:
-      config: where.
-      orphaned: also end when standard input does, as it does with the process at its other end.
+      config: its configuration.
+      orphaned: whether to end also when standard input does, which happens when the parent process ends.
 
     Raises:
-      InputError: the address cannot be listened on.
+      InputError: the address cannot be bound.
     """
     configure_logging(config.operations.log_format, access=config.operations.access_log)
     run_loop(_run(config, orphaned))
 
 
 async def _run(config: FrontEndConfig, orphaned: bool) -> None:
-    stop = asyncio.Event()
+    stop = stop_signal()
     loop = asyncio.get_running_loop()
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signum, stop.set)
     if orphaned:
         loop.add_reader(sys.stdin.fileno(), lambda: stop.set() if not os.read(sys.stdin.fileno(), 1024) else None)
     front_end = FrontEnd(config)

@@ -1,4 +1,4 @@
-"""The front ends of one server: processes that share its port, started anew when they die."""
+"""The front ends of one server: processes that share its port, and are restarted when they die."""
 
 from __future__ import annotations
 
@@ -13,34 +13,35 @@ import tempfile
 from pathlib import Path
 
 from ...data.errors import InputError
+from ..ops.listening import bind, check_free, join
 from ..ops.log import logger
 from ..ops.operations import OperationsConfig
 from .frontend import FrontEndConfig
 
 MAX_FRONT_ENDS = 64
-# How long a new front end may take until it listens.
+# How long a front end may take to start.
 _START_SECONDS = 60.0
-# Before one that died is started anew: one that cannot live must not keep the machine busy.
+# The pause before a restart, so that a front end that dies at once does not keep the machine busy.
 _RESTART_SECONDS = 0.5
 
 
 class FrontEnds:
-    """The front ends of one server. Made, and its methods called, on one running event loop.
+    """The front ends of one server. Made and used on one running event loop.
 
     Args:
-      count: how many.
-      host: where they listen.
-      port: likewise; 0 picks a free one.
+      count: how many front ends.
+      host: the address that they listen on.
+      port: its port; 0 picks a free one.
       drain_seconds: how long they may take to end.
-      operations: how each is guarded. They share keys' rates and quotas evenly, and each has a metrics port of its own,
-        the first one above the server's, and so on.
+      operations: the security and operation of each. Keys' rates and quotas are divided evenly, and each has its own
+        metrics port: the server's plus 1, plus 2, and so on.
 
     Raises:
-      InputError: the address cannot be listened on.
+      InputError: the address cannot be bound.
 
     Attributes:
-      address: "host:port" as it really is.
-      engine: where they expect the engine: a Unix socket in a folder that only this user can enter.
+      address: the real "host:port".
+      engine: the engine's address: a Unix socket in a folder that only this user can enter.
     """
 
     def __init__(
@@ -48,10 +49,10 @@ class FrontEnds:
     ) -> None:
         self._count = count
         self._drain_seconds = drain_seconds
-        # Held, but not listened on, so that the port stays ours while front ends come and go.
-        self._held = _hold(host, port)
+        # Bound but not listening: keeps the port while front ends are restarted.
+        self._held = bind(host, port, "--port", _hold)
         port = self._held.getsockname()[1]
-        self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self.address = join(host, port)
         self._folder = Path(tempfile.mkdtemp(prefix="classer-"))  # made with mode 0700
         self.engine = f"unix:{self._folder / 'engine.sock'}"
         self._config = FrontEndConfig(self.engine, host, port, drain_seconds, shared=True, share=1 / count)
@@ -62,20 +63,20 @@ class FrontEnds:
 
     @property
     def pids(self) -> list[int]:
-        """The processes that run now."""
+        """The process ids of the front ends that run."""
         return [process.pid for process in self._processes if process.returncode is None]
 
     async def start(self) -> None:
-        """Starts all of them; returns once they listen.
+        """Starts all front ends; returns once they listen.
 
         Raises:
-          InputError: one could not be started.
+          InputError: a front end could not be started.
         """
         for process in await asyncio.gather(*map(self._spawn, range(self._count))):
             self._keeping.append(asyncio.create_task(self._keep(len(self._keeping), process)))
 
     async def stop(self) -> None:
-        """Lets them finish what they have taken on, and ends them."""
+        """Lets all front ends finish their calls, and ends them."""
         self._stopping = True
         for process in self._processes:
             with contextlib.suppress(ProcessLookupError):
@@ -88,7 +89,7 @@ class FrontEnds:
 
     async def _spawn(self, number: int) -> asyncio.subprocess.Process:
         config = dataclasses.replace(self._config, operations=self._operations.of_front_end(number))
-        # Its standard input ends with this process. In a session of its own, so that Ctrl-C reaches this process only.
+        # Standard input ends with this process, and so does the front end. A session of its own keeps Ctrl-C from it.
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             *("-m", "classer.serve.rpc.frontend", json.dumps(dataclasses.asdict(config), default=str)),
@@ -110,7 +111,7 @@ class FrontEnds:
         return process
 
     async def _keep(self, number: int, process: asyncio.subprocess.Process) -> None:
-        """Starts a front end anew when it dies. Its calls fail as UNAVAILABLE; all others are served by the rest."""
+        """Restarts a front end when it dies. Its calls fail as UNAVAILABLE; other front ends are not affected."""
         while True:
             await _drain(process)
             await process.wait()
@@ -142,26 +143,11 @@ async def _drain(process: asyncio.subprocess.Process) -> None:
 
 
 def _hold(host: str, port: int) -> socket.socket:
-    """Binds a port that processes of ours may share, and nobody else has.
-
-    Raises:
-      InputError: it cannot be bound.
-    """
-    if not 0 <= port <= 65535:
-        raise InputError(f"--port is {port}; a port is a number from 0 (pick a free one) to 65535.")
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        if port:  # with SO_REUSEPORT alone a second server would be let in
-            with socket.socket(family, kind, protocol) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(address)
-        held = socket.socket(family, kind, protocol)
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        held.bind(address)
-    except OSError as error:
-        name = f"[{host}]" if ":" in host else host
-        raise InputError(
-            f"Cannot listen on {name}:{port}: {(error.strerror or str(error)).lower()}. Choose another --port (0 picks "
-            "a free one) or --host."
-        ) from None
+    """A socket bound to a port that our processes may share, and nobody else has. Raises OSError."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    if port:  # with SO_REUSEPORT alone a second server would be let in
+        check_free(host, port)
+    held = socket.socket(family, kind, protocol)
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    held.bind(address)
     return held

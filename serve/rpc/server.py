@@ -1,12 +1,10 @@
-"""`classer serve`: loads bundles, compiles their programs, and answers over gRPC until told to stop."""
+"""`classer serve`: loads bundles, compiles their programs, and serves gRPC until it is stopped."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import os
-import signal
 import sys
 import threading
 from pathlib import Path
@@ -22,11 +20,11 @@ from tqdm import tqdm
 from ...data.errors import InputError
 from ..core.engine import TimedProgram
 from ..core.models import AUTO, Model, Models, ModelSettings, named_folders
-from ..core.report import describe
+from ..core.report import model_summary
 from ..core.scheduler import MAX_WAITING_TOKENS, Scheduler
 from ..ops.cache import check_private
 from ..ops.guard import Guard
-from ..ops.listening import listen, make_server, run_loop
+from ..ops.listening import bind_server, make_server, run_loop
 from ..ops.log import configure_logging, logger
 from ..ops.operations import Operations, OperationsConfig
 from ..proto import classifier_pb2 as pb
@@ -34,19 +32,18 @@ from ..proto.classifier_pb2_grpc import add_ClassifierServicer_to_server, add_Mo
 from ..wire.errors import NotPossible
 from .admin import ModelAdminService
 from .frontends import MAX_FRONT_ENDS, FrontEnds
+from .lifecycle import stop_signal
 from .service import ClassifierService
 
 CLASSIFIER_NAME = pb.DESCRIPTOR.services_by_name["Classifier"].full_name
 ADMIN_NAME = pb.DESCRIPTOR.services_by_name["ModelAdmin"].full_name
 Health = health_pb2.HealthCheckResponse
-# How long the last answers may take onto the wire, once they are given.
-_SEND_SECONDS = 0.5
-# How long the loop of the calls may keep the device's thread from going on (Python's own default is 5 ms, and a batch
-# takes some tens of them).
+# The interpreter's switch interval: how long the event loop may hold up the device's thread. Python's default is 5 ms,
+# which is much beside a batch of some tens of milliseconds.
 SWITCH_SECONDS = 0.0005
-# How much lower the priority of XLA's own threads is than that of the threads that take calls.
+# The nice value of XLA's threads, below the threads that take calls.
 DEVICE_NICE = 5
-# How often the device loop is looked after.
+# How often the device loop is checked.
 _WATCH_SECONDS = 0.25
 
 
@@ -97,12 +94,12 @@ class ServeConfig(OperationsConfig):
 def serve(config: ServeConfig) -> None:
     """Serves until SIGTERM or SIGINT, then drains and returns. Call it from the main thread.
 
-    If the device is lost meanwhile it stays, with its health NOT_SERVING, for whoever watches that to replace it.
+    If the device is lost the process stays, with its health NOT_SERVING, until its supervisor replaces it.
 
     Raises:
-      InputError: a bundle cannot be used, or an address not be listened on.
+      InputError: a bundle cannot be used, or an address cannot be bound.
     """
-    # Front ends write a line a call themselves; what reaches this process are their batches.
+    # Front ends log the calls; this process only sees their batches.
     configure_logging(config.log_format, access=config.access_log and not config.frontends)
     sys.setswitchinterval(SWITCH_SECONDS)
     _yield_to_calls()
@@ -110,9 +107,9 @@ def serve(config: ServeConfig) -> None:
 
 
 def _yield_to_calls() -> None:
-    """Where programs run on the CPU, lets calls go before them: a refusal takes less than a millisecond, a batch many.
+    """Lowers the priority of XLA's CPU threads, so that a call need not wait for a batch.
 
-    Linux gives the priority of a thread to those that it starts, here XLA's.
+    On Linux a thread inherits the priority of the thread that starts it.
     """
 
     def start_backend() -> None:
@@ -126,10 +123,7 @@ def _yield_to_calls() -> None:
 
 
 async def _serve(config: ServeConfig) -> None:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signum, stop.set)
+    stop = stop_signal()
     server = Server(config)
     await server.start()
     try:
@@ -140,17 +134,17 @@ async def _serve(config: ServeConfig) -> None:
 
 
 class Server:
-    """The parts of one server, put together. Made, and its methods called, on one running event loop.
+    """One server: ports, models, scheduler and services. Made and used on one running event loop.
 
     Args:
-      config: what to serve, and where.
+      config: its configuration.
 
     Raises:
-      InputError: an address cannot be listened on, or a bundle has no name.
+      InputError: an address cannot be bound, or a bundle has no valid name.
 
     Attributes:
-      address: "host:port" as it really is.
-      admin_address: likewise, of ModelAdmin; None if it is not offered.
+      address: the real "host:port".
+      admin_address: the address of ModelAdmin; None if it is off.
     """
 
     def __init__(self, config: ServeConfig) -> None:
@@ -158,20 +152,22 @@ class Server:
         self.operations = Operations(config)
         add_port = self.operations.add_port
         self._front_ends = None
-        # Ports come first, because they fail fastest.
+        # Ports first, because they fail fastest.
         if config.frontends:
             self._front_ends = FrontEnds(config.frontends, config.host, config.port, config.drain_seconds, config)
             self.address = self._front_ends.address
-            # The front ends have guards of their own; this one only ends calls with what the service raises.
+            # The front ends guard the calls; this guard only turns errors into statuses.
             self._grpc = make_server(interceptors=[Guard(max_calls=sys.maxsize, max_bytes=sys.maxsize)])
             self._grpc.add_insecure_port(self._front_ends.engine)
         else:
             self._grpc = self.operations.make_server()
-            self.address = listen(self._grpc, config.host, config.port, "--port", add_port)
+            self.address = bind_server(self._grpc, config.host, config.port, "--port", add_port=add_port)
         self._admin_grpc = self.operations.make_server()
         self.admin_address = None
         if config.admin_port is not None:
-            self.admin_address = listen(self._admin_grpc, "127.0.0.1", config.admin_port, "--admin-port", add_port)
+            self.admin_address = bind_server(
+                self._admin_grpc, "127.0.0.1", config.admin_port, "--admin-port", host_option=None, add_port=add_port
+            )
         if cache := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
             check_private(Path(cache))
         self._first = list(named_folders(config.bundles))
@@ -200,7 +196,7 @@ class Server:
         reflection.enable_server_reflection((ADMIN_NAME, reflection.SERVICE_NAME), self._admin_grpc)
 
     async def start(self) -> None:
-        """Answers from now on: that it is not ready, until `warm_up` is through."""
+        """Starts to take calls; they are UNAVAILABLE until `warm_up` has ended."""
         await self._say(Health.NOT_SERVING)
         await self._grpc.start()
         await self._admin_grpc.start()
@@ -208,7 +204,7 @@ class Server:
             await self._front_ends.start()
 
     async def warm_up(self, stop: asyncio.Event) -> bool:
-        """Loads every bundle, compiles and runs its programs, then says SERVING; False if `stop` was set before that.
+        """Loads every bundle, compiles its programs, and sets the health to SERVING; False if `stop` was set before.
 
         Raises:
           InputError: a bundle cannot be used.
@@ -222,9 +218,9 @@ class Server:
                     raise
             if stop.is_set():
                 return False
-            print(describe(model), flush=True)
+            print(model_summary(model), flush=True)
         self.scheduler.start()
-        self._service.ready = self._admin.ready = True
+        self._service.calls.ready = self._admin.calls.ready = True
         self._watching = asyncio.create_task(self._watch())
         await self._say(Health.SERVING)
         if self.operations.metrics_port is not None:
@@ -238,19 +234,13 @@ class Server:
         return True
 
     async def stop(self) -> None:
-        """Takes on nothing more, lets what is in flight finish for `drain_seconds`, and ends every thread."""
+        """Refuses new calls, lets those in flight finish, at most `drain_seconds`, and ends every thread."""
         if self._watching is not None:
             self._watching.cancel()
         await self._health.enter_graceful_shutdown()
         if self._front_ends is not None:
-            await self._front_ends.stop()  # they are let finish what they have taken on, which the engine answers
-        stopping = [asyncio.create_task(one.stop(self._config.drain_seconds)) for one in (self._grpc, self._admin_grpc)]
-        # gRPC would wait for those who watch the health too, and they never leave: only calls to classify count.
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._service.calls.idle.wait(), self._config.drain_seconds)
-        for one in (self._grpc, self._admin_grpc):
-            await one.stop(_SEND_SECONDS)
-        await asyncio.gather(*stopping)
+            await self._front_ends.stop()  # first, because the engine answers the calls that they still have
+        await self._service.calls.stop((self._grpc, self._admin_grpc), self._config.drain_seconds)
         await asyncio.to_thread(self.scheduler.close, self._config.drain_seconds)
         self.models.close()
         self.operations.close()
@@ -270,12 +260,12 @@ class Server:
             return await self.models.load(name, progress=progress)
 
     async def _watch(self) -> None:
-        """Keeps the health true: red while a batch hangs, green again if it ends."""
+        """Sets the health to NOT_SERVING while a batch hangs, and back to SERVING if it ends."""
         healthy = True
         while True:
             await asyncio.sleep(_WATCH_SECONDS)
             stuck = self.scheduler.running_seconds > self._config.stall_seconds
-            if not self.scheduler.alive:  # asked last: on a dead device nothing runs, and so nothing is stuck
+            if not self.scheduler.alive:  # checked last: a dead device has no running batch
                 return
             if healthy == stuck:
                 healthy = not stuck
@@ -284,7 +274,7 @@ class Server:
 
     async def _say(self, status: Health.ServingStatus) -> None:
         for name in ("", CLASSIFIER_NAME):
-            # A device that died meanwhile has its own word on the way, which must be the last.
+            # If the device dies meanwhile, NOT_SERVING must stay the last status.
             await self._health.set(name, status if self.scheduler.alive else Health.NOT_SERVING)
 
     def _device_lost(self) -> None:

@@ -1,75 +1,49 @@
-"""The gRPC service `classer.v1.Classifier`, before which a guard stands. What it rests on knows no gRPC."""
+"""The gRPC service `classer.v1.Classifier`: reads messages, calls the pipeline, writes messages."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
 from typing import TypeVar
 
 import grpc
 import grpc.aio
 
 from ..core.models import Models
-from ..core.pipeline import Outcome, Pipeline, ResolvedRequest
+from ..core.pipeline import Pipeline, ResolvedRequest, ResponseOrError
 from ..core.scheduler import Scheduler
 from ..core.work import Priority
 from ..proto import classifier_pb2 as pb
 from ..proto.classifier_pb2_grpc import ClassifierServicer
-from ..wire.errors import InvalidRequest, Overloaded, ServeError, Unavailable
+from ..wire.errors import InvalidRequest, Overloaded, ServeError
 from ..wire.limits import MAX_TEXTS
 from ..wire.status import to_status
 from .describe import model_message, task_message
+from .lifecycle import Lifecycle
 
-# How many messages of one stream are worked on at a time: enough that the device finds the next ones waiting.
+# How many messages of a stream are processed at a time: enough to keep the device busy.
 STREAM_AHEAD = 2
 T = TypeVar("T")
 U = TypeVar("U")
-
-
-class Calls:
-    """Counts calls in flight.
-
-    Attributes:
-      idle: set while no call is in flight.
-    """
-
-    def __init__(self) -> None:
-        self.idle = asyncio.Event()
-        self.idle.set()
-        self.in_flight = 0
-
-    @contextlib.contextmanager
-    def call(self) -> Iterator[None]:
-        self.in_flight += 1
-        self.idle.clear()
-        try:
-            yield
-        finally:
-            self.in_flight -= 1
-            if not self.in_flight:
-                self.idle.set()
 
 
 class ClassifierService(ClassifierServicer):
     """`classer.v1.Classifier` over the models of a server, on one event loop.
 
     Attributes:
-      calls: those in flight.
-      ready: False until the models are warm; every call is then UNAVAILABLE.
+      calls: the calls that run; ready once the models are warm.
     """
 
     def __init__(self, models: Models, scheduler: Scheduler) -> None:
         self._models = models
         self._pipeline = Pipeline(models, scheduler)
-        self.calls = Calls()
-        self.ready = False
+        self.calls = Lifecycle(ready=False)
 
     async def Classify(self, request: pb.ClassifyRequest, context: grpc.aio.ServicerContext) -> pb.ClassifyResponse:
         with self.calls.call():
-            self._check_ready()
-            asked = self._pipeline.ask(request.options, context.time_remaining())
-            (outcome,) = await self._pipeline.classify([request.text], [asked])
+            resolved = self._pipeline.resolve(request.options, context.time_remaining())
+            (outcome,) = await self._pipeline.classify([request.text], [resolved])
             if isinstance(outcome, ServeError):
                 raise outcome
         return outcome
@@ -78,7 +52,6 @@ class ClassifierService(ClassifierServicer):
         self, request: pb.ClassifyBatchRequest, context: grpc.aio.ServicerContext
     ) -> pb.ClassifyBatchResponse:
         with self.calls.call():
-            self._check_ready()
             outcomes = await self._batch(request, context.time_remaining(), Priority.INTERACTIVE)
         return _batch_response(outcomes)
 
@@ -86,7 +59,6 @@ class ClassifierService(ClassifierServicer):
         self, requests: AsyncIterator[pb.ClassifyBatchRequest], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.ClassifyBatchResponse]:
         with self.calls.call():
-            self._check_ready()
             answers = in_order(requests, lambda request: self._patient_batch(request, context), STREAM_AHEAD)
             async with contextlib.aclosing(answers):
                 async for outcomes in answers:
@@ -94,7 +66,6 @@ class ClassifierService(ClassifierServicer):
 
     async def ListTasks(self, request: pb.ListTasksRequest, context: grpc.aio.ServicerContext) -> pb.ListTasksResponse:
         with self.calls.call():
-            self._check_ready()
             models = [self._models.find(request.model)] if request.model else self._models.defaults
         tasks = [(task, model) for model in models for task in model.bundle.taxonomy.tasks]
         return pb.ListTasksResponse(tasks=[task_message(task, model, labels=False) for task, model in tasks])
@@ -103,24 +74,18 @@ class ClassifierService(ClassifierServicer):
         self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListModelsResponse:
         with self.calls.call():
-            self._check_ready()
             models = [model_message(model, self._models, labels=False) for model in self._models]
         return pb.ListModelsResponse(models=models)
 
     async def GetModel(self, request: pb.GetModelRequest, context: grpc.aio.ServicerContext) -> pb.Model:
         with self.calls.call():
-            self._check_ready()
             model = self._models.find(request.name, request.version)
         return model_message(model, self._models, labels=True)
 
-    def _check_ready(self) -> None:
-        if not self.ready:
-            raise Unavailable("The server is still compiling its programs; wait until its health says SERVING.")
-
     async def _batch(
         self, request: pb.ClassifyBatchRequest, seconds: float | None, priority: Priority
-    ) -> list[Outcome]:
-        """One outcome a text or request; raises what is wrong with all of them."""
+    ) -> list[ResponseOrError]:
+        """One outcome a text or request. Raises errors that concern the whole batch."""
         kind = request.WhichOneof("batch")
         if kind is None:
             raise InvalidRequest("A batch needs `text_batch` or `request_batch`; it has neither.", field="batch")
@@ -134,14 +99,14 @@ class ClassifierService(ClassifierServicer):
                 f"The field `{field}` has {len(entries)} entries; one call takes 1 to {MAX_TEXTS}.", field=field
             )
         if kind == "text_batch":
-            asked = self._pipeline.ask(request.text_batch.options, seconds, priority)
-            return await self._pipeline.classify(request.text_batch.texts, [asked] * len(entries))
+            resolved = self._pipeline.resolve(request.text_batch.options, seconds, priority)
+            return await self._pipeline.classify(request.text_batch.texts, [resolved] * len(entries))
         requests = request.request_batch.requests
-        outcomes: dict[int, Outcome] = {}
+        outcomes: dict[int, ResponseOrError] = {}
         ready: dict[int, ResolvedRequest] = {}
         for i, one in enumerate(requests):
             try:
-                ready[i] = self._pipeline.ask(one.options, seconds, priority)
+                ready[i] = self._pipeline.resolve(one.options, seconds, priority)
             except ServeError as error:
                 outcomes[i] = error
         texts = [requests[i].text for i in ready]
@@ -150,8 +115,8 @@ class ClassifierService(ClassifierServicer):
 
     async def _patient_batch(
         self, request: pb.ClassifyBatchRequest, context: grpc.aio.ServicerContext
-    ) -> list[Outcome]:
-        """A batch of a stream: what is refused because too much waits is tried again, until the call ends."""
+    ) -> list[ResponseOrError]:
+        """A batch of a stream. Texts that are refused as Overloaded are retried until the call ends."""
         outcomes = await self._batch(request, context.time_remaining(), Priority.BULK)
         while refused := {i: one for i, one in enumerate(outcomes) if isinstance(one, Overloaded)}:
             await asyncio.sleep(max(one.retry_seconds or 0.0 for one in refused.values()) or 0.1)
@@ -170,10 +135,10 @@ class ClassifierService(ClassifierServicer):
 async def in_order(
     requests: AsyncIterable[T], work: Callable[[T], Awaitable[U]], ahead: int
 ) -> AsyncGenerator[U, None]:
-    """What `work` makes of each request, in their order, each as soon as it and all before it are done.
+    """The results of `work` on each request, in the order of the requests, each as soon as it can be given.
 
-    Up to `ahead` are worked on at a time, and meanwhile no more are read. What `work` or `requests` raises ends it,
-    after the answers before that.
+    Up to `ahead` requests are processed at a time, and no more are read meanwhile. An exception of `work` or `requests`
+    is raised after the results before it.
     """
     room = asyncio.Semaphore(ahead)
     begun: asyncio.Queue[asyncio.Future[U] | None] = asyncio.Queue()
@@ -204,8 +169,8 @@ async def in_order(
         await asyncio.gather(*left, return_exceptions=True)
 
 
-def _batch_response(outcomes: Sequence[Outcome]) -> pb.ClassifyBatchResponse:
-    # Texts that are refused together share their error, which is written once.
+def _batch_response(outcomes: Sequence[ResponseOrError]) -> pb.ClassifyBatchResponse:
+    # Texts that are refused together share one error object, which is converted once.
     distinct = {id(one): one for one in outcomes if isinstance(one, ServeError)}
     errors = {key: to_status(one) for key, one in distinct.items()}
     return pb.ClassifyBatchResponse(

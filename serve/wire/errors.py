@@ -1,6 +1,6 @@
-"""Errors of requests: one class a cause, each with a sentence, the same in the server and in the client.
+"""Errors of requests, one class for each cause, shared by server and client.
 
-No gRPC here; `serve/wire/status.py` says which status each of them is on the wire.
+No gRPC here; `serve/wire/status.py` maps them to gRPC statuses.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from ...data.errors import ClasserError
 
 
 class ServeError(ClasserError):
-    """A request that got no answer. The message never holds the text sent.
+    """Root of the errors of requests. The message is a sentence and never repeats the text.
 
     Attributes:
-      reason: the cause as a word for programs, stable over versions.
-      field: the field of the request that is at fault, if one is.
-      retry_seconds: after how long another try may succeed; None where that is not known.
+      reason: cause as a word for programs, stable over versions.
+      field: path of the request's field that is at fault; empty if none is.
+      retry_seconds: seconds after which another try may succeed; None if not known.
     """
 
     reason = "ERROR"
@@ -30,37 +30,37 @@ class ServeError(ClasserError):
 
 
 class InvalidRequest(ServeError):
-    """Something in the request is out of its limits; the same request will never succeed."""
+    """A field of the request is out of its limits; the same request fails again."""
 
     reason = "INVALID_REQUEST"
 
 
 class UnknownTask(ServeError):
-    """There is no task or model of that name; the message names those there are."""
+    """No task or model has the name given; the message names those there are."""
 
     reason = "UNKNOWN_TASK"
 
 
 class Overloaded(ServeError):
-    """The server has as much waiting as it takes on; nothing was computed, and a later try may succeed."""
+    """The server's queue is full or a quota is used up; nothing was computed, and a later try may succeed."""
 
     reason = "OVERLOADED"
 
 
 class Unavailable(ServeError):
-    """No server answers there, or it is starting, stopping or without its device."""
+    """No server answers at the address, or it is starting, stopping or has lost its device."""
 
     reason = "UNAVAILABLE"
 
 
 class DeadlineExceeded(ServeError):
-    """The deadline passed before there was an answer, or could not be met."""
+    """The deadline passed before the answer, or cannot be met."""
 
     reason = "DEADLINE_EXCEEDED"
 
 
 class Cancelled(ServeError):
-    """The caller, or the server on its way down, gave the request up."""
+    """The caller cancelled the request, or the server stopped."""
 
     reason = "CANCELLED"
 
@@ -72,18 +72,18 @@ class InternalError(ServeError):
 
 
 class NotPossible(ServeError):
-    """What was asked of a server's models cannot be done as they are: a bundle is broken, a version is in use."""
+    """The state of the models does not allow the change: a bundle is broken, or a version is in use."""
 
     reason = "NOT_POSSIBLE"
 
 
 class Unauthenticated(ServeError):
-    """The caller showed no API key, or none that the server knows."""
+    """The call has no API key, or one that the server does not know."""
 
     reason = "UNAUTHENTICATED"
 
 
 class Forbidden(ServeError):
-    """The caller's API key is known, but not for this."""
+    """The API key does not allow this call."""
 
     reason = "FORBIDDEN"

@@ -1,6 +1,4 @@
-"""Which gRPC status each error is on the wire, with which details; the one table that the server writes by and the
-client reads by.
-"""
+"""Translation between errors and gRPC statuses with google.rpc details, for server and client."""
 
 from __future__ import annotations
 
@@ -42,10 +40,10 @@ CODES: dict[type[ServeError], grpc.StatusCode] = {
 }
 _ERRORS = {code: error for error, code in CODES.items()}
 _NUMBERS = {code.value[0]: code for code in grpc.StatusCode}
-# Where gRPC carries a google.rpc.Status beside a call's code and sentence.
+# Metadata key under which gRPC carries a google.rpc.Status.
 _DETAILS_KEY = "grpc-status-details-bin"
 _DOMAIN = "classer"
-# How grpc.aio calls, as INTERNAL, that a connection broke while a message was being sent.
+# Details of the INTERNAL status by which grpc.aio reports a connection that broke while a message was sent.
 _BROKEN = "Internal error from Core"
 
 
@@ -62,13 +60,13 @@ def error_of(
     retry_seconds: float | None = None,
     reason: str | None = None,
 ) -> ServeError:
-    """The error of a status code; a code that no Classer server sends is an InternalError."""
+    """The error of a status code; InternalError for a code that no Classer server sends."""
     kind = _ERRORS.get(code, InternalError)
     return kind(sentence, field=field, retry_seconds=retry_seconds, reason=reason)
 
 
 def to_status(error: ServeError) -> status_pb2.Status:
-    """An error as a google.rpc.Status, with ErrorInfo, and BadRequest or RetryInfo where there is something to say."""
+    """An error as a google.rpc.Status with ErrorInfo, and BadRequest or RetryInfo if it has a field or retry time."""
     status = status_pb2.Status(code=code_of(error).value[0], message=str(error))
     status.details.add().Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=_DOMAIN))
     if error.field:
@@ -82,11 +80,11 @@ def to_status(error: ServeError) -> status_pb2.Status:
 
 
 def from_status(status: status_pb2.Status) -> ServeError:
-    """The reverse of `to_status`."""
+    """The error that `to_status` was given."""
     info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
     for detail in status.details:
         for known in (info, bad, retry):
-            detail.Unpack(known)  # only what is of its kind
+            detail.Unpack(known)  # does nothing for a detail of another type
     return error_of(
         _NUMBERS.get(status.code, grpc.StatusCode.INTERNAL),
         status.message,
@@ -97,8 +95,8 @@ def from_status(status: status_pb2.Status) -> ServeError:
 
 
 def text_outcomes(items: Sequence[pb.ClassifyBatchItem]) -> tuple[Counter[str], Counter[str]]:
-    """The texts of a batch by status, and those that failed by reason."""
-    # Texts that were refused together have the same error, which is then read once.
+    """Number of a batch's texts by status, and of its failed texts by reason."""
+    # Texts that were refused together have equal errors; each distinct one is parsed once.
     failed = Counter(item.error.SerializeToString() for item in items if item.HasField("error"))
     codes, reasons = Counter({"OK": len(items) - failed.total()}), Counter[str]()
     for status, count in failed.items():
@@ -109,12 +107,12 @@ def text_outcomes(items: Sequence[pb.ClassifyBatchItem]) -> tuple[Counter[str], 
 
 
 def trailing_metadata(error: ServeError) -> tuple[tuple[str, bytes], ...]:
-    """What carries an error's details beside a failed call."""
+    """Trailing metadata of a failed call, with the error's details."""
     return ((_DETAILS_KEY, to_status(error).SerializeToString()),)
 
 
 def error_in(metadata: Any) -> ServeError | None:
-    """The error that a failed call's trailing metadata carries; None if none of our servers failed it."""
+    """The error in a failed call's trailing metadata; None if a Classer server did not set it."""
     for key, value in metadata or ():
         if key == _DETAILS_KEY:
             return from_status(status_pb2.Status.FromString(value))
@@ -122,16 +120,17 @@ def error_in(metadata: Any) -> ServeError | None:
 
 
 def error_of_call(call: Any) -> ServeError | None:
-    """What the server says of a call that failed, or what gRPC says in other words than it means.
+    """The error of a failed call, where gRPC's code and details do not express it.
 
-    That is a refusal of a call, unread, because too many wait (see `listening.make_server`), which comes as CANCELLED
-    in no words but that one, and a connection that broke in the middle of a message.
+    These are errors that the server sent, and two of gRPC's own: a call that was refused unread because too many wait
+    (see `listening.make_server`; it arrives as CANCELLED without details), and a connection that broke while a message
+    was sent.
 
     Args:
       call: a gRPC error that a call raised.
 
     Returns:
-      None if gRPC's code and details say it.
+      None if gRPC's code and details express the error.
     """
     if (carried := error_in(call.trailing_metadata())) is not None:
         return carried

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from scipy.sparse import csr_array
 
 from classer.data import curriculum
-from classer.data.curriculum import CurriculumBatches, sampling_shares
+from classer.data.curriculum import sampling_shares
 from classer.data.errors import InputError
-from classer.data.pipeline import Batch, TrainExamples
+from classer.data.pipeline import Batch, TrainExamples, stage_batches
 
 
 def make(sizes: list[int], shares: list[float], *, num_steps: int = 600, batch_size: int = 4, stage: int = 0, seed=0):
@@ -25,9 +25,7 @@ def make(sizes: list[int], shares: list[float], *, num_steps: int = 600, batch_s
     tasks_N = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
     targets, shares_N = csr_array(np.eye(count, dtype=np.float32)), np.linspace(0, 1, count, dtype=np.float32)
     examples = TrainExamples(ids, targets, tasks_N, csr_array(0.5 * targets), shares_N)
-    return CurriculumBatches(
-        examples, np.array(shares), num_steps, batch_size=batch_size, seed=seed, stage=stage, pad_id=0
-    )
+    return stage_batches(examples, np.array(shares), num_steps, batch_size=batch_size, seed=seed, stage=stage, pad_id=0)
 
 
 def numbers(batch: Batch) -> list[int]:
@@ -65,12 +63,12 @@ def test_tasks_come_in_their_shares_and_their_examples_in_turn(sizes: list[int],
             counts = [seen[n] for n in range(first[task], first[task + 1])]
             assert abs(sum(counts) - share * rows) <= 1
             assert max(counts) - min(counts) <= 1  # no example a second time before all others have come
-        assert batches.drawn((window + 1) * curriculum.WINDOW).sum() == rows
+        assert batches.plan.drawn((window + 1) * curriculum.WINDOW).sum() == rows
 
 
 def test_a_task_of_no_share_is_not_drawn_however_many_rows_there_are() -> None:
     for shares in ([0.1] * 10 + [0.0], [0.0] + [0.1] * 10, [1 / 3] * 3 + [0.0, 0.0]):
-        plan = make([1] * len(shares), shares)._plan
+        plan = make([1] * len(shares), shares).plan
         for steps in (1, 3, 256, 10**7 + 1, 10**9, 10**12 + 7):
             due_T = plan.due(steps)
             assert due_T.sum() == 4 * steps
@@ -82,9 +80,9 @@ def test_what_was_drawn_is_counted_from_the_batches() -> None:
     batches = make([30, 0, 20, 5], [0.5, 0, 0.3, 0.2])
     for steps in (0, 1, 100, 300):
         tasks = [task for step in range(steps) for task in batches.batch(step).tasks_B.tolist()]
-        assert batches.drawn(steps).tolist() == np.bincount(tasks, minlength=4).tolist()
-    window = make([30, 0, 20, 5], [0.5, 0, 0.3, 0.2])._plan
-    assert batches.drawn(100).tolist() != window.due(100).tolist()  # within a window luck decides
+        assert batches.plan.drawn(steps).tolist() == np.bincount(tasks, minlength=4).tolist()
+    window = make([30, 0, 20, 5], [0.5, 0, 0.3, 0.2]).plan
+    assert batches.plan.drawn(100).tolist() != window.due(100).tolist()  # within a window luck decides
 
 
 def test_tasks_and_targets_belong_to_the_examples() -> None:

@@ -18,6 +18,7 @@ from classer.data.readers import (
     check_labels,
     data_file,
     infer_task,
+    nearest_column,
     read_examples,
     read_task_folder,
 )
@@ -98,7 +99,11 @@ ERRORS = {
     "empty": ("a.csv", "", r"a\.csv is empty; at least one row"),
     "header only": ("a.csv", "text,label\n", r"a\.csv is empty; at least one row"),
     "empty jsonl": ("a.jsonl", "\n", r"a\.jsonl is empty"),
-    "no text column": ("a.csv", "body,label\nx,y\n", r"no column 'text', only 'body', 'label'; see --text-column"),
+    "no text column": (
+        "a.csv",
+        "body,label\nx,y\n",
+        r"no column 'text', only 'body', 'label'; see --text-column \('body' comes nearest\)\.",
+    ),
     "no label column": (
         "a.csv",
         "text,topic\nx,y\n",
@@ -368,3 +373,23 @@ def test_task_folder_without_task_or_splits(task_folder: Path):
     (task_folder / "task.json").unlink()
     with pytest.raises(InputError, match=r"task\.json does not exist; a task's folder holds it"):
         read_task_folder(task_folder)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "columns", "nearest"),
+    [
+        ("text", ["id", "Text", "body"], "Text"),
+        ("text", ["id", "body", "target"], "body"),
+        ("text", ["review", "label"], "review"),
+        ("label", ["message", "target"], "target"),
+        ("label", ["sentence", " Category "], " Category "),
+        ("label", ["text", "labell"], "labell"),
+        ("subject", ["subjct", "label"], "subjct"),
+        ("text", ["a", "b"], None),
+        ("label", ["text"], None),
+    ],
+)
+def test_the_nearest_column_is_that_of_the_same_meaning_or_spelling(
+    wanted: str, columns: list[str], nearest: str | None
+) -> None:
+    assert nearest_column(wanted, columns) == nearest

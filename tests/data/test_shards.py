@@ -15,18 +15,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from classer.data.curriculum import WINDOW
+from classer.data.curriculum import WINDOW, CurriculumPlan
 from classer.data.errors import InputError
-from classer.data.pipeline import Batch
+from classer.data.pipeline import Batch, Batches, epoch_batches, stage_batches
+from classer.data.plans import ShufflePlan
 from classer.data.prepare.local import prepare
 from classer.data.prepare.plan import Plan, PrepareConfig
-from classer.data.shards import ShardBatches, ShardCurriculum, Shards
+from classer.data.shards import Shards
 from classer.data.tokenizer import WordPieceTokenizer
 from classer.tests.helpers import VOCAB, no_progress
 
 NUM_TEXTS = 230
 WORDS = [word for word in VOCAB if word.isalpha()]
-SETTINGS: dict[str, Any] = {"batch_size": 12, "seed": 3, "pad_id": 0, "num_epochs": 2, "window": 70}
+SETTINGS: dict[str, Any] = {"batch_size": 12, "seed": 3, "pad_id": 0, "num_epochs": 2}
 
 
 @pytest.fixture(scope="module")
@@ -47,22 +48,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
-def batches_of(folder: Path, **changes: Any) -> ShardBatches:
-    return ShardBatches(Shards(folder), **(SETTINGS | changes))
+def batches_of(folder: Path, *, window: Any = 70, **changes: Any) -> Batches[ShufflePlan]:
+    return epoch_batches(Shards(folder, window=window), **(SETTINGS | changes))
 
 
-def stage_of(folder: Path, **changes: Any) -> ShardCurriculum:
+def stage_of(folder: Path, **changes: Any) -> Batches[CurriculumPlan]:
     """As many batches, of a stage that draws the second task more often than its size says."""
     settings: dict[str, Any] = {name: SETTINGS[name] for name in ("batch_size", "seed", "pad_id")}
     shares_T = changes.pop("shares_T", np.array([0.4, 0.6]))
-    return ShardCurriculum(Shards(folder), shares_T, 40, **({"stage": 1, **settings, **changes}))
+    return stage_batches(Shards(folder), shares_T, 40, **({"stage": 1, **settings, **changes}))
 
 
-Make = Callable[..., ShardBatches | ShardCurriculum]
+Make = Callable[..., Batches[Any]]
 both = pytest.mark.parametrize("make", [batches_of, stage_of])
 
 
-def part_of(make: Make, folder: Path, process: int, num_processes: int) -> ShardBatches | ShardCurriculum:
+def part_of(make: Make, folder: Path, process: int, num_processes: int) -> Batches[Any]:
     """One process's batches of several's."""
     return make(folder, rows=np.array_split(np.arange(SETTINGS["batch_size"]), num_processes)[process])
 
@@ -88,10 +89,10 @@ def assert_equal(left: Batch, right: Batch) -> None:
 
 def test_each_record_comes_once_an_epoch_with_its_labels(folder: Path) -> None:
     batches = batches_of(folder)
-    assert batches.steps_per_epoch == -(-NUM_TEXTS // 12)
+    assert batches.plan.steps_per_epoch == -(-NUM_TEXTS // 12)
     made = list(batches.iterate())
-    assert len(made) == batches.num_steps == 2 * batches.steps_per_epoch
-    first, second = rows_of(made[: batches.steps_per_epoch]), rows_of(made[batches.steps_per_epoch :])
+    assert len(made) == batches.num_steps == 2 * batches.plan.steps_per_epoch
+    first, second = rows_of(made[: batches.plan.steps_per_epoch]), rows_of(made[batches.plan.steps_per_epoch :])
     assert len(first) == len(set(first)) == NUM_TEXTS
     assert first != second
     assert sorted(first) == sorted(second)
@@ -109,12 +110,11 @@ def test_batches_are_full_but_one_and_no_longer_than_their_bucket(folder: Path) 
     batches = batches_of(folder)
     for step in range(batches.num_steps):
         batch = batches.batch(step)
-        assert batch.tokens_BS.shape == (12, batches.planned(step).length)
-    sizes = [len(batches.planned(step).rows) for step in range(batches.steps_per_epoch)]
+        assert batch.tokens_BS.shape == (12, batches.plan.planned(step).length)
+    sizes = [len(batches.plan.planned(step).rows) for step in range(batches.plan.steps_per_epoch)]
     assert sorted(sizes)[1:] == [12] * (len(sizes) - 1)
-    padded = sum(12 * batches.planned(step).length for step in range(batches.steps_per_epoch))
-    longest = -(-NUM_TEXTS // 12) * 12 * max(batches.planned(step).length for step in range(batches.steps_per_epoch))
-    assert padded < 0.75 * longest  # the buckets are of use
+    lengths = [batches.plan.planned(step).length for step in range(batches.plan.steps_per_epoch)]
+    assert sum(lengths) < 0.75 * len(lengths) * max(lengths)  # the buckets are of use
 
 
 def test_a_stage_draws_its_tasks_in_their_shares(folder: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_stage_draws_its_tasks_in_their_shares(folder: Path) -> None:
         bool(np.frombuffer(targets, np.float32)[Shards(folder).taxonomy.slice_of("kinds")].any()) for _, targets in rows
     ]
     assert sum(kinds) == pytest.approx(0.6 * len(rows), abs=1)
-    assert stage.drawn(WINDOW).tolist() == [len(rows) - sum(kinds), sum(kinds)]
+    assert stage.plan.drawn(WINDOW).tolist() == [len(rows) - sum(kinds), sum(kinds)]
     counts = Counter(rows)
     assert len(counts) == NUM_TEXTS  # every record comes, and none much more often than its task's others
     for kind in (False, True):
@@ -202,11 +202,11 @@ def test_workers_lose_and_double_nothing(folder: Path, make: Make) -> None:
 def test_a_position_in_other_data_is_refused(folder: Path) -> None:
     state = batches_of(folder).iterate().get_state()
     for changes in ({"seed": 4}, {"batch_size": 24}, {"window": 140}, {"buckets": (64,)}):
-        with pytest.raises(InputError, match="other shards, another seed"):
+        with pytest.raises(InputError, match="other examples, labels, tokens, seed"):
             batches_of(folder, **changes).iterate().set_state(state)
     state_of_stage = stage_of(folder).iterate().get_state()
     for changes in ({"seed": 4}, {"stage": 0}, {"shares_T": np.array([0.5, 0.5])}, {"buckets": (64,)}):
-        with pytest.raises(InputError, match="other shards, another seed"):
+        with pytest.raises(InputError, match="other examples, labels, tokens, seed"):
             stage_of(folder, **changes).iterate().set_state(state_of_stage)
     batches_of(folder, num_epochs=5).iterate().set_state(state)
     with pytest.raises(InputError, match="ends after 40"):

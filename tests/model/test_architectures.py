@@ -21,9 +21,10 @@ from classer.model.config import NATIVE_SIZES, EncoderConfig, native
 from classer.model.encoder import Encoder
 from classer.model.focus import Focus, FocusDraw
 from classer.model.layers import rotate
+from classer.model.precision import Precision
 from classer.model.predict import Predictor
 from classer.model.pretrained import load_encoder, save_encoder
-from classer.model.quantize import Quantization, convert, count_products, flatten, variables
+from classer.model.quantize import count_products, flatten, to_int8, unflatten
 from classer.model.stacking import stack_layers, unstack_layers
 
 SMALL = dataclasses.replace(
@@ -70,7 +71,7 @@ def test_modernbert_agrees_with_transformers(tmp_path: Path, seed: int, fields: 
         expected = theirs(
             input_ids=torch.tensor(tokens_BS, dtype=torch.long), attention_mask=torch.tensor(mask_BS, dtype=torch.long)
         ).last_hidden_state.numpy()
-    params = variables(weights, "float32")["params"]["encoder"]
+    params = unflatten(weights)["encoder"]
     encoded: Any = jax.jit(Encoder(config).apply)({"params": params}, tokens_BS, lengths_B)
     assert np.abs(np.asarray(encoded.hidden_BKD) - expected)[mask_BS].max() < 1e-4
     assert [config.is_local(i) for i in range(config.num_layers)] == [
@@ -131,7 +132,7 @@ def test_the_native_architecture_matches_its_formulas(small) -> None:
             norm(x, f"layer_{i}.feed_forward_norm") @ w[f"layer_{i}.feed_forward.up.kernel"], 2, axis=1
         )
         x = x + (gate / (1 + np.exp(-gate)) * value) @ w[f"layer_{i}.feed_forward.down.kernel"]
-    params = variables(weights, "float32")["params"]["encoder"]
+    params = unflatten(weights)["encoder"]
     encoded: Any = Encoder(config).apply({"params": params}, *pad_batch([ids], 2, 16, 0))
     np.testing.assert_allclose(np.asarray(encoded.hidden_BKD)[0, :11], norm(x, "final_norm"), atol=2e-5)
 
@@ -157,20 +158,20 @@ def test_focus_works_for_the_native_architecture(small, change: dict[str, int]) 
     config = dataclasses.replace(config, **change)
     rng = np.random.default_rng(2)
     rows = [rng.integers(0, 100, n, dtype=np.int32) for n in (40, 12, 64)]
-    predictor = Predictor(config, 3, weights, "float32", focus=Focus.from_shares([1, 0.6, 0.3]))
+    predictor = Predictor(config, 3, weights, Precision.float32, focus=Focus.from_shares([1, 0.6, 0.3]))
     together = predictor.logits(rows, batch_size=4, buckets=(64,))
     alone = np.concatenate([predictor.logits([row], batch_size=1, buckets=(len(row),)) for row in rows])
     np.testing.assert_allclose(together, alone, atol=1e-5)
-    dense = Predictor(config, 3, weights, "float32").logits(rows, batch_size=4, buckets=(64,))
+    dense = Predictor(config, 3, weights, Precision.float32).logits(rows, batch_size=4, buckets=(64,))
     assert np.abs(together - dense).max() > 1e-3
 
 
 def test_int8_works_for_the_native_architecture(small) -> None:
     config, weights = small
-    int8 = convert(TextClassifier(config, 3, quantization=Quantization.CONVERT), weights)
+    int8 = to_int8(weights)
     rows = [np.random.default_rng(3).integers(0, 100, 30, dtype=np.int32)]
-    predictor = Predictor(config, 3, int8, "int8")
-    exact = Predictor(config, 3, weights, "float32").logits(rows, buckets=(32,))
+    predictor = Predictor(config, 3, int8, Precision.int8)
+    exact = Predictor(config, 3, weights, Precision.float32).logits(rows, buckets=(32,))
     np.testing.assert_allclose(predictor.logits(rows, buckets=(32,)), exact, atol=0.15 * np.abs(exact).max())
     assert count_products(predictor.compile(4, 32).as_text())["s8×s8→s32"] == 4 * config.num_layers
 
@@ -274,7 +275,7 @@ def test_a_scan_computes_what_single_layers_do(config: EncoderConfig, remat: boo
             out: Any = model.apply({"params": params}, tokens_BS, lengths_B, draw)
             return jnp.square(out).sum(), out
 
-        (_, out), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables(named, "float32")["params"])
+        (_, out), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(unflatten(named))
         return np.asarray(out), unstack_layers(flatten(gradients))
 
     expected, expected_gradients = run(plain, weights)

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from classer.data.errors import InputError
 from classer.data.fetch import sha256_of
 from classer.model import bundle as bundle_module
-from classer.model.bundle import Bundle, load_bundle, quantize, save_bundle
+from classer.model.bundle import Bundle, load_bundle, quantize_bundle, save_bundle
 from classer.model.decode import Calibration
 from classer.model.focus import Focus
 from classer.model.manifest import content_hash
@@ -47,7 +47,7 @@ def saved(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> dict
     whole = dataclasses.replace(tiny_bundle, licences=(folder / "LICENSE",), golden_texts=(*TEXTS, "my card"))
     return {
         "float32": save_bundle(whole, folder / "float32"),
-        "int8": save_bundle(quantize(whole), folder / "int8"),
+        "int8": save_bundle(quantize_bundle(whole), folder / "int8"),
     }
 
 

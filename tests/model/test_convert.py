@@ -14,13 +14,13 @@ from classer.model.config import NATIVE_SIZES, EncoderConfig, native, native_lik
 from classer.model.convert import _slowest_first, convert_encoder
 from classer.model.encoder import Encoder
 from classer.model.pretrained import load_encoder
-from classer.model.quantize import Weights, variables
+from classer.model.quantize import Weights, unflatten
 from classer.tests.helpers import write_encoder
 
 
 def hidden(config: EncoderConfig, weights: Weights, tokens_BS: np.ndarray, lengths_B: np.ndarray) -> np.ndarray:
     bare = {name.removeprefix("encoder."): value for name, value in weights.items()}
-    encoded = Encoder(config).apply(variables(bare, "float32"), tokens_BS, lengths_B)
+    encoded = Encoder(config).apply({"params": unflatten(bare)}, tokens_BS, lengths_B)
     return np.asarray(encoded.hidden_BKD)  # pyright: ignore[reportAttributeAccessIssue]
 
 

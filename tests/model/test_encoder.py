@@ -19,7 +19,7 @@ from classer.model.classifier import TextClassifier
 from classer.model.config import EncoderConfig
 from classer.model.encoder import Encoder
 from classer.model.pretrained import load_encoder
-from classer.model.quantize import Weights, flatten, variables
+from classer.model.quantize import Weights, flatten, unflatten
 from classer.tests.helpers import write_encoder
 
 TEXTS = [
@@ -34,7 +34,7 @@ def our_layers(
     config: EncoderConfig, weights: Weights, tokens_BS: np.ndarray, lengths_B: np.ndarray, dtype=jnp.float32
 ):
     """[embeddings, layer 0, …], each (B, S, D) float32."""
-    params = variables(weights, "float32")["params"]["encoder"]
+    params = unflatten(weights)["encoder"]
 
     @jax.jit
     def apply(params, tokens_BS, lengths_B):
@@ -119,7 +119,7 @@ def test_bfloat16_stays_close(minilm: Path, real_batch, real_layers) -> None:
 def test_a_row_depends_neither_on_its_batch_nor_on_the_bucket(minilm: Path) -> None:
     config, weights = load_encoder(minilm)
     ids = WordPieceTokenizer.from_folder(minilm).encode(TEXTS, 64).ids
-    params = variables(weights, "float32")["params"]["encoder"]
+    params = unflatten(weights)["encoder"]
     apply = jax.jit(Encoder(config).apply)
 
     def encode(tokens_BS: np.ndarray, lengths_B: np.ndarray) -> np.ndarray:
@@ -201,7 +201,7 @@ def test_gradients_are_finite_and_fillers_add_nothing(tiny_encoder: Path, dtype)
     tokens_BS = rng.integers(0, config.vocab_size, (5, 16), dtype=np.int32)
     lengths_B = np.array([16, 5, 1, 0, 0], np.int32)
     init = jax.jit(model.init)(jax.random.key(0), tokens_BS, lengths_B)["params"]
-    params = variables(flatten(init) | pretrained, "float32")["params"]
+    params = unflatten(flatten(init) | pretrained)
 
     @jax.jit
     def gradients(params, tokens_BS, lengths_B):

@@ -30,9 +30,10 @@ from classer.model.focus import (
     select,
     token_scores,
 )
+from classer.model.precision import Precision
 from classer.model.predict import Predictor
 from classer.model.pretrained import load_encoder
-from classer.model.quantize import Quantization, Weights, convert, flatten
+from classer.model.quantize import Weights, flatten, to_int8
 
 LABELS = 3
 HALF = Focus.from_shares([1.0, 0.5, 0.3])
@@ -65,7 +66,7 @@ def texts(gated) -> list[np.ndarray]:
 
 
 def logits(gated, focus: Focus | None, rows: list[np.ndarray], batch_size: int, length: int) -> np.ndarray:
-    predictor = Predictor(gated[0], LABELS, gated[1], "float32", focus=focus)
+    predictor = Predictor(gated[0], LABELS, gated[1], Precision.float32, focus=focus)
     return predictor.logits(rows, batch_size=batch_size, buckets=(length,))
 
 
@@ -79,9 +80,9 @@ def apply_with_draw(gated, rows: list[np.ndarray], length: int, units_BI, temper
 
 
 def nested(weights: Weights) -> dict:
-    from classer.model.quantize import variables
+    from classer.model.quantize import unflatten
 
-    return variables(weights, "float32")["params"]
+    return unflatten(weights)
 
 
 @pytest.mark.parametrize("focus", [HALF, FROM_THE_START])
@@ -260,9 +261,9 @@ def test_evidence_is_in_order_and_holds_the_special_tokens_but_no_padding(gated,
 
 def test_int8_focuses_too(gated, texts) -> None:
     config, weights = gated
-    int8 = convert(TextClassifier(config, LABELS, quantization=Quantization.CONVERT), weights)
+    int8 = to_int8(weights)
     assert int8["encoder.layer_1.gate.direction"].dtype == np.float32
-    predictor = Predictor(config, LABELS, int8, "int8", focus=HALF)
+    predictor = Predictor(config, LABELS, int8, Precision.int8, focus=HALF)
     exact = logits(gated, HALF, texts, 8, 64)
     assert np.corrcoef(predictor.logits(texts, buckets=(64,)).ravel(), exact.ravel())[0, 1] > 0.9
     assert "s32" in predictor.compile(8, 64).as_text()
@@ -312,5 +313,5 @@ def test_a_budget_that_grows_is_refused() -> None:
 def test_a_model_without_gates_is_refused(gated) -> None:
     config = dataclasses.replace(gated[0], gated=False)
     with pytest.raises(InputError, match="not trained for focus"):
-        Predictor(config, LABELS, gated[1], "float32", focus=HALF)
+        Predictor(config, LABELS, gated[1], Precision.float32, focus=HALF)
     Encoder(config, focus=Focus.pyramid(1, 3))

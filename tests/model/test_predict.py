@@ -10,6 +10,7 @@ import pytest
 from classer.data.errors import InputError
 from classer.model import predict
 from classer.model.bundle import Bundle
+from classer.model.precision import Precision
 from classer.model.predict import Predictor
 
 
@@ -104,6 +105,6 @@ def test_other_weights_share_what_is_compiled(predictor: Predictor, tiny_bundle:
 
 
 def test_bfloat16_stays_near_float32(tiny_bundle: Bundle, ids: list[np.ndarray], one_by_one_NL: np.ndarray) -> None:
-    rough_NL = tiny_bundle.predictor("bfloat16").logits(ids, batch_size=4)
+    rough_NL = tiny_bundle.predictor(Precision.bfloat16).logits(ids, batch_size=4)
     assert rough_NL.dtype == np.float32
     assert 1e-6 < np.abs(rough_NL - one_by_one_NL).max() < 0.05 * np.abs(one_by_one_NL).max()

@@ -14,11 +14,12 @@ from flax import linen as nn
 from classer.data.errors import InputError
 from classer.data.taxonomy import Label, Task, TaskKind, Taxonomy
 from classer.data.tokenizer import WordPieceTokenizer
-from classer.model.bundle import Bundle, quantize, save_bundle
+from classer.model.bundle import Bundle, quantize_bundle, save_bundle
 from classer.model.decode import Calibration
 from classer.model.layers import Dense
+from classer.model.precision import Precision
 from classer.model.pretrained import load_encoder
-from classer.model.quantize import Quantization, Weights, count_products
+from classer.model.quantize import Weights, count_products, to_int8
 
 TEXTS = ("my card has not arrived", "", "rain , storm and snow", "where is the money ?")
 UP, TABLE = "encoder.layer_0.feed_forward.up.kernel", "encoder.embeddings.token.table"
@@ -36,7 +37,7 @@ def float_bundle(tiny_bundle: Bundle) -> Bundle:
 
 @pytest.fixture(scope="module")
 def int8_bundle(float_bundle: Bundle) -> Bundle:
-    return quantize(float_bundle)
+    return quantize_bundle(float_bundle)
 
 
 def assert_within_half_a_step(floats: Weights, ints: Weights) -> None:
@@ -98,7 +99,7 @@ def test_int8_rows_hardly_depend_on_the_bucket(int8_bundle: Bundle) -> None:
 
 def test_an_int8_bundle_is_not_quantised_again(int8_bundle: Bundle) -> None:
     with pytest.raises(InputError, match="is INT8 already; quantise a float32 bundle"):
-        quantize(int8_bundle)
+        quantize_bundle(int8_bundle)
 
 
 def test_the_int8_program_multiplies_int8_and_the_float_program_does_not(
@@ -148,13 +149,13 @@ def test_minilm_in_int8_is_at_most_three_tenths_of_its_float_size(minilm: Path, 
         taxonomy=Taxonomy((task,)),
         tokenizer=WordPieceTokenizer.from_folder(minilm),
         weights=weights | {name: value.astype(np.float32) for name, value in head.items()},
-        precision="float32",
+        precision=Precision.float32,
         calibration={"intent": Calibration()},
         max_length=64,
         golden_texts=("My card has not arrived.",),
         card="",
     )
-    int8 = quantize(bundle)
+    int8 = quantize_bundle(bundle)
     assert_within_half_a_step(bundle.weights, int8.weights)
     sizes = []
     for precision, saved in (("float32", bundle), ("int8", int8)):
@@ -178,27 +179,32 @@ def test_the_served_product_is_that_of_aqt(dtype, tolerance: float) -> None:
     x[3] = 0
     x_ND = jnp.asarray(x, dtype)
     kernel_DF = jnp.asarray(rng.normal(size=(64, 96)), jnp.float32)
-    dense = Dense(96, Quantization.CONVERT, biased=False, name="up")
     rngs = {"params": jax.random.key(0)}
-    _, frozen = dense.apply({"params": {"kernel": kernel_DF}}, x_ND.astype(jnp.float32), mutable=["aqt"], rngs=rngs)
 
     class Aqt(nn.Module):
+        mode: QuantMode
+
         @nn.compact
-        def __call__(self, x_ND):
+        def __call__(self, x_ND, kernel_DF):
             product = aqt_flax.AqtDotGeneral(
                 aqt_config.config_v4(fwd_bits=8, dlhs_bits=None, drhs_bits=None),
                 lhs_quant_mode=QuantMode.TRAIN,
-                rhs_quant_mode=QuantMode.SERVE,
+                rhs_quant_mode=self.mode,
                 rhs_freeze_mode=aqt_flax.FreezerMode.CALIBRATION_AND_VALUE,
                 quant_collection="aqt",
                 name="aqt",
             )
-            kernel_DF = jnp.zeros((64, 96), x_ND.dtype)
             return product(x_ND, kernel_DF, (((1,), (0,)), ((), ())), precision=None)
 
-    expected = np.asarray(Aqt().apply(frozen, x_ND.astype(jnp.float32), rngs=rngs))
-    same_dtype = np.asarray(Aqt().apply(frozen, x_ND, rngs=rngs), np.float32)
-    served = np.asarray(Dense(96, Quantization.SERVE, biased=False, name="up").apply(frozen, x_ND), np.float32)
+    x32_ND, unread_DF = x_ND.astype(jnp.float32), jnp.zeros((64, 96), jnp.float32)
+    _, frozen = Aqt(QuantMode.CONVERT).apply({}, x32_ND, kernel_DF, mutable=["aqt"], rngs=rngs)
+    aqt = Aqt(QuantMode.SERVE)
+    expected = np.asarray(aqt.apply(frozen, x32_ND, unread_DF, rngs=rngs))
+    same_dtype = np.asarray(aqt.apply(frozen, x_ND, unread_DF.astype(dtype), rngs=rngs), np.float32)
+    int8 = to_int8({"encoder.up.kernel": np.asarray(kernel_DF)})
+    params = {name: int8[f"encoder.up.{name}"] for name in ("kernel", "kernel_scale")}
+    dense = Dense(96, Precision.int8, biased=False, name="up")
+    served = np.asarray(dense.apply({"params": params}, x_ND), np.float32)
     np.testing.assert_allclose(served, expected, rtol=tolerance, atol=1e-6 * np.abs(expected).max())
     exact = np.asarray(x_ND, np.float64) @ np.asarray(kernel_DF, np.float64)
     assert np.square(served - exact).mean() <= 1.001 * np.square(same_dtype - exact).mean()

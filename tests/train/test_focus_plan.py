@@ -13,6 +13,7 @@ from classer.data.errors import InputError
 from classer.model.bundle import Bundle
 from classer.model.config import EncoderConfig
 from classer.model.focus import UNITS, Focus
+from classer.model.precision import Precision
 from classer.tests.helpers import with_gates
 from classer.train.evaluation import TokenizedSplit
 from classer.train.focus_plan import MAX_SPEEDUP, _attention_share, _CostModel, greedy_path, plan_focus
@@ -77,12 +78,12 @@ def dev(gated: Bundle) -> TokenizedSplit:
 
 def test_a_loss_is_kept_and_a_speed_is_reached(gated: Bundle, dev: TokenizedSplit) -> None:
     task, said = gated.taxonomy.tasks[0], []
-    none = plan_focus(gated, task, dev, max_loss=0, compute_dtype="float32", say=said.append)
+    none = plan_focus(gated, task, dev, max_loss=0, compute_dtype=Precision.float32, say=said.append)
     assert none.accuracy == none.dense_accuracy == 1
-    some = plan_focus(gated, task, dev, max_loss=20, compute_dtype="float32", say=said.append)
+    some = plan_focus(gated, task, dev, max_loss=20, compute_dtype=Precision.float32, say=said.append)
     assert some.accuracy >= 0.8
     assert some.speedup >= none.speedup >= 1
-    fast = plan_focus(gated, task, dev, speedup=1.5, compute_dtype="float32", say=said.append)
+    fast = plan_focus(gated, task, dev, speedup=1.5, compute_dtype=Precision.float32, say=said.append)
     assert fast.speedup >= 1.5
     # The masked search and the program that is served agree.
     served_NL = gated.predictor(focus=fast.focus).logits(dev.ids)[:, gated.taxonomy.slice_of(task.name)]

@@ -8,6 +8,7 @@ from scipy.sparse import csr_array
 
 from classer.model.bundle import Bundle
 from classer.model.focus import Focus
+from classer.model.precision import Precision
 from classer.model.predict import Predictor
 from classer.tests.helpers import with_gates
 from classer.train.evaluation import TokenizedSplit
@@ -37,7 +38,14 @@ def test_budgets_side_by_side(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPat
     focuses = [Focus.pyramid(1, layers), Focus.pyramid(0.5, layers)]  # the dense one is there without being asked for
     said: list[str] = []
     rows = focus_report(
-        gated, task, split, focuses, compute_dtype="float32", timed_texts=40, rounds=2, say=lambda s: said.append(s)
+        gated,
+        task,
+        split,
+        focuses,
+        compute_dtype=Precision.float32,
+        timed_texts=40,
+        rounds=2,
+        say=lambda s: said.append(s),
     )
     assert [row.focus.full for row in rows] == [True, False]
     assert rows[0].accuracy == 1.0

@@ -17,6 +17,7 @@ from classer.data.errors import InputError
 from classer.data.taxonomy import Label, LabelTable, Task, TaskKind, Taxonomy
 from classer.model.config import EncoderConfig
 from classer.model.focus import is_gate
+from classer.model.precision import Precision
 from classer.model.pretrained import load_encoder
 from classer.model.quantize import Weights
 from classer.train import dev_evaluator, focus, loop
@@ -33,7 +34,13 @@ MULTICLASS = Task("toy", TaskKind.MULTICLASS, tuple(Label(name) for name in "abc
 BINARY = Task("toy", TaskKind.BINARY, tuple(Label(name) for name in "ab"))
 MULTILABEL = Task("toy", TaskKind.MULTILABEL, tuple(Label(name) for name in "abc"))
 RECIPE = Recipe(
-    epochs=4, batch_size=8, learning_rate=3e-3, dropout=0.2, patience=0, compute_dtype="float32", label_smoothing=0.1
+    epochs=4,
+    batch_size=8,
+    learning_rate=3e-3,
+    dropout=0.2,
+    patience=0,
+    compute_dtype=Precision.float32,
+    label_smoothing=0.1,
 )
 FIRST_WORD = 4  # ids below are special tokens
 CLS, SEP = 2, 3
@@ -309,7 +316,7 @@ def test_a_multilabel_dev_set_is_scored_at_the_thresholds_that_it_gives(monkeypa
     monkeypatch.setattr(dev_evaluator, "Predictor", Unsure)
     dev = {"toy": TokenizedSplit([np.array([CLS, SEP], np.int32)] * 4, csr_array(targets_NL))}
     config = EncoderConfig(20, num_layers=2, d_model=8, num_heads=2, d_ff=16, max_positions=16)
-    look = DevEvaluator(Taxonomy((MULTILABEL,)), config, {}, "float32", dev, [1.0])
+    look = DevEvaluator(Taxonomy((MULTILABEL,)), config, {}, Precision.float32, dev, [1.0])
     with open_log(tmp_path, 1) as log:
         assert look({}, 1, log) == 1
     assert look.sentence == "accuracy 100.00% · macro-F1 1.000"

@@ -15,7 +15,7 @@ import pytest
 from classer.data.soft_labels import read_vectors, vectors_file
 from classer.model.bundle import load_bundle, save_bundle
 from classer.model.classifier import TextClassifier
-from classer.model.quantize import variables
+from classer.model.quantize import unflatten
 from classer.tests.helpers import CURRICULUM, TOPICS, TREE, compiled, rows_trained_on, write_encoder, write_task
 from classer.tools.cli.main import main
 from classer.train.config import Recipe, TrainJob
@@ -183,7 +183,7 @@ def test_teachers_of_two_kinds_teach_their_relations(
     classifier, pooled = TextClassifier(bundle.encoder, bundle.taxonomy.num_labels), []
     for text in texts:
         ids = bundle.tokenizer.encode([text], 16).ids[0]
-        inputs = variables(bundle.weights, "float32"), ids[None], np.array([len(ids)])
+        inputs = {"params": unflatten(bundle.weights)}, ids[None], np.array([len(ids)])
         with torch.no_grad():
             hidden_SD = model.bert(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].numpy()
         pooled.append((np.asarray(classifier.apply(*inputs, method="with_pooled")[1])[0], hidden_SD.mean(axis=0)))

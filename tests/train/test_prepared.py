@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from classer.data.errors import InputError
+from classer.data.pipeline import Batches
 from classer.data.prepare.local import prepare
 from classer.data.prepare.plan import Plan, PrepareConfig
-from classer.data.shards import ShardBatches, ShardCurriculum, Shards
+from classer.data.shards import Shards
 from classer.data.taxonomy import TaskKind
 from classer.data.tokenizer import WordPieceTokenizer
 from classer.model.bundle import load_bundle
@@ -121,25 +122,20 @@ def test_labels_weigh_the_same_in_all(shards: Path, tiny_encoder: Path, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("kind", "recipe"),
-    [
-        (ShardBatches, {"epochs": 2}),
-        (ShardBatches, {"epochs": 1, "focus_epochs": 1}),
-        (ShardCurriculum, {"curriculum": CURRICULUM}),
-    ],
+    "recipe",
+    [{"epochs": 2}, {"epochs": 1, "focus_epochs": 1}, {"curriculum": CURRICULUM}],
 )
 def test_a_run_that_was_stopped_goes_on_with_the_next_batch(
     shards: Path,
     tiny_encoder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    kind: Any,
     recipe: dict[str, Any],
 ) -> None:
     """Cut off after a checkpoint within an epoch: the weights are in the end those of a run that was not."""
     whole = train(job_of(shards, tmp_path / "whole", tiny_encoder, **recipe))
     job = dataclasses.replace(job_of(shards, tmp_path / "cut", tiny_encoder, **recipe), save_steps=5)
-    real, steps = kind.batch, []
+    real, steps = Batches.batch, []
 
     def batch(batches: Any, step: int) -> Any:
         steps.append(step)
@@ -147,7 +143,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_next_batch(
             raise OSError("the disk is gone")
         return real(batches, step)
 
-    monkeypatch.setattr(kind, "batch", batch)
+    monkeypatch.setattr(Batches, "batch", batch)
     with pytest.raises(OSError, match="the disk is gone"):
         run_job(job)
     monkeypatch.undo()

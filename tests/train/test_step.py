@@ -19,7 +19,7 @@ from classer.data.taxonomy import Label, LabelTable, Task, TaskKind, Taxonomy
 from classer.model.classifier import TextClassifier
 from classer.model.config import EncoderConfig
 from classer.model.decode import Calibration, probabilities
-from classer.model.quantize import flatten, variables
+from classer.model.quantize import flatten, unflatten
 from classer.model.sharding import make_layout
 from classer.tests.helpers import with_devices
 from classer.train.config import Recipe
@@ -39,7 +39,7 @@ def fixed_params(num_labels: int = 3) -> dict:
     for name, shape in sorted(flatten_shapes(shapes["params"]).items()):
         noise = rng.normal(0, 0.2, shape).astype(np.float32)
         weights[name] = 1 + noise if name.endswith("norm.scale") else noise
-    return variables(weights, "float32")["params"]
+    return unflatten(weights)
 
 
 def flatten_shapes(tree) -> dict[str, tuple[int, ...]]:

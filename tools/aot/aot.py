@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from classer.data.errors import InputError
-from classer.model.config import NATIVE_SIZES, ComputeDtype, native
+from classer.model.config import NATIVE_SIZES, native
+from classer.model.precision import ComputeDtype, Precision
 from classer.tools.aot.accelerators import GIB, UTILISATION, Topology
 from classer.tools.aot.hlo import Traffic, collectives, count_flops, instructions, products
 
@@ -63,7 +64,7 @@ class AotArguments:
     vocab_size: int = 30_522
     fsdp: int = 0
     tensor: int = 1
-    compute_dtype: ComputeDtype = "bfloat16"
+    compute_dtype: ComputeDtype = Precision.bfloat16
     serve_batch: int = 64
     texts: int = 500_000_000
     json: Path | None = None
@@ -298,12 +299,11 @@ def serve_program(config: Any, num_labels: int, batch_size: int, length: int) ->
     import jax.numpy as jnp
 
     from classer.model.classifier import TextClassifier
-    from classer.model.quantize import Quantization
 
-    model = TextClassifier(config, num_labels, jnp.dtype("bfloat16"), Quantization.SERVE)
+    model = TextClassifier(config, num_labels, jnp.dtype("bfloat16"), Precision.int8)
 
     def forward(variables: Any, tokens_BS: jax.Array, lengths_B: jax.Array) -> jax.Array:
-        return model.apply(variables, tokens_BS, lengths_B, rngs={"params": jax.random.key(0)})  # type: ignore
+        return model.apply(variables, tokens_BS, lengths_B)  # type: ignore
 
     tokens_BS = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
     lengths_B = jax.ShapeDtypeStruct((batch_size,), jnp.int32)

@@ -35,7 +35,7 @@ from classer.model.bundle import Bundle, load_bundle
 from classer.model.classifier import TextClassifier
 from classer.model.focus import Focus, kept_length
 from classer.model.predict import Predictor
-from classer.model.quantize import variables
+from classer.model.quantize import unflatten
 from classer.tools.cli.main import run
 from classer.train.evaluation import tokenize
 
@@ -124,7 +124,7 @@ def attention_received(bundle: Bundle, texts: Sequence[np.ndarray]) -> list[np.n
     if config.rope_base is not None:
         raise InputError("Attention weights are computed here for encoders with learned positions only.")
     model = TextClassifier(config, bundle.taxonomy.num_labels)
-    params = jax.device_put(variables(bundle.weights, "float32"))
+    params = jax.device_put({"params": unflatten(bundle.weights)})
 
     @jax.jit
     def received(params: Any, tokens_1S: jax.Array, lengths_1: jax.Array) -> jax.Array:

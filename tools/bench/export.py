@@ -27,6 +27,7 @@ from tqdm import tqdm
 from classer.data.readers import read_task_folder
 from classer.data.taxonomy import Task
 from classer.model.bundle import Bundle, load_bundle
+from classer.model.precision import Precision
 from classer.tools.cli.main import run
 from classer.tools.export.folder import Export
 from classer.tools.export.formats import FORMATS
@@ -144,7 +145,7 @@ def load_all(bundles: dict[str, Bundle], folder: Path, only: Sequence[str]) -> l
             continue
         bundle = bundles["int8" if precision == "int8" else "float32"]
         out = folder / f"{target}-{precision}"
-        checked = export_bundle(make_request(bundle, target, precision=precision), target, out)
+        checked = export_bundle(make_request(bundle, target, precision=Precision(precision)), target, out)
         rows.append(load_row(checked.export, target, precision))
         if (target, precision) == ("onnx", "float32"):
             rows.append(quantized_by_onnxruntime(checked.export, folder))
@@ -166,7 +167,7 @@ def quantized_by_onnxruntime(export: Export, folder: Path) -> Row:
     twin = folder / "dynamic"
     shutil.copytree(export.path, twin)
     quantize_dynamic(export.path / "model.onnx", twin / "model.onnx")
-    row = load_row(dataclasses.replace(export, path=twin, precision="int8"), "onnx", "int8")
+    row = load_row(dataclasses.replace(export, path=twin, precision=Precision.int8), "onnx", Precision.int8)
     return dataclasses.replace(row, name=DYNAMIC)
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import tyro
 from tqdm import tqdm
 
-from classer.data.pipeline import Batch, TrainBatches
+from classer.data.pipeline import Batch, Batches, epoch_batches
 from classer.data.readers import read_task_folder
 from classer.data.taxonomy import Task, Taxonomy
 from classer.data.tokenizer import WordPieceTokenizer
@@ -66,14 +66,14 @@ def main(arguments: FinetuneArguments) -> None:
     task_data = read_task_folder(arguments.data)
     task, tokenizer = task_data.task, WordPieceTokenizer.from_folder(folder)
     split = tokenize(task, task_data.splits["train"], tokenizer, arguments.max_length)
-    batches = TrainBatches(
+    batches = epoch_batches(
         join(Taxonomy((task,)), {task.name: split}),
         batch_size=arguments.batch_size,
         seed=0,
         pad_id=tokenizer.pad_id,
         num_epochs=1,
     )
-    order = itertools.cycle(range(batches.steps_per_epoch))
+    order = itertools.cycle(range(batches.num_steps))
     turns = [[batches.batch(next(order)) for _ in range(arguments.steps)] for _ in range(arguments.turns)]
     warm_up = [batches.batch(step) for step in _covering(batches, arguments.warm_up)]
     sides = {"Classer": classer_side(arguments, folder, task), "PyTorch": torch_side(arguments, folder, task)}
@@ -88,18 +88,19 @@ def main(arguments: FinetuneArguments) -> None:
             for batch in turn:
                 step(batch)
             rates[name].append(len(turn) * arguments.batch_size / (time.perf_counter() - started))
+    lengths = sorted({batches.plan.planned(step).length for step in range(batches.num_steps)})
     ratios = [ours / theirs for ours, theirs in zip(rates["Classer"], rates["PyTorch"], strict=True)]
-    print(f"\n{task.name}, batches of {arguments.batch_size}, lengths {batches.lengths}, dropout {arguments.dropout}, "
+    print(f"\n{task.name}, batches of {arguments.batch_size}, lengths {lengths}, dropout {arguments.dropout}, "
           f"allocator {'tuned' if arguments.tuned_allocator else 'as it comes'}")  # fmt: skip
     for name, values in rates.items():
         print(f"  {name:8} {statistics.median(values):7.1f} examples/s  ({min(values):.1f} to {max(values):.1f})")
     print(f"  ratio    {statistics.median(ratios):7.2f}  ({min(ratios):.2f} to {max(ratios):.2f}, turn by turn)")
 
 
-def _covering(batches: TrainBatches, count: int) -> list[int]:
+def _covering(batches: Batches, count: int) -> list[int]:
     """The first steps, and one of every batch shape."""
     first_of = {}
-    for step in range(batches.steps_per_epoch):
+    for step in range(batches.num_steps):
         first_of.setdefault(batches.batch(step).tokens_BS.shape, step)
     return [*first_of.values(), *range(count)]
 

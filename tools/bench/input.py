@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from classer.data.errors import InputError
-from classer.data.shards import ShardBatches, Shards
+from classer.data.pipeline import epoch_batches
+from classer.data.shards import Shards
 from classer.model.classifier import TextClassifier
 from classer.model.config import native
 from classer.model.sharding import make_layout
@@ -47,7 +48,7 @@ def main() -> int:
         shards = Shards(a.folder)
     except InputError as error:
         parser.error(str(error))
-    batches = ShardBatches(shards, batch_size=a.batch_size, seed=0, pad_id=0, num_epochs=1)
+    batches = epoch_batches(shards, batch_size=a.batch_size, seed=0, pad_id=0, num_epochs=1)
     rates, padded, real = [], 0, 0
     for first in range(0, min(a.steps, batches.num_steps), 10):
         started, tokens = time.process_time(), 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import os
 import statistics
 import tempfile
 import threading
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 from classer.data.errors import InputError
 from classer.tools.bench.serving import Serving
+from classer.tools.cli.load_runner import resident_mb
 
 if TYPE_CHECKING:
     from classer.serve.client.client import Classification
@@ -95,7 +97,7 @@ def swap(a: SwapsArguments) -> Swapped:
             for thread in threads:
                 thread.start()
             time.sleep(a.pause)
-            done.megabytes.append(resident_megabytes())
+            done.megabytes.append(resident_mb(os.getpid()))
             with (
                 serving.admin() as admin,
                 tqdm(range(1, a.swaps + 1), desc="Swapping", unit="swap") as bar,
@@ -107,7 +109,7 @@ def swap(a: SwapsArguments) -> Swapped:
                     serves = number
                     done.seconds.append(time.monotonic() - begin)
                     time.sleep(a.pause)
-                    done.megabytes.append(resident_megabytes())
+                    done.megabytes.append(resident_mb(os.getpid()))
                     bar.set_postfix(
                         MB=round(done.megabytes[-1]),
                         answers=len(done.answers),
@@ -188,13 +190,6 @@ def other_version(path: Path, folder: Path) -> Path:
     kernel = np.roll(bundle.weights["head.kernel"], 1, axis=-1)
     save_bundle(dataclasses.replace(bundle, weights={**bundle.weights, "head.kernel": kernel}), folder / "other")
     return folder / "other"
-
-
-def resident_megabytes() -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) / 1024
-    raise InputError("/proc/self/status gives no VmRSS; this benchmark needs Linux.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How a command connects to a server: TLS and API key, the same options for all of them."""
+"""Options of the commands that connect to a server: TLS and the server's API key."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from classer.data.errors import InputError
 if TYPE_CHECKING:
     from classer.serve.ops.security import Tls
 
-KEY_VARIABLE = "CLASSER_API_KEY"
+KEY_VARIABLE = "CLASSER_SERVER_KEY"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class ConnectionArguments:
       tls_ca: connect with TLS, trusting these authorities only, PEM.
       tls_cert: a certificate to show to the server, PEM; for mutual TLS.
       tls_key: the private key of --tls-cert, PEM.
-      api_key_file: a file that holds an API key; else the environment variable CLASSER_API_KEY, if it is set.
+      api_key_file: a file that holds an API key; else the environment variable CLASSER_SERVER_KEY, if it is set.
     """
 
     tls: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -35,10 +35,10 @@ class ConnectionArguments:
     api_key_file: Path | None = None
 
     def connect_with(self) -> tuple[Tls | None, str | None]:
-        """What a client takes as `tls` and `key`.
+        """Values for the arguments `tls` and `key` of a `Client`.
 
         Raises:
-          InputError: a file cannot be read, or files do not go together.
+          InputError: a file cannot be read, or a certificate is given without its private key.
         """
         from classer.serve.ops.security import Tls
 

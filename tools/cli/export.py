@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from classer.data.errors import InputError
+from classer.model.precision import Precision
 
 if TYPE_CHECKING:
     from ..export.run import Checked
@@ -35,7 +36,7 @@ class ExportArguments:
     bundle: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="BUNDLE")]
     to: Target
     out: Path
-    precision: Literal["float32", "float16", "bfloat16", "int8"] | None = None
+    precision: Precision | None = None
     focus: str = "1"
     lengths: tuple[int, ...] = ()
 

@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-from classer.model.config import ComputeDtype
+from classer.model.precision import ComputeDtype, Precision
 
 from .arguments import parse
 from .measured import MeasureArguments, load_measured
@@ -27,7 +27,7 @@ class FocusPlanArguments(MeasureArguments):
     max_loss: float | None = None
     speedup: float | None = None
     texts: int = 2000
-    compute_dtype: ComputeDtype = "bfloat16"
+    compute_dtype: ComputeDtype = Precision.bfloat16
 
 
 def focus_plan(argv: Sequence[str]) -> None:

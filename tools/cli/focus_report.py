@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from classer.data.errors import InputError
-from classer.model.config import ComputeDtype
+from classer.model.precision import ComputeDtype, Precision
 
 from .arguments import parse
 from .measured import MeasureArguments, load_measured
@@ -28,7 +28,7 @@ class FocusReportArguments(MeasureArguments):
     texts: int = 0
     timed_texts: int = 512
     rounds: int = 5
-    compute_dtype: ComputeDtype = "bfloat16"
+    compute_dtype: ComputeDtype = Precision.bfloat16
 
     def __post_init__(self) -> None:
         for name, low in (("texts", 0), ("timed_texts", 1), ("rounds", 1)):

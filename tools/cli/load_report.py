@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from classer.train.style import BLUE, DPI, GREEN, GREY, ORANGE, markdown_table
+
 from .load_runner import OK, OUTCOMES, TIMED_OUT, Recorder
 
 PERCENTILES = (50.0, 75.0, 90.0, 95.0, 99.0, 99.9)
 MAX_WINDOWS = 120
-DPI = 130
-BLUE, ORANGE, GREEN, GREY = "#2f6db3", "#e07b39", "#5aa469", "#8a8a8a"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +188,7 @@ def write_report(
         draw_timeline(folder / "timeline.png", summary, title)
         sections += ["![The run over time](timeline.png)\n", _windows(summary)]
     rows = [(name, f"`{value}`") for name, value in settings.items()]
-    sections += ["## Settings\n", table(("", ""), rows)]
+    sections += ["## Settings\n", markdown_table(("", ""), rows)]
     (folder / "report.md").write_text("\n".join(sections), encoding="utf-8")
 
 
@@ -210,7 +210,7 @@ def describe(summary: Summary) -> str:
         if values:
             rows.append((name, *(f"{value:,.1f}" for value in values.values())))
     header = ("ms", "mean", *(f"p{q:g}" for q in PERCENTILES), "max")
-    parts = [lead, table(("status", "calls", "share"), outcomes), table(header, rows)]
+    parts = [lead, markdown_table(("status", "calls", "share"), outcomes), markdown_table(header, rows)]
     parts.append(f"Answers that came after their deadline: {s.late}.\n")
     if s.memory_mb:
         sizes = [mb for _, mb in s.memory_mb]
@@ -233,7 +233,7 @@ def _windows(summary: Summary) -> str:
         for w in summary.windows
     ]
     header = ("seconds", "due, calls/s", "answered of them, calls/s", "p50, ms", "p99, ms")
-    return f"## Over time\n\n{table(header, rows)}"
+    return f"## Over time\n\n{markdown_table(header, rows)}"
 
 
 def _tries(tries: Sequence[Try], target_ms: float) -> str:
@@ -254,13 +254,7 @@ def _tries(tries: Sequence[Try], target_ms: float) -> str:
         for one in tries
     ]
     header = ("calls/s", "p50, ms", "p99, ms", "not answered", "")
-    return f"{found} Wanted: a p99 of at most {target_ms:g} ms.\n\n{table(header, rows)}"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; its first column is words, the others are numbers."""
-    sides = ("---", *("---:" for _ in header[1:]))
-    return "".join(f"| {' | '.join(line)} |\n" for line in [header, sides, *rows])
+    return f"{found} Wanted: a p99 of at most {target_ms:g} ms.\n\n{markdown_table(header, rows)}"
 
 
 def draw_latency(path: Path, recorder: Recorder, title: str) -> None:

@@ -44,6 +44,7 @@ COMMANDS: dict[str, Command] = {
     "train": Command("Train a classifier on labelled texts; leaves a bundle to serve in OUT/bundle.", "train"),
     "serve": Command("Serve bundles over gRPC.", "serve"),
     "classify": Command("Ask a running server which labels a text has.", ""),
+    "predict": Command("Classify a file of texts: every column is kept, predictions are appended.", "local"),
     "evaluate": Command("Measure a bundle on labelled texts.", "train"),
     "info": Command("Check a bundle and say what is in it.", "local"),
     "export": Command("Write a bundle for another runtime, checked in that runtime.", "export"),

@@ -26,8 +26,8 @@ class PrepareArguments(PrepareConfig):
       evaluation: files or folders of texts that must not be trained on.
       tokenizer: a folder with vocab.txt and tokenizer_config.json, or an encoder as `classer train --encoder` takes it.
       workers: processes that compare and tokenise.
-      beam: run on Apache Beam instead, with these pipeline options, such as "--runner=FlinkRunner …"; an empty text is
-        Beam's runner in this process. Every worker must reach all files under the same paths.
+      runner: run on Apache Beam: the name of a runner and its options, such as "FlinkRunner --parallelism=8", or
+        DirectRunner for this machine. Every worker must reach all files under the same paths.
     """
 
     inputs: Inputs = ()
@@ -35,7 +35,7 @@ class PrepareArguments(PrepareConfig):
     evaluation: tuple[Path, ...] = ()
     tokenizer: str = "sentence-transformers/all-MiniLM-L6-v2"
     workers: int = 1
-    beam: str | None = None
+    runner: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,14 +51,14 @@ def prepare(argv: Sequence[str]) -> None:
     config = PrepareConfig(**{field.name: getattr(a, field.name) for field in dataclasses.fields(PrepareConfig)})
     plan = Plan.make(config, a.inputs, a.evaluation, _tokenizer_folder(a.tokenizer), a.out)
     print(f"{len(plan.sources)} files of {len(plan.task_names)} tasks, {len(plan.evaluation)} evaluation files.")
-    if a.beam is None:
+    if a.runner is None:
         from classer.data.prepare.local import prepare as run
 
         manifest, new = run(plan, workers=a.workers, progress=show_progress)
     else:
         from classer.data.prepare.on_beam import prepare as run_on_beam
 
-        manifest, new = run_on_beam(plan, options=a.beam.split(), progress=show_progress)
+        manifest, new = run_on_beam(plan, runner=a.runner, progress=show_progress)
     if not new:
         print(f"{a.out} holds exactly this already, whole; nothing was done.")
     print(describe(manifest))

@@ -65,7 +65,7 @@ BREAKS = (
     ),
     Break(
         "every example comes once an epoch",
-        "data/pipeline.py",
+        "data/plans.py",
         "left_over = rows[full:]",
         "left_over = rows[full + 1 :]",
         "tests/data/test_pipeline.py",
@@ -73,8 +73,8 @@ BREAKS = (
     Break(
         "resuming continues with the very next batch",
         "data/pipeline.py",
-        'self._batches.set_state({"next_index": state["next_step"]})',
-        'self._batches.set_state({"next_index": state["next_step"] + 1})',
+        'self._next_step = state["next_step"]',
+        'self._next_step = state["next_step"] + 1',
         "tests/data/test_pipeline.py",
     ),
     Break(

@@ -34,7 +34,8 @@ from jax import lax
 from classer.data.taxonomy import Label, Task, TaskKind, Taxonomy
 from classer.model.classifier import TextClassifier
 from classer.model.config import EncoderConfig, native
-from classer.model.quantize import INT8_MAX, Quantization, variables
+from classer.model.precision import Precision
+from classer.model.quantize import INT8_MAX, is_quantized, unflatten
 from classer.tools.aot.accelerators import bf16_peak
 from classer.tools.aot.hlo import count_flops, instructions, products
 from classer.train.step import init_state, make_optimizer, make_train_step
@@ -97,21 +98,21 @@ def random_weights(config: EncoderConfig, labels: int, precision: str) -> Any:
     named = {".".join(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     weights: dict[str, Any] = {}
     for name, value in named.items():
-        if name.startswith("encoder.") and name.endswith((".kernel", ".table")):
+        if is_quantized(name):
             axis = 0 if name.endswith(".kernel") else 1
             scale = jnp.maximum(jnp.abs(value).max(axis=axis) / INT8_MAX, 1e-30)
             weights[name] = np.asarray(jnp.round(value / jnp.expand_dims(scale, axis)).astype(jnp.int8))
             weights[f"{name}_scale"] = np.asarray(scale)
         else:
             weights[name] = np.asarray(value)
-    return variables(weights, "int8")
+    return {"params": unflatten(weights)}
 
 
 def compiled(config: EncoderConfig, labels: int, precision: str, batch: int, length: int, device: Any) -> tuple:
     """(executable, its variables on the device, tokens, lengths)."""
-    quantization = Quantization.SERVE if precision == "int8" else Quantization.NONE
+    stored = Precision.int8 if precision == "int8" else Precision.float32
     dtype = jnp.float32 if precision == "float32" else jnp.bfloat16
-    model = TextClassifier(config, labels, dtype, quantization)
+    model = TextClassifier(config, labels, dtype, stored)
     weights = jax.device_put(random_weights(config, labels, precision), device)
     rng = np.random.default_rng(0)
     tokens_BS = jax.device_put(rng.integers(0, VOCAB, (batch, length), np.int32), device)

@@ -1,7 +1,7 @@
-"""Prints docs/scale.md: what training `classer-1b` on 500 million pairs takes, from what `classer aot` found.
+"""Prints docs/benchmarks/scale.md: what training `classer-1b` on 500 million pairs takes (from `classer aot`).
 
     .venv-aot/bin/classer aot --topology h100:8x8 --length 128 --batch-size 2048 --json runs/aot/h100-8x8.json  # …
-    python tools/dev/plan_scale.py runs/aot/*.json > docs/scale.md
+    python tools/dev/plan_scale.py runs/aot/*.json > docs/benchmarks/scale.md
 
 Every figure is computed here, or stands in this file or in tools/aot/accelerators.py with its source.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from classer.tools.aot.accelerators import GIB, UTILISATION, UTILISATION_SOURCE, Accelerator, Topology
 from classer.tools.aot.aot import Report
+from classer.train.style import markdown_table
 
 PAIRS = 500_000_000
 EPOCHS = 1
@@ -26,9 +27,7 @@ REFERENCE_DAYS = 12
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    header = list(header)
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *map(list, rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown_table(tuple(header), map(tuple, rows)).rstrip("\n")
 
 
 def train_tables(reports: list[Report]) -> str:

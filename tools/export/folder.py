@@ -26,6 +26,7 @@ from classer.data.tokenizer import WordPieceTokenizer
 from classer.model.bundle import Bundle
 from classer.model.decode import Calibration
 from classer.model.manifest import FolderKind, read_json, write_json
+from classer.model.precision import Precision
 
 MANIFEST = "export.json"
 _KIND = FolderKind(
@@ -79,7 +80,7 @@ class Export:
 
     path: Path
     target: str
-    precision: str
+    precision: Precision
     focus: str
     max_length: int
     lengths: tuple[int, ...]
@@ -126,7 +127,8 @@ def read_export(path: Path) -> Export:
     try:
         return Export(
             path=path,
-            **{name: manifest[name] for name in ("target", "precision", "focus", "max_length", "bundle", "versions")},
+            **{name: manifest[name] for name in ("target", "focus", "max_length", "bundle", "versions")},
+            precision=Precision(manifest["precision"]),
             lengths=tuple(manifest["lengths"]),
             created=datetime.date.fromisoformat(manifest["created"]),
             taxonomy=taxonomy,

@@ -11,6 +11,7 @@ from classer.data.errors import InputError
 from classer.data.extras import missing_packages
 from classer.model.bundle import Bundle
 from classer.model.focus import Focus
+from classer.model.precision import Precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Request:
     """
 
     bundle: Bundle
-    precision: str
+    precision: Precision
     focus: Focus
     max_length: int
     lengths: tuple[int, ...]
@@ -48,7 +49,7 @@ class Format:
     """
 
     module: str
-    precisions: tuple[str, ...]
+    precisions: tuple[Precision, ...]
     needs: tuple[str, ...]
     extra: str
     focused: bool = True
@@ -62,25 +63,20 @@ class Format:
         return importlib.import_module(f"{__package__}.{self.module}")
 
 
+float32, float16, bfloat16, int8 = Precision
 FORMATS: dict[str, Format] = {
-    "safetensors": Format(
-        "to_safetensors", ("float32",), ("torch", "transformers"), extra="transformers", focused=False
-    ),
+    "safetensors": Format("to_safetensors", (float32,), ("torch", "transformers"), extra="transformers", focused=False),
     # https://docs.jax.dev/en/latest/export/export.html, "Compatibility guarantees": six months.
     "stablehlo": Format(
-        "to_stablehlo", ("float32", "bfloat16", "int8"), (), extra="train", static="focused", guaranteed_days=180
+        "to_stablehlo", (float32, bfloat16, int8), (), extra="train", static="focused", guaranteed_days=180
     ),
     "savedmodel": Format(
-        "to_savedmodel",
-        ("float32", "bfloat16", "int8"),
-        ("tensorflow", "tensorflow_text"),
-        extra="train",
-        static="focused",
+        "to_savedmodel", (float32, bfloat16, int8), ("tensorflow", "tensorflow_text"), extra="train", static="focused"
     ),
-    "onnx": Format("to_onnx", ("float32", "float16", "bfloat16"), ("onnx", "onnxruntime", "openvino"), extra="onnx"),
-    "onnx-int8": Format("to_onnx", ("int8",), ("onnx", "onnxruntime"), extra="onnx"),
-    "openvino": Format("to_openvino", ("float32", "int8"), ("onnx", "openvino"), extra="openvino", weights_only=True),
-    "litert": Format("to_litert", ("float32", "int8"), ("tensorflow", "ai_edge_litert"), extra="litert", static=True),
+    "onnx": Format("to_onnx", (float32, float16, bfloat16), ("onnx", "onnxruntime", "openvino"), extra="onnx"),
+    "onnx-int8": Format("to_onnx", (int8,), ("onnx", "onnxruntime"), extra="onnx"),
+    "openvino": Format("to_openvino", (float32, int8), ("onnx", "openvino"), extra="openvino", weights_only=True),
+    "litert": Format("to_litert", (float32, int8), ("tensorflow", "ai_edge_litert"), extra="litert", static=True),
 }
 
 

@@ -20,6 +20,7 @@ import onnx
 from classer.data.taxonomy import Task, TaskKind
 from classer.model.bundle import Bundle
 from classer.model.focus import MASKED_SCORE, MIN_KEPT, SURE, UNITS, Focus
+from classer.model.precision import Precision
 
 from .decoding import tree_of
 from .graph import Graph
@@ -40,7 +41,7 @@ class _Tokens(NamedTuple):
     positions_BK: str | None
 
 
-def build(bundle: Bundle, dtype: str, focus: Focus, *, compressed: bool = False) -> onnx.ModelProto:
+def build(bundle: Bundle, dtype: Precision, focus: Focus, *, compressed: bool = False) -> onnx.ModelProto:
     """The classifier's graph: input_ids and attention_mask (int64, batch × length) → logits and probabilities.
 
     Args:
@@ -54,7 +55,7 @@ def build(bundle: Bundle, dtype: str, focus: Focus, *, compressed: bool = False)
 
 
 class _Builder:
-    def __init__(self, bundle: Bundle, dtype: str, focus: Focus, compressed: bool) -> None:
+    def __init__(self, bundle: Bundle, dtype: Precision, focus: Focus, compressed: bool) -> None:
         self.g = Graph()
         self.bundle = bundle
         self.config = bundle.encoder
@@ -66,7 +67,7 @@ class _Builder:
     def build(self) -> onnx.ModelProto:
         g, c = self.g, self.config
         self.batch, self.length = g.dimension("input_ids", 0), g.dimension("input_ids", 1)
-        if self.bundle.precision == "int8" and not self.compressed:
+        if self.bundle.precision == Precision.int8 and not self.compressed:
             self.one = g.cast(g.op("Greater", g.op("Squeeze", self.length), g.constant(0, "int64")), "float32")
         mask_BS = g.cast("attention_mask", "float32")
         self.lengths_B1 = g.op("ReduceSum", "attention_mask", g.constant([1], "int64"), keepdims=1)
@@ -87,10 +88,10 @@ class _Builder:
         )
 
     def _to_compute(self, x: str) -> str:
-        return x if self.dtype == "float32" else self.g.cast(x, self.dtype)
+        return x if self.dtype == Precision.float32 else self.g.cast(x, self.dtype)
 
     def _to_float(self, x: str) -> str:
-        return x if self.dtype == "float32" else self.g.cast(x, "float32")
+        return x if self.dtype == Precision.float32 else self.g.cast(x, "float32")
 
     def _weight(self, name: str, dtype: str | None = None) -> str:
         return self.g.constant(self.weights[name], dtype, name)
@@ -110,7 +111,7 @@ class _Builder:
             x_BSD = g.op("Add", x_BSD, self._lookup("position", places_S))
         if c.num_segments:
             table = self.weights["encoder.embeddings.segment.table"].astype(np.float32)
-            if self.bundle.precision == "int8":
+            if self.bundle.precision == Precision.int8:
                 table = table * self.weights["encoder.embeddings.segment.table_scale"][:, None]
             x_BSD = g.op("Add", x_BSD, g.constant(table[0], name="encoder.embeddings.segment"))
         x_ND = g.reshape(x_BSD, -1, c.d_model)
@@ -123,7 +124,7 @@ class _Builder:
     def _lookup(self, table: str, ids: str) -> str:
         """Rows of an embedding table, float32."""
         g, name = self.g, f"encoder.embeddings.{table}.table"
-        if self.bundle.precision == "int8":
+        if self.bundle.precision == Precision.int8:
             rows = g.cast(g.op("Gather", self._weight(name), ids), "float32")
             scale = g.op("Gather", g.constant(self.weights[f"{name}_scale"][:, None], name=f"{name}_scale"), ids)
             return g.op("Mul", rows, scale)

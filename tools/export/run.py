@@ -16,6 +16,7 @@ from classer.data.errors import InputError
 from classer.data.files import staged_folder
 from classer.model.bundle import Bundle
 from classer.model.focus import Focus
+from classer.model.precision import Precision
 from classer.model.variants import variant_predictor
 
 from .folder import Export, Golden, read_export, write_manifest, write_shared
@@ -23,7 +24,12 @@ from .formats import FORMATS, Format, Request, format_named
 
 # Largest difference of a probability from Classer's own float32 or INT8 programs. Half precisions round activations;
 # INT8 does so in whole steps, and where two runtimes' last bits differ, one of them may round up.
-TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2, "int8": 3e-2}
+TOLERANCE = {
+    Precision.float32: 1e-4,
+    Precision.float16: 1e-2,
+    Precision.bfloat16: 5e-2,
+    Precision.int8: 3e-2,
+}
 
 Say = Callable[[str], object]
 
@@ -43,7 +49,7 @@ class Checked(NamedTuple):
 
 
 def make_request(
-    bundle: Bundle, target: str, *, precision: str | None, focus: str = "1", lengths: tuple[int, ...] = ()
+    bundle: Bundle, target: str, *, precision: Precision | None, focus: str = "1", lengths: tuple[int, ...] = ()
 ) -> Request:
     """What the user asked for, checked against what the format can hold.
 
@@ -51,7 +57,7 @@ def make_request(
       InputError: it cannot; the message says what can.
     """
     kind = format_named(target)
-    precision = precision or ("int8" if bundle.precision == "int8" else kind.precisions[0])
+    precision = precision or (Precision.int8 if bundle.precision == Precision.int8 else kind.precisions[0])
     _check_precision(bundle, target, kind, precision)
     parsed = Focus.parse(focus, bundle.encoder.num_layers)
     if not parsed.full and not kind.focused:
@@ -149,11 +155,11 @@ def golden(request: Request, target: str) -> list[Golden]:
     """
     bundle = request.bundle
     texts = [text for text in bundle.golden_texts if text]
-    if request.precision != "int8" or not texts:
+    if request.precision != Precision.int8 or not texts:
         texts += ["", " ".join([*bundle.golden_texts, "a text"] * 100)[: 8 * bundle.max_length]]
     ids = bundle.tokenizer.encode(texts, request.max_length).ids
-    if FORMATS[target].weights_only and request.precision == "int8":
-        predictor = variant_predictor(bundle, "float32", request.focus)
+    if FORMATS[target].weights_only and request.precision == Precision.int8:
+        predictor = variant_predictor(bundle, Precision.float32, request.focus)
     else:
         predictor = bundle.predictor(focus=request.focus)
     logits_NL = predictor.logits(ids, batch_size=len(ids))
@@ -165,14 +171,18 @@ def golden(request: Request, target: str) -> list[Golden]:
     ]
 
 
-def _check_precision(bundle: Bundle, target: str, kind: Format, precision: str) -> None:
+def _check_precision(bundle: Bundle, target: str, kind: Format, precision: Precision) -> None:
     holders = [name for name, other in FORMATS.items() if precision in other.precisions]
-    if precision == "int8" and bundle.precision != "int8":
+    if precision == Precision.int8 and bundle.precision != Precision.int8:
         raise InputError(f"{bundle.path} is float32; make it INT8 first: classer quantize BUNDLE --out FOLDER.")
-    if bundle.precision == "int8" and precision != "int8":
+    if bundle.precision == Precision.int8 and precision != Precision.int8:
         raise InputError(f"{bundle.path} is INT8, and its floats are gone; export the float32 bundle of the run.")
     if precision not in kind.precisions:
-        floats = f", or export the float32 bundle (bundle-float32 beside it) to {target}" if precision == "int8" else ""
+        floats = (
+            f", or export the float32 bundle (bundle-float32 beside it) to {target}"
+            if precision == Precision.int8
+            else ""
+        )
         raise InputError(
             f"{target} holds {', '.join(kind.precisions)}, not {precision}. For {precision} take "
             f"{', '.join(holders)}{floats}."

@@ -25,6 +25,7 @@ from ai_edge_litert.tools import flatbuffer_utils
 from jax import lax
 from jax.experimental import jax2tf
 
+from classer.model.precision import Precision
 from classer.model.quantize import INT8_MAX
 
 from .basic import in_basic_operators
@@ -51,7 +52,7 @@ def write(request: Request, folder: Path) -> None:
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # it lists every operator
             model = converter.convert()
-    (folder / MODEL).write_bytes(_with_int8_kernels(model) if request.precision == "int8" else model)
+    (folder / MODEL).write_bytes(_with_int8_kernels(model) if request.precision == Precision.int8 else model)
 
 
 class _TokenModule(tf.Module):

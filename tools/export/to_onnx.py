@@ -8,6 +8,8 @@ import numpy as np
 import onnx
 import onnxruntime
 
+from classer.model.precision import Precision
+
 from . import graph, onnx_model
 from .folder import Export
 from .formats import Request
@@ -22,7 +24,7 @@ def write(request: Request, folder: Path) -> None:
     Raises:
       onnx.checker.ValidationError: the graph is not valid ONNX.
     """
-    activations = "float32" if request.precision == "int8" else request.precision
+    activations = Precision.float32 if request.precision == Precision.int8 else request.precision
     model = onnx_model.build(request.bundle, activations, request.focus)
     apart = model.ByteSize() > graph.MAX_INLINE_BYTES
     onnx.save_model(model, folder / MODEL, save_as_external_data=apart, location=f"{MODEL}.data" if apart else None)
@@ -30,7 +32,7 @@ def write(request: Request, folder: Path) -> None:
 
 
 def load(export: Export) -> Runtime:
-    if export.precision == "bfloat16":
+    if export.precision == Precision.bfloat16:
         # ONNX Runtime has bfloat16 on accelerators only; OpenVINO runs the same file on any CPU.
         from .to_openvino import run_on_cpu
 

@@ -12,6 +12,8 @@ import numpy as np
 import onnx
 import openvino
 
+from classer.model.precision import Precision
+
 from . import onnx_model
 from .folder import Export
 from .formats import Request
@@ -21,7 +23,7 @@ MODEL = "model.xml"
 
 
 def write(request: Request, folder: Path) -> None:
-    activations = "float32" if request.precision == "int8" else request.precision
+    activations = Precision.float32 if request.precision == Precision.int8 else request.precision
     graph = onnx_model.build(request.bundle, activations, request.focus, compressed=True)
     onnx.save_model(graph, folder / "model.onnx")
     openvino.save_model(openvino.Core().read_model(folder / "model.onnx"), folder / MODEL, compress_to_fp16=False)

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from classer.model.classifier import mean_pool
 from classer.model.config import EncoderConfig
+from classer.model.precision import Precision
 from classer.model.predict import Predictor
 from classer.model.pretrained import load_encoder, save_encoder
 from classer.model.quantize import Weights
@@ -89,7 +90,7 @@ def _load_classer(export: Export) -> Run:
     config, weights = load_encoder(export.path)
     head = load_file(export.path / HEAD)
     whole = {**weights, "head.kernel": np.ascontiguousarray(head["weight"].T), "head.bias": head["bias"]}
-    predictor = Predictor(config, export.taxonomy.num_labels, whole, "float32")
+    predictor = Predictor(config, export.taxonomy.num_labels, whole, Precision.float32)
 
     def run(tokens_BS: np.ndarray, lengths_B: np.ndarray) -> np.ndarray:
         logits_BL = predictor.compile(*tokens_BS.shape)(tokens_BS, lengths_B)

@@ -16,7 +16,8 @@ from jax import export as jax_export
 from safetensors.numpy import load_file, save_file
 
 from classer.model.classifier import TextClassifier
-from classer.model.quantize import Quantization, Weights, variables
+from classer.model.precision import Precision
+from classer.model.quantize import Weights, unflatten
 
 from .decoding import probabilities
 from .folder import Export
@@ -34,14 +35,11 @@ def program_name(length: int | None) -> str:
 def forward(request: Request) -> Any:
     """(weights by name, tokens_BS, lengths_B) → logits_BL and probabilities_BL."""
     bundle = request.bundle
-    quantization = Quantization.SERVE if bundle.precision == "int8" else Quantization.NONE
-    dtype = jnp.dtype("float32" if request.precision == "int8" else request.precision)
-    model = TextClassifier(bundle.encoder, bundle.taxonomy.num_labels, dtype, quantization, focus=request.focus)
+    dtype = jnp.dtype(Precision.float32 if request.precision == Precision.int8 else request.precision)
+    model = TextClassifier(bundle.encoder, bundle.taxonomy.num_labels, dtype, bundle.precision, focus=request.focus)
 
     def classify(weights: Weights, tokens_BS: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # AQT asks for an RNG even where it rounds to nearest.
-        rngs = {"params": jax.random.key(0)} if bundle.precision == "int8" else None
-        logits_BL = cast(jax.Array, model.apply(variables(weights, bundle.precision), tokens_BS, lengths_B, rngs=rngs))
+        logits_BL = cast(jax.Array, model.apply({"params": unflatten(weights)}, tokens_BS, lengths_B))
         return logits_BL, probabilities(bundle.taxonomy, bundle.calibration, logits_BL)
 
     return classify

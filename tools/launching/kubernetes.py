@@ -96,12 +96,12 @@ def manifests(launch: Launch, command: Sequence[str], out: Path) -> list[dict[st
     return [service, job]
 
 
-def describe(launch: Launch, command: Sequence[str], out: Path) -> str:
+def manifests_yaml(launch: Launch, command: Sequence[str], out: Path) -> str:
     """The manifests in YAML."""
     return yaml.safe_dump_all(manifests(launch, command, out), sort_keys=False)
 
 
-def start(launch: Launch, command: Sequence[str], job: TrainJob) -> int:
+def apply_manifests(launch: Launch, command: Sequence[str], job: TrainJob) -> int:
     """Applies the manifests with kubectl."""
     if shutil.which("kubectl") is None:
         raise InputError(
@@ -122,7 +122,7 @@ def start(launch: Launch, command: Sequence[str], job: TrainJob) -> int:
         subprocess.run(["kubectl", *within, "delete", "job", name], check=False)
     done = subprocess.run(
         ["kubectl", "apply", "--filename", "-"],
-        input=describe(launch, command, job.out),
+        input=manifests_yaml(launch, command, job.out),
         capture_output=True,
         text=True,
         check=False,

@@ -26,16 +26,16 @@ LAST_LINES = 20
 GRACE = 600.0  # seconds that workers get to save after a stop
 
 
-def describe(launch: Launch, command: Sequence[str], out: Path) -> str:
-    """What `start` would run; of one process what runs in this one."""
+def describe_processes(launch: Launch, command: Sequence[str], out: Path) -> str:
+    """What `run_processes` would run; of one process what runs in this one."""
     alone = launch.processes == 1
-    variables = environment(launch, rank=0) if alone else _environment(launch, rank=None, port=None)
+    variables = process_environment(launch, rank=0) if alone else _worker_environment(launch, rank=None, port=None)
     words = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
     line = " ".join([*words, shlex.join(_python(command))])
     return line if alone else f"# {launch.processes} times, RANK from 0:\n{line}"
 
 
-def start(launch: Launch, command: Sequence[str], job: TrainJob) -> int:
+def run_processes(launch: Launch, command: Sequence[str], job: TrainJob) -> int:
     """Runs the job of several processes to its end.
 
     The first process's output is shown; all outputs are in `out/logs`. When a process dies the others are ended and its
@@ -53,7 +53,7 @@ def start(launch: Launch, command: Sequence[str], job: TrainJob) -> int:
     with contextlib.ExitStack() as stack:
         stack.callback(lambda: [worker.kill() for worker in workers])
         for rank in range(launch.processes):
-            variables = os.environ | _environment(launch, rank, port)
+            variables = os.environ | _worker_environment(launch, rank, port)
             workers.append(_Worker(logs / f"worker-{rank}.log", _python(command), variables))
         return _watch(workers)
 
@@ -139,7 +139,7 @@ def _bury(workers: list[_Worker], dead: _Worker) -> int:
     return code if code > 0 else 128 - code
 
 
-def environment(launch: Launch, rank: int | None) -> dict[str, str]:
+def process_environment(launch: Launch, rank: int | None) -> dict[str, str]:
     """`Launch.environment` beside the XLA_FLAGS that are set already, and the GPUs of this rank (None: of any)."""
     variables = launch.environment()
     if "XLA_FLAGS" in variables and (flags := os.environ.get("XLA_FLAGS")):
@@ -150,8 +150,8 @@ def environment(launch: Launch, rank: int | None) -> dict[str, str]:
     return variables
 
 
-def _environment(launch: Launch, rank: int | None, port: int | None) -> dict[str, str]:
-    variables = environment(launch, rank)
+def _worker_environment(launch: Launch, rank: int | None, port: int | None) -> dict[str, str]:
+    variables = process_environment(launch, rank)
     variables[COORDINATOR] = f"127.0.0.1:{'PORT' if port is None else port}"
     variables[PROCESS_ID] = "RANK" if rank is None else str(rank)
     if rank is not None:

@@ -24,7 +24,7 @@ LAST_LINES = 20
 _FIRST_DEAD = r"sed -n 's/^srun: error: .* tasks\{0,1\} \([0-9][0-9]*\).*/\1/p' | head -n 1"
 
 
-def describe(launch: Launch, command: Sequence[str], out: Path) -> str:
+def batch_script(launch: Launch, command: Sequence[str], out: Path) -> str:
     """The batch script.
 
     Slurm gives its shell USR1 before the time limit; it then tells the tasks to save, and puts the job back in the
@@ -89,14 +89,14 @@ def describe(launch: Launch, command: Sequence[str], out: Path) -> str:
     )
 
 
-def start(launch: Launch, command: Sequence[str], job: TrainJob) -> int:
+def submit_batch_script(launch: Launch, command: Sequence[str], job: TrainJob) -> int:
     """Writes the script to `out/logs/job.sbatch` and submits it."""
     if shutil.which("sbatch") is None:
         raise InputError("--target slurm needs the command sbatch on this machine; --dry-run prints the script.")
     logs = job.out / LOGS
     logs.mkdir(parents=True, exist_ok=True)
     script = logs / "job.sbatch"
-    script.write_text(describe(launch, command, job.out), encoding="utf-8")
+    script.write_text(batch_script(launch, command, job.out), encoding="utf-8")
     done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise InputError(f"sbatch refused the job: {done.stderr.strip()}")

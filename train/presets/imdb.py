@@ -4,7 +4,7 @@
 
 FOLDER holds the official split (25,000 / 25,000) as task.json, train.jsonl and test.jsonl. Nine minutes on a part of
 one H100; on two CPU cores an epoch takes an hour, and `--epochs 1 --focus-epochs 1 --texts 11000` is what one can wait
-for. docs/focused-attention.md has the figures.
+for. docs/internals/focus.md has the figures.
 """
 
 from ..config import Recipe

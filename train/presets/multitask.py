@@ -2,7 +2,8 @@
 
     classer train --preset multitask --data FOLDER --texts 10000 --held-out-texts 3000 --out runs/multitask
 
-FOLDER holds one folder a task, each with task.json and its splits. docs/curriculum.md has what it reached, on what.
+FOLDER holds one folder a task, each with task.json and its splits. What it reached, and on what, is in
+docs/benchmarks/many-tasks.md.
 """
 
 from ..config import CurriculumStage, Recipe

@@ -136,7 +136,7 @@ def test_beam_makes_the_same_bytes(corpus: Path) -> None:
     from classer.data.prepare import on_beam
 
     prepare(plan_of(corpus), progress=silent)
-    on_beam.prepare(plan_of(corpus, "beam"), options=[], progress=silent)
+    on_beam.prepare(plan_of(corpus, "beam"), runner="DirectRunner", progress=silent)
     assert contents(corpus / "out") == contents(corpus / "beam")
 
 

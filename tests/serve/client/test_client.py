@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import grpc
 import pytest
 
+from classer.data.errors import InputError
 from classer.serve.client import client as client_module
 from classer.serve.client.client import AsyncClient, Client, InvalidRequest, Unavailable
+from classer.serve.client.requests import one_request
+from classer.serve.client.results import read_classification
 from classer.serve.proto import classifier_pb2 as pb
 from classer.serve.wire.errors import ServeError
 from classer.serve.wire.limits import MAX_MESSAGE_BYTES, MAX_TEXTS
@@ -135,3 +140,37 @@ def test_a_server_that_is_something_else() -> None:
                 client.classify("a")
     finally:
         server.stop(None)
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_an_address_without_a_port_is_refused(kind: type[Client] | type[AsyncClient]) -> None:
+    with pytest.raises(InputError, match="'localhost'; it must be HOST:PORT, such as localhost:50051"):
+        kind("localhost")
+
+
+@pytest.mark.parametrize(("focus", "sent"), [(1, "1"), (1.0, "1"), (0.5, "0.5"), ("0.3", "0.3")])
+def test_a_focus_is_sent_as_servers_name_it(focus: float | str, sent: str) -> None:
+    assert one_request("a", None, {"focus": focus}).options.focus == sent
+
+
+def test_results_load_no_grpc() -> None:
+    code = "import sys, classer.serve.client.results; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "classer.serve.client.results" in loaded
+    assert not {"grpc", "jax", "numpy"} & set(loaded)
+
+
+def test_an_answer_is_json() -> None:
+    response = pb.ClassifyResponse(
+        task="t",
+        labels=[pb.ScoredLabel(label="a", score=0.5, chosen=True)],
+        focus="0.5",
+        precision=pb.PRECISION_BFLOAT16,
+        compute_duration=timedelta(milliseconds=1),
+    )
+    answer = read_classification(response)
+    assert answer.compute_duration == timedelta(milliseconds=1)
+    fields = json.loads(json.dumps(answer.as_json()))
+    assert fields["labels"] == [{"label": "a", "score": 0.5, "chosen": True, "path": []}]
+    assert (fields["focus"], fields["precision"], fields["compute_duration"]) == ("0.5", "bfloat16", 0.001)
+    assert fields.keys() == {field.name for field in pb.ClassifyResponse.DESCRIPTOR.fields}

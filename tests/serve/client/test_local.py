@@ -22,7 +22,7 @@ import pytest
 import classer
 from classer.data.errors import ClasserError, InputError
 from classer.data.taxonomy import Label, Task, TaskKind, Taxonomy
-from classer.model.bundle import Bundle, quantize, save_bundle
+from classer.model.bundle import Bundle, quantize_bundle, save_bundle
 from classer.model.classifier import TextClassifier
 from classer.model.decode import Calibration
 from classer.model.quantize import flatten
@@ -356,7 +356,7 @@ def test_a_pickled_model_loads_its_bundle_again(single: LocalModel) -> None:
 
 def test_int8_bundles_and_run_folders_load(tmp_path: Path, tiny_bundle: Bundle) -> None:
     save_bundle(tiny_bundle, tmp_path / "run" / "bundle-float32")
-    save_bundle(quantize(tiny_bundle), tmp_path / "run" / "bundle")
+    save_bundle(quantize_bundle(tiny_bundle), tmp_path / "run" / "bundle")
     for given in (tmp_path / "run", tmp_path / "run" / "bundle", str(tmp_path / "run") + "/"):
         with load(given, precision="int8") as model:
             assert (model.name, model.path) == ("run", tmp_path / "run" / "bundle")

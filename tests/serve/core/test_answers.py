@@ -10,15 +10,15 @@ import pytest
 from classer.data.taxonomy import Label, Task, TaskKind, Taxonomy
 from classer.model.decode import Calibration
 from classer.serve.client.results import read_classification
-from classer.serve.core.answers import Answers
-from classer.serve.core.tokenizing import Tokens
+from classer.serve.core.answers import AnswerDecoder
+from classer.serve.core.tokenizing import TokenizedText
 from classer.serve.core.work import Output, Scored
 from classer.serve.proto import classifier_pb2 as pb
 from classer.serve.wire.errors import InternalError, InvalidRequest, UnknownTask
 
 TOPIC = Task("topic", TaskKind.MULTICLASS, tuple(Label(name) for name in "abcdefg"))
 TAGS = Task("tags", TaskKind.MULTILABEL, (Label("x"), Label("y"), Label("z")))
-ANSWERS = Answers(
+ANSWERS = AnswerDecoder(
     Taxonomy((TOPIC, TAGS)), {"topic": Calibration(2.0), "tags": Calibration(1.0, (0.9, 0.1, 0.5))}, "m", "v1"
 )
 TREE = Task(
@@ -26,7 +26,7 @@ TREE = Task(
     TaskKind.HIERARCHICAL,
     (Label("pets"), Label("cat", parent="pets"), Label("dog", parent="pets"), Label("cars")),
 )
-TOKENS = Tokens(np.arange(5, dtype=np.int32), truncated=True)
+TOKENS = TokenizedText(np.arange(5, dtype=np.int32), truncated=True)
 
 
 def answer(task: Task, logits: list[float], top_k: int = 0) -> pb.ClassifyResponse:
@@ -36,7 +36,7 @@ def answer(task: Task, logits: list[float], top_k: int = 0) -> pb.ClassifyRespon
 
 
 def answer_tree(logits: list[float], top_k: int, threshold: float | None) -> pb.ClassifyResponse:
-    answers = Answers(Taxonomy((TREE,)), {"tree": Calibration()}, "m", "v1")
+    answers = AnswerDecoder(Taxonomy((TREE,)), {"tree": Calibration()}, "m", "v1")
     scored = [Scored(Output(np.array(logits, np.float32)), 0.0, 0.0)]
     (response,) = answers.answer(TREE, [TOKENS], scored, top_k, threshold=threshold)
     assert isinstance(response, pb.ClassifyResponse)
@@ -89,7 +89,7 @@ def test_tasks_are_found_by_name() -> None:
     assert "secret" not in str(unknown.value)
     with pytest.raises(InvalidRequest, match="name one of: topic, tags"):
         ANSWERS.task("")
-    assert Answers(Taxonomy((TAGS,)), {"tags": Calibration()}, "m", "v1").task("") is TAGS
+    assert AnswerDecoder(Taxonomy((TAGS,)), {"tags": Calibration()}, "m", "v1").task("") is TAGS
 
 
 def test_a_tree_s_labels_have_paths_and_an_unsure_answer_stops_higher_up() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from classer.data.errors import InputError
 from classer.model.evidence import Kept
-from classer.serve.core.engine import Engine, Golden
+from classer.serve.core.engine import Engine, GoldenCheck
 
 PAD = 9
 
@@ -64,7 +64,7 @@ def max_error(texts: Sequence[int], logits_NL: np.ndarray) -> float:
     return float(np.abs(logits_NL[:, 0] - [GOLDEN_IDS[i].sum() for i in texts]).max())
 
 
-GOLDEN = Golden(GOLDEN_IDS, max_error, tolerance=0.5)
+GOLDEN = GoldenCheck(GOLDEN_IDS, max_error, tolerance=0.5)
 
 
 def test_programs_are_those_that_the_model_can_fill() -> None:
@@ -236,7 +236,7 @@ def test_the_empty_golden_text_counts_only_where_no_other_fits() -> None:
         assert logits_NL[:, 0].tolist() == [ids[i].sum() for i in texts]
         return float(0 in texts)
 
-    golden = Golden(ids, off_of_empty, tolerance=0.5)
+    golden = GoldenCheck(ids, off_of_empty, tolerance=0.5)
     with pytest.raises(InputError, match=r"batches of up to 32 × 16 tokens: float32 is off by 1\.0000"):
         list(engine_of(Programs(), golden=golden).warm_up())
     assert asked == [[0]]

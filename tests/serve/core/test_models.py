@@ -24,7 +24,7 @@ from classer.data.taxonomy import Label, Task, TaskKind, Taxonomy
 from classer.model import predict
 from classer.model.bundle import Bundle, save_bundle
 from classer.model.focus import Focus
-from classer.model.variants import Variant
+from classer.model.precision import Precision
 from classer.serve.core import models as served
 from classer.serve.core.engine import TimedProgram
 from classer.serve.core.models import Model, Models, ModelSettings, State, named_folders
@@ -425,7 +425,7 @@ def test_a_next_version_is_measured_where_its_predecessor_s_plan_does_not_hold(
     made: list[str] = []
     real = served.variant_predictor
 
-    def variant_predictor(bundle: Bundle, variant: Variant, focus: Focus | None = None) -> predict.Predictor:
+    def variant_predictor(bundle: Bundle, variant: Precision, focus: Focus | None = None) -> predict.Predictor:
         made.append(variant)
         if variant in broken:
             kernel = -bundle.weights["head.kernel"]

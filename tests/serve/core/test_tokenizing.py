@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from classer.serve.core.tokenizing import RETRY_SECONDS, TokenizerStage, Tokens
+from classer.serve.core.tokenizing import RETRY_SECONDS, TokenizedText, TokenizerStage
 from classer.serve.wire.errors import InternalError, Overloaded
 
 
@@ -46,7 +46,7 @@ class Lengths:
 
 
 def read(outcomes: Sequence[object]) -> list[int]:
-    return [int(one.ids[0]) for one in outcomes if isinstance(one, Tokens)]
+    return [int(one.ids[0]) for one in outcomes if isinstance(one, TokenizedText)]
 
 
 def test_requests_that_wait_are_tokenised_together_off_the_loop() -> None:
@@ -66,7 +66,7 @@ def test_requests_that_wait_are_tokenised_together_off_the_loop() -> None:
         assert threading.get_ident() not in tokenizer.threads
         assert len(tokenizer.threads) == 1
         (outcome,) = await stage.tokenize(["dddd"])
-        assert isinstance(outcome, Tokens)
+        assert isinstance(outcome, TokenizedText)
         assert outcome.truncated
         stage.close()
 
@@ -114,8 +114,8 @@ def test_spans_come_where_they_are_asked_for() -> None:
         stage = TokenizerStage(Lengths(), 3)
         (with_spans,) = await stage.tokenize(["abc"], spans=True)
         (without,) = await stage.tokenize(["abc"])
-        assert isinstance(with_spans, Tokens)
-        assert isinstance(without, Tokens)
+        assert isinstance(with_spans, TokenizedText)
+        assert isinstance(without, TokenizedText)
         assert with_spans.spans is not None
         assert with_spans.spans.tolist() == [[0, 3]]
         assert without.spans is None

@@ -26,7 +26,7 @@ from classer.serve.proto.classifier_pb2_grpc import (
     add_ClassifierServicer_to_server,
     add_ModelAdminServicer_to_server,
 )
-from classer.serve.rpc.service import Calls
+from classer.serve.rpc.lifecycle import Lifecycle
 from classer.serve.wire.errors import Overloaded, UnknownTask
 from classer.serve.wire.status import to_status
 
@@ -37,7 +37,7 @@ class Null(ClassifierServicer, ModelAdminServicer):
     """Answers at once, unless the text says otherwise: "hold" waits, "full" is refused, "bug" raises."""
 
     def __init__(self) -> None:
-        self.calls = Calls()
+        self.calls = Lifecycle(ready=True)
         self.release = asyncio.Event()
         self.seen: list[str] = []
 

@@ -284,7 +284,7 @@ def test_the_audit_line_names_what_was_changed_and_repeats_nothing_else(monkeypa
 
     async def change() -> None:
         service = admin.ModelAdminService(Models())  # pyright: ignore[reportArgumentType]
-        service.ready = True
+        service.calls.ready = True
         server = grpc.aio.server(interceptors=[Guard()])
         add_ModelAdminServicer_to_server(service, server)
         port = server.add_insecure_port("localhost:0")

@@ -449,7 +449,7 @@ def test_half_open_connections_are_dropped_in_the_end(monkeypatch: pytest.Monkey
 
     async def scenario() -> None:
         server = listening.make_server()
-        address = listening.listen(server, "127.0.0.1", 0, "--port")
+        address = listening.bind_server(server, "127.0.0.1", 0, "--port")
         add_ClassifierServicer_to_server(Null(), server)
         await server.start()
 

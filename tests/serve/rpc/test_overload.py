@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from classer.serve.core import scheduler as scheduler_module
+from classer.serve.core import deadlines
 from classer.serve.core.scheduler import Scheduler
 from classer.serve.core.work import Output
 from classer.serve.wire.errors import DeadlineExceeded
@@ -84,6 +84,6 @@ def test_what_is_taken_on_is_answered_in_time_at_full_throughput() -> None:
 
 def test_without_a_margin_much_of_it_comes_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
     """The test above can fail: predictions that are taken at their word stand at the deadline's edge."""
-    monkeypatch.setattr(scheduler_module, "MARGIN", 0.8)
+    monkeypatch.setattr(deadlines, "MARGIN", 0.8)
     counts = overload()
     assert counts["late"] + counts["expired"] > 0.1 * counts["in time"]

@@ -34,8 +34,8 @@ from classer.serve.client.client import (
     Unavailable,
     UnknownTask,
 )
+from classer.serve.core.deadlines import LatencyEstimate, ResponsePath
 from classer.serve.core.engine import Engine
-from classer.serve.core.pipeline import LatencyEstimate
 from classer.serve.core.work import Output
 from classer.serve.proto import classifier_pb2 as pb
 from classer.serve.proto.classifier_pb2_grpc import ClassifierStub
@@ -356,7 +356,7 @@ def test_a_batch_that_takes_too_long_does_not_take_the_calls_other_answers(runni
 
     monkeypatch.setattr(Engine, "launch", launch)
     # Else an earlier test's calls would say how long before the deadline it must be.
-    monkeypatch.setattr(running.server._service._pipeline, "_way_back", LatencyEstimate(1.0))
+    monkeypatch.setattr(running.server._service._pipeline, "_responses", ResponsePath(LatencyEstimate(1.0)))
     try:
         with grpc.insecure_channel(running.address) as channel:
             request = pb.ClassifyBatchRequest(
@@ -366,7 +366,7 @@ def test_a_batch_that_takes_too_long_does_not_take_the_calls_other_answers(runni
         assert short.response.labels
         assert long.error.code == grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
         # That the call waited for the other text says nothing about the way back.
-        assert running.server._service._pipeline._way_back == LatencyEstimate(1.0)
+        assert running.server._service._pipeline._responses.estimate == LatencyEstimate(1.0)
     finally:
         held.set()
     assert eventually(lambda: running.server.scheduler.waiting_tokens == 0)
@@ -397,9 +397,10 @@ def test_what_cannot_be_answered_in_time_is_not_even_tokenised(
 
 def test_an_answers_way_back_is_taken_off_deadlines(running, client: Client, monkeypatch) -> None:
     pipeline = running.server._service._pipeline
-    monkeypatch.setattr(pipeline, "_way_back", LatencyEstimate())
+    monkeypatch.setattr(pipeline, "_responses", ResponsePath())
     client.classify("card", "topic")
-    assert 0 < pipeline._way_back.mean < pipeline._way_back.most < TIMEOUT
+    estimate = pipeline._responses.estimate
+    assert 0 < estimate.mean < estimate.upper < TIMEOUT
     clock = running.server.scheduler.clock
     for seconds, mean, spread, taken in (
         (10.0, 2.0, 0.0, 2.0),
@@ -408,12 +409,12 @@ def test_an_answers_way_back_is_taken_off_deadlines(running, client: Client, mon
         (10.0, 0.0, 0.0, 0.04),  # what is not seen from here
         (0.1, 0.0, 0.0, 0.01),
     ):
-        monkeypatch.setattr(pipeline, "_way_back", LatencyEstimate(mean, spread))
-        asked = pipeline.ask(pb.ClassifyOptions(task="topic"), seconds)
-        assert asked.deadline - clock() == pytest.approx(seconds - taken, abs=1.0)
-        assert asked.give_up - asked.deadline == pytest.approx(taken / 2)
-    asked = pipeline.ask(pb.ClassifyOptions(task="topic"), None)
-    assert (asked.deadline, asked.give_up) == (None, math.inf)
+        monkeypatch.setattr(pipeline, "_responses", ResponsePath(LatencyEstimate(mean, spread)))
+        resolved = pipeline.resolve(pb.ClassifyOptions(task="topic"), seconds)
+        assert resolved.deadline - clock() == pytest.approx(seconds - taken, abs=1.0)
+        assert resolved.give_up - resolved.deadline == pytest.approx(taken / 2)
+    resolved = pipeline.resolve(pb.ClassifyOptions(task="topic"), None)
+    assert (resolved.deadline, resolved.give_up) == (None, math.inf)
 
 
 def test_cancelled_requests_leave_the_queue_and_their_mates_are_answered(running, valve: Valve) -> None:

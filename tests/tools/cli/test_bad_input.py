@@ -74,7 +74,8 @@ def write(folder: Path, name: str, content: str | bytes) -> Path:
         (
             "a.csv",
             "text,topic\nhi,x\n",
-            "a.csv has no column 'label' or 'labels', only 'text', 'topic'; name another with --label-column.",
+            "a.csv has no column 'label' or 'labels', only 'text', 'topic'; name another with --label-column "
+            "('topic' comes nearest).",
         ),
         ("a.csv", "", "a.csv is empty; at least one row of text and label was expected."),
         ("a.csv", "text,label\n", "a.csv is empty; at least one row of text and label was expected."),
@@ -275,7 +276,7 @@ def test_values_out_of_range(
         (("serve", "nowhere", "--port", "70000"), "--port is 70000; a port is a number from 0 (pick a free one)"),
         (
             ("trian",),
-            "There is no command 'trian'. There are: train, serve, frontend, classify, ",
+            "There is no command 'trian'. There are: train, serve, classify, predict, ",
         ),
     ],
 )

@@ -19,8 +19,8 @@ import pytest
 
 from classer.data.taxonomy import Label, Task, TaskKind, Taxonomy
 from classer.model.decode import Calibration
-from classer.serve.core.answers import Answers
-from classer.serve.core.tokenizing import Tokens
+from classer.serve.core.answers import AnswerDecoder
+from classer.serve.core.tokenizing import TokenizedText
 from classer.serve.core.work import Output, Scored
 from classer.serve.proto import classifier_pb2 as pb
 from classer.serve.proto.classifier_pb2_grpc import ClassifierServicer, add_ClassifierServicer_to_server
@@ -129,13 +129,13 @@ def test_classify_where_the_terminal_lacks_a_character(server: str, classer: Cla
 def test_classify_shows_where_in_a_tree_an_answer_stops(capsys: pytest.CaptureFixture[str]) -> None:
     labels = (Label("orders"), Label("refund", parent="orders"), Label("delay", parent="orders"), Label("other"))
     tree = Task("where", TaskKind.HIERARCHICAL, labels)
-    answers = Answers(Taxonomy((tree,)), {"where": Calibration()}, "m", "v1")
+    answers = AnswerDecoder(Taxonomy((tree,)), {"where": Calibration()}, "m", "v1")
 
     class OneText(ClassifierServicer):
         def Classify(self, request: pb.ClassifyRequest, context: grpc.ServicerContext) -> pb.ClassifyResponse:
             scored = [Scored(Output(np.array([2.0, 0.1, 0.0, 0.0], np.float32)), 0.0, 0.0)]
             threshold = request.options.threshold if request.options.HasField("threshold") else None
-            tokens = [Tokens(np.zeros(3, np.int32), truncated=False)]
+            tokens = [TokenizedText(np.zeros(3, np.int32), truncated=False)]
             (response,) = answers.answer(tree, tokens, scored, request.options.top_k, threshold=threshold)
             assert isinstance(response, pb.ClassifyResponse)
             return response

@@ -1,4 +1,7 @@
-"""The list of properties that are broken on purpose fits the code; breaking them takes minutes (docs/properties.md)."""
+"""The list of properties that are broken on purpose fits the code; to break them takes minutes.
+
+docs/internals/properties.md lists them.
+"""
 
 from __future__ import annotations
 

@@ -18,11 +18,12 @@ from safetensors.numpy import load_file, save_file
 from classer.data.errors import InputError
 from classer.data.fetch import sha256_of
 from classer.data.taxonomy import Label, Task, TaskKind, Taxonomy
-from classer.model.bundle import Bundle, quantize, save_bundle
+from classer.model.bundle import Bundle, quantize_bundle, save_bundle
 from classer.model.decode import Calibration, probabilities
 from classer.model.encoder import Encoder
 from classer.model.manifest import content_hash
-from classer.model.quantize import variables
+from classer.model.precision import Precision
+from classer.model.quantize import unflatten
 from classer.model.variants import variant_predictor
 from classer.tests.helpers import TAXONOMY, make_bundle, with_gates
 from classer.tools.cli.main import main
@@ -71,7 +72,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
         },
         golden_texts=TEXTS,
     )
-    return {"float32": bundle, "int8": quantize(bundle)}
+    return {"float32": bundle, "int8": quantize_bundle(bundle)}
 
 
 CASES = [
@@ -96,7 +97,7 @@ CASES = [
 
 @pytest.mark.parametrize(("target", "precision", "focus"), CASES)
 def test_the_runtime_gives_our_own_probabilities(
-    bundles: dict[str, Bundle], tmp_path: Path, target: str, precision: str, focus: str
+    bundles: dict[str, Bundle], tmp_path: Path, target: str, precision: Precision, focus: str
 ) -> None:
     bundle = bundles["int8" if precision == "int8" else "float32"]
     request = make_request(bundle, target, precision=precision, focus=focus)
@@ -122,14 +123,18 @@ def test_int8_is_checked_against_what_the_format_computes(bundles: dict[str, Bun
     """OpenVINO's activations are not rounded; and of the empty text INT8 rounds too wildly to compare."""
     bundle = dataclasses.replace(bundles["int8"], golden_texts=(*TEXTS, ""))
     ids = bundle.tokenizer.encode(TEXTS, bundle.max_length).ids
-    for target, predictor in (("onnx-int8", bundle.predictor()), ("openvino", variant_predictor(bundle, "float32"))):
-        checked = golden(make_request(bundle, target, precision="int8"), target)
+    for target, predictor in (
+        ("onnx-int8", bundle.predictor()),
+        ("openvino", variant_predictor(bundle, Precision.float32)),
+    ):
+        checked = golden(make_request(bundle, target, precision=Precision.int8), target)
         assert tuple(one.text for one in checked) == TEXTS
         logits_NL = predictor.logits(ids, batch_size=len(ids))
         expected = np.concatenate([bundle.probabilities(task.name, logits_NL) for task in bundle.taxonomy.tasks], 1)
         np.testing.assert_allclose([one.probabilities for one in checked], expected, atol=1e-6)
     # The two differ, or the above would show nothing.
-    rounded, unrounded = (golden(make_request(bundle, t, precision="int8"), t) for t in ("onnx-int8", "openvino"))
+    requests = {target: make_request(bundle, target, precision=Precision.int8) for target in ("onnx-int8", "openvino")}
+    rounded, unrounded = (golden(request, target) for target, request in requests.items())
     assert np.abs(np.subtract(rounded[0].probabilities, unrounded[0].probabilities)).max() > 1e-5
 
 
@@ -158,7 +163,7 @@ def test_transformers_gives_the_same_hidden_states(tmp_path: Path, kind: str, bu
         theirs_BSD = model.eval()(torch.tensor(ids)).last_hidden_state.numpy()
     weights = {name.removeprefix("encoder."): w for name, w in bundle.weights.items() if name.startswith("encoder.")}
     lengths = np.full(1, ids.shape[1], np.int32)
-    ours: Any = Encoder(bundle.encoder).apply(variables(weights, "float32"), ids, lengths)
+    ours: Any = Encoder(bundle.encoder).apply({"params": unflatten(weights)}, ids, lengths)
     np.testing.assert_allclose(ours.hidden_BKD, theirs_BSD, atol=1e-5)
 
 
@@ -301,7 +306,7 @@ def test_an_export_past_its_guarantee_is_made_anew(copy: Path, bundles: dict[str
 def test_a_mismatch_leaves_nothing_behind(
     bundles: dict[str, Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(run.TOLERANCE, "float32", -1.0)
+    monkeypatch.setitem(run.TOLERANCE, Precision.float32, -1.0)
     with pytest.raises(InputError, match="computes something else than Classer"):
         export_bundle(make_request(bundles["float32"], "stablehlo", precision=None), "stablehlo", tmp_path / "out")
     assert not list(tmp_path.iterdir())

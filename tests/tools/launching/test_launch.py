@@ -111,7 +111,7 @@ def test_a_save_is_due_by_steps_and_by_the_clock() -> None:
 
 def test_the_batch_script_asks_for_what_was_said(tmp_path: Path) -> None:
     launch = Launch(target="slurm", processes=3, devices_per_process=8, gpu=True, cpus=4, memory="30G", time_limit="90")
-    script = launch_slurm.describe(launch, COMMAND, tmp_path / "out")
+    script = launch_slurm.batch_script(launch, COMMAND, tmp_path / "out")
     lines = [line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH")]
     options = {line.split("=")[0]: line.partition("=")[2] for line in lines}
     assert (options["ntasks"], options["gpus-per-task"], options["cpus-per-task"]) == ("3", "8", "4")
@@ -137,7 +137,7 @@ class Batch:
         self.log = self.out / "logs" / "slurm-7.log"
         command_on_path(self._commands, "scontrol", f'echo "$@" >>{self._asked}')
         command_on_path(self._commands, "sleep", "")
-        self._script = launch_slurm.describe(Launch(target="slurm", processes=2, restarts=1), COMMAND, self.out)
+        self._script = launch_slurm.batch_script(Launch(target="slurm", processes=2, restarts=1), COMMAND, self.out)
 
     def run(self, srun: str) -> tuple[int, bool]:
         """(exit code, whether the job went back to the queue), with this script for srun."""
@@ -191,7 +191,7 @@ def test_a_batch_job_shows_the_last_lines_of_the_task_that_died_first(tmp_path: 
 
 def test_the_manifests_are_an_indexed_job_and_its_service() -> None:
     launch = Launch(**KUBERNETES, processes=3, devices_per_process=8, gpu=True, memory="30G", namespace="ml")
-    service, job = yaml.safe_load_all(launch_kubernetes.describe(launch, COMMAND, Path("runs/x")))
+    service, job = yaml.safe_load_all(launch_kubernetes.manifests_yaml(launch, COMMAND, Path("runs/x")))
     assert (service["spec"]["clusterIP"], service["spec"]["selector"]) == ("None", {"job-name": "x"})
     spec = job["spec"]
     assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 3, 3)
@@ -243,27 +243,27 @@ def test_a_job_is_applied_with_kubectl(tmp_path: Path, monkeypatch: pytest.Monke
     kubectl(tmp_path, monkeypatch, active="")
     job, asked = TrainJob(data=Path("data"), out=Path("runs/x")), tmp_path / "asked"
     described = Launch(**KUBERNETES, processes=2, namespace="ml")
-    assert launch_kubernetes.start(described, COMMAND, job) == 0
+    assert launch_kubernetes.apply_manifests(described, COMMAND, job) == 0
     assert "delete" not in asked.read_text()
-    assert (tmp_path / "applied").read_text() == launch_kubernetes.describe(described, COMMAND, job.out)
+    assert (tmp_path / "applied").read_text() == launch_kubernetes.manifests_yaml(described, COMMAND, job.out)
     said = capsys.readouterr().out
     assert "Applied as Kubernetes job 'x': 2 pods" in said
     assert "Stop:        kubectl --namespace ml delete job x (it saves first)" in said
 
     kubectl(tmp_path, monkeypatch, active="0")  # one that failed makes place
-    assert launch_kubernetes.start(described, COMMAND, job) == 0
+    assert launch_kubernetes.apply_manifests(described, COMMAND, job) == 0
     assert asked.read_text().splitlines()[-2:] == ["--namespace ml delete job x", "apply --filename -"]
 
     kubectl(tmp_path, monkeypatch, active="2")
     with pytest.raises(InputError, match="The Kubernetes job 'x' is running already"):
-        launch_kubernetes.start(described, COMMAND, job)
+        launch_kubernetes.apply_manifests(described, COMMAND, job)
     kubectl(tmp_path, monkeypatch, active="")
     (tmp_path / "refused").touch()
     with pytest.raises(InputError, match="kubectl refused the job: forbidden"):
-        launch_kubernetes.start(described, COMMAND, job)
+        launch_kubernetes.apply_manifests(described, COMMAND, job)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(InputError, match="needs the command kubectl"):
-        launch_kubernetes.start(described, COMMAND, job)
+        launch_kubernetes.apply_manifests(described, COMMAND, job)
 
 
 def published_schema(kind: str) -> jsonschema.Draft202012Validator:
@@ -282,7 +282,7 @@ def published_schema(kind: str) -> jsonschema.Draft202012Validator:
 )
 def test_the_manifests_are_valid_by_the_published_schemas(fields: dict[str, Any]) -> None:
     launch = Launch(**KUBERNETES, **fields)
-    service, job = yaml.safe_load_all(launch_kubernetes.describe(launch, COMMAND, Path("runs/x")))
+    service, job = yaml.safe_load_all(launch_kubernetes.manifests_yaml(launch, COMMAND, Path("runs/x")))
     published_schema("io.k8s.api.core.v1.Service").validate(service)
     published_schema("io.k8s.api.batch.v1.Job").validate(job)
     # The schemas do see what is wrong.
@@ -353,7 +353,7 @@ def run_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calla
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     monkeypatch.setattr(launch_local, "_python", list)
     job = TrainJob(data=Path("data"), out=tmp_path / "run")
-    yield lambda code: launch_local.start(Launch(processes=2), (sys.executable, "-c", code), job)
+    yield lambda code: launch_local.run_processes(Launch(processes=2), (sys.executable, "-c", code), job)
     for number, handler in before.items():
         signal.signal(number, handler)
 
