@@ -179,29 +179,28 @@ def rows_trained_on() -> Iterator[dict[str, collections.Counter[int]]]:
     """Counts the rows of each task, by its number, that reach the training step, for each phase of a run by folder."""
     import pytest
 
-    from classer.train import fit, loop  # here, for tests of serving do without
+    from classer.train.trainer import Trainer  # here, for tests of serving do without
 
     counts: dict[str, collections.Counter[int]] = {}
-    run_phase, make_step = loop.run_phase, loop.make_step
-    parts: list[str] = []
+    run, make_step = Trainer.run, Trainer._step
+    phases: list[str] = []
 
-    def fitting(part: Any, *arguments: Any) -> Any:
-        parts.append(part.folder.name)
-        return run_phase(part, *arguments)
+    def running(trainer: Any, phase: Any, weights: Any) -> Any:
+        phases.append(phase.folder.name)
+        return run(trainer, phase, weights)
 
-    def counting(*arguments: Any) -> Any:
-        step = make_step(*arguments)
+    def counting(trainer: Any, phase: Any) -> Any:
+        step = make_step(trainer, phase)
 
         def counted(state: Any, batch: Any, *schedule: Any) -> Any:
-            counts.setdefault(parts[-1], collections.Counter()).update(batch.tasks_B[batch.weights_B > 0].tolist())
+            counts.setdefault(phases[-1], collections.Counter()).update(batch.tasks_B[batch.weights_B > 0].tolist())
             return step(state, batch, *schedule)
 
         return counted
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(fit, "run_phase", fitting)
-        for module in (fit, loop):
-            patched.setattr(module, "make_step", counting)
+        patched.setattr(Trainer, "run", running)
+        patched.setattr(Trainer, "_step", counting)
         yield counts
 
 

@@ -1,1 +1,1 @@
-"""Losses, the step, the loop, checkpoints, calibration and evaluation. Imports `model` and `data`."""
+"""Losses, the step, the trainer, checkpoints, calibration and evaluation. Imports `model` and `data`."""

@@ -1,4 +1,4 @@
-"""The floor that a neural classifier must clearly beat: TF-IDF features and a linear support vector machine."""
+"""A baseline: TF-IDF features and a linear support vector machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MOST_LABELS = 1000  # of a tree, before it is walked down
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class BaselineScore:
-    """How good the baseline is; the fields are those of `Metrics`. It has no probabilities, so no calibration error."""
+    """Scores of the baseline; the fields are those of `Metrics`. It has no probabilities, so no calibration error."""
 
     n: int
     accuracy: float
@@ -44,7 +44,7 @@ def tfidf_svm(
     Raises:
       InputError: no text in `train` has a word, or all have the same label.
     """
-    if task.kind.exclusive:  # what only a teacher has answered has no label to learn
+    if task.kind.exclusive:  # examples with a teacher's answer only have no label
         train = [example for example in train if example.labels]
     if task.kind is TaskKind.HIERARCHICAL and len(task.labels) > most_labels:
         said_N = _walk_down(train, test, task)

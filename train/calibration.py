@@ -1,4 +1,4 @@
-"""Calibration on the dev set: how sure the model may say it is, and from where on a label counts as chosen.
+"""Temperature scaling, and per-label thresholds, both fitted on dev.
 
 Axes: N texts, L labels of one task.
 """
@@ -17,7 +17,7 @@ from ..model.decode import Calibration, probabilities
 
 # A dev set without a single error would drive the temperature to 0, and one without signal to infinity.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.1, 10.0
-DEFAULT_THRESHOLD = 0.5  # where nothing says more
+DEFAULT_THRESHOLD = 0.5  # where dev has no labels at all
 NAMED = 3  # labels that a sentence names
 
 
@@ -56,8 +56,8 @@ def fit_calibration(task: Task, logits_NL: np.ndarray, targets_NL: np.ndarray) -
 def fit_thresholds(probs_NL: np.ndarray, targets_NL: np.ndarray) -> tuple[float, ...]:
     """A multilabel task's thresholds, each the best for its label's F1; see `best_threshold`.
 
-    A label that no text has gets the median of the others', which knows the model better than a half does; where no
-    text has any label, all get DEFAULT_THRESHOLD. `without_thresholds` says so to people.
+    A label without texts gets the median of the other thresholds; where no text has any label, all get
+    DEFAULT_THRESHOLD. `without_thresholds` is the warning for the user.
 
     Args:
       probs_NL: (N, L) calibrated probabilities; N may be 0.

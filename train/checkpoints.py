@@ -1,12 +1,13 @@
-"""Checkpoints of a run, by Orbax: the state, the position in the data, and what the run has seen of the dev set.
+"""Checkpoints of a run, by Orbax: the state, the position in the data, and the dev scores.
 
-Dropout and budgets are functions of the recipe's seed and the step, so that these two are the state of all randomness.
+Dropout and budgets are functions of the recipe's seed and the step, so that no other random state needs to be saved.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import json
 import logging
@@ -23,7 +24,7 @@ import orbax.checkpoint as ocp
 
 from ..data.errors import InputError
 from ..data.files import atomic_write, disk_error
-from .processes import all_gather, broadcast, is_primary
+from .distributed import all_gather, is_primary, on_primary, say
 from .step import TrainState
 
 MAX_REASON = 120  # characters of a library's message in a sentence for the user
@@ -31,7 +32,7 @@ MAX_REASON = 120  # characters of a library's message in a sentence for the user
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """Where a run stands beside its `TrainState`; JSON values only.
+    """Host-side progress that is saved with `TrainState`; JSON values only.
 
     Attributes:
       epoch: epochs done.
@@ -50,7 +51,7 @@ class Progress:
     epochs_since_best: int
 
     def after_epoch(self, data: dict[str, Any], score: float, step: int) -> Progress:
-        """Where the run stands an epoch later, at `step` steps and this position in the data, with this dev score."""
+        """The progress after another epoch, which ended at `step` steps and this position in the data."""
         better = score > self.best_score
         return Progress(
             epoch=self.epoch + 1,
@@ -62,13 +63,13 @@ class Progress:
         )
 
     def is_stuck(self, patience: int) -> bool:
-        """Whether so many epochs, if any at all are asked for, have brought nothing better."""
+        """Whether `patience` epochs have passed without a better dev score; never where it is 0."""
         return patience > 0 and self.epochs_since_best >= patience
 
     def keeps_last(self, num_evals: int, dev_sizes: Sequence[int]) -> bool:
-        """Whether a training that ran to its end keeps its last epoch: if no epoch was better by more than chance.
+        """Whether the last epoch is kept: all epochs were trained, and none was better by more than chance.
 
-        The learning rate has come down only there, while the highest of many dev scores is high by luck in part.
+        The learning rate is lowest at the end, and the highest of many dev scores is biased upwards.
 
         Args:
           num_evals: epochs that the whole training has.
@@ -81,25 +82,25 @@ class Progress:
 
 
 class Checkpoints:
-    """The checkpoints in a folder: the last two, to go on from, and the best one, to keep.
+    """The checkpoints in a folder: the last two, to resume from, and the best one.
 
-    Saving is asynchronous; a checkpoint is visible once it is whole, and then gets a file of checksums beside it. What
-    is damaged is put aside when the folder is opened. In a run of several processes all of them open, save and restore
-    together. Use as a context manager, which waits at its end.
+    Saving is asynchronous; a checkpoint is visible once it is complete, and then gets a file of checksums. Damaged
+    checkpoints are moved aside when the folder is opened. With several processes, all open, save and restore together.
+    Use it as a context manager; it waits for the last save at its end.
 
     Args:
       folder: made if missing.
-      config: what the run was told, resolved; kept in each checkpoint, for people and tools.
-      say: takes warnings.
+      config: the run's settings; kept in each checkpoint, for people and tools.
+      say: called with warnings.
     """
 
     def __init__(
-        self, folder: Path, *, config: dict[str, Any] | None = None, say: Callable[[str], object] = print
+        self, folder: Path, *, config: dict[str, Any] | None = None, say: Callable[[str], object] = say
     ) -> None:
         self._folder, self._config, self._say = folder.resolve(), config or {}, say
         self._closed = threading.Event()
         self._watcher: threading.Thread | None = None
-        broadcast(lambda: self._put_damaged_aside() or b"")
+        on_primary(self._put_damaged_aside)
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -149,7 +150,7 @@ class Checkpoints:
           step: one of those saved.
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
-        # Each process by itself: one that cannot read would leave the others waiting.
+        # Each process restores by itself: one that cannot read would block the others in a barrier.
         rank = jax.process_index()
         alone = ocp.options.MultiprocessingOptions(rank, {rank}, f"process-{rank}")
         self.wait()
@@ -169,7 +170,7 @@ class Checkpoints:
                     restored = self.restore(like, step)
             except Exception as e:  # Orbax and TensorStore raise many kinds for a file that is not whole
                 reason = f"it cannot be read: {_clause(e)}"
-            reason = next(filter(None, all_gather(reason)), "")  # of several processes all use it, or none
+            reason = next(filter(None, all_gather(reason)), "")  # all processes restore it, or none does
             if restored is not None and not reason:
                 state, progress = restored
                 if progress.epoch and progress.best_step not in self._manager.all_steps():
@@ -177,12 +178,12 @@ class Checkpoints:
                     progress = dataclasses.replace(progress, best_score=-1.0, best_step=step)
                 return state, progress
             self._manager.close()
-            broadcast(lambda step=step, reason=reason: self._put_aside(step, reason) or b"")
+            on_primary(functools.partial(self._put_aside, step, reason))
             self._manager = self._open()
         return None
 
     def wait(self) -> None:
-        """Until all is written; raises InputError as `save`."""
+        """Waits until all checkpoints are written; raises InputError as `save`."""
         with self._naming_failures():
             self._manager.wait_until_finished()
 
@@ -196,7 +197,7 @@ class Checkpoints:
         except Exception as e:
             if kind is None:
                 raise
-            # The error that ends the run is the one to tell.
+            # The error that ends the run is the one to report.
             self._say(f"Warning: the last checkpoint may be missing: {e}")
         finally:
             self._closed.set()
@@ -227,7 +228,7 @@ class Checkpoints:
             file.unlink(missing_ok=True)  # a full disk, or a checkpoint that made way for a newer one meanwhile
 
     def _drop_checksums(self) -> None:
-        """Of checkpoints that are gone."""
+        """Deletes the checksums of deleted checkpoints."""
         kept = {str(step) for step in self._steps()}
         for file in self._folder.glob("checksums-*.json"):
             if file.stem.removeprefix("checksums-") not in kept:
@@ -268,7 +269,7 @@ class Checkpoints:
 def _silenced(*names: str) -> Iterator[None]:
     """Drops the records of these loggers.
 
-    Of a damaged checkpoint Orbax (by absl) and asyncio log a traceback for each array, beside what they raise.
+    For a damaged checkpoint, Orbax (through absl) and asyncio log a traceback for each array, and raise as well.
     """
     loggers = [logging.getLogger(name) for name in names]
     for logger in loggers:
@@ -292,7 +293,7 @@ def _clause(error: Exception) -> str:
 
 
 class _NamingFailures:
-    """Turns what Orbax raises when it cannot write into a sentence."""
+    """Re-raises Orbax's write errors as one sentence."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

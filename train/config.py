@@ -1,4 +1,4 @@
-"""What a training run is told: a job (which data, where to) and a recipe (how to train)."""
+"""The settings of a training run: a job (which data, where to) and a recipe (how to train)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..model.pretrained import MINILM
 
 @dataclasses.dataclass(frozen=True)
 class CurriculumStage:
-    """A part of the training that sees some of the tasks.
+    """A stage of the training, on some of the tasks.
 
     Attributes:
       name: of the stage; its checkpoints and log are in a folder of that name.

@@ -1,4 +1,4 @@
-"""The curriculum's stages, worked out for the tasks at hand: who is trained, how often, for how long.
+"""The curriculum's stages for given tasks: which are trained, their sampling shares, and the number of steps.
 
 Axes: T tasks.
 """
@@ -24,13 +24,13 @@ class PlannedStage:
     """A stage with its tasks.
 
     Attributes:
-      stage: as the recipe says it.
-      tasks: names of the tasks that it is for.
+      stage: from the recipe.
+      tasks: names of its tasks.
       new: those of them that no stage before it trained.
       seen: names of all tasks trained by its end, in the order of the taxonomy.
       shares_T: float64, how often each task of the taxonomy is drawn, replay included.
-      num_steps: how many it has.
-      num_evals: how often the dev sets are read.
+      num_steps: of the stage.
+      num_evals: how often the dev sets are evaluated.
     """
 
     stage: CurriculumStage

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ class Dataset:
       taxonomy: the tasks.
       train, dev: examples of every task.
       test: of those tasks that have any.
-      undrawn: those of the data that are in none of these, for the job draws only some.
+      undrawn: the other examples, where the job draws only some.
     """
 
     taxonomy: Taxonomy
@@ -36,8 +36,10 @@ class Dataset:
     undrawn: dict[str, list[Example]] = dataclasses.field(default_factory=dict)
 
 
-def load_dataset(job: TrainJob, say: Callable[[str], object]) -> Dataset:
-    """Reads what a job names, and says what it found.
+def load_dataset(
+    job: TrainJob, say: Callable[[str], object], examples: Mapping[str, Sequence[Example]] | None = None
+) -> Dataset:
+    """Reads a job's examples, or takes those given by split, and reports what it found.
 
     A task's folder brings its task and its splits; a folder of such folders brings several; a file's task is inferred
     from its labels. Examples for development are the folder's split `dev`, the file given, or a stratified share of the
@@ -47,9 +49,9 @@ def load_dataset(job: TrainJob, say: Callable[[str], object]) -> Dataset:
       InputError: as `read_examples` and `read_task_folder`; a label in dev or test that no training example has; a
         folder of tasks none of which can be trained on.
     """
-    folders = task_folders(job.data) if job.data.is_dir() else []
+    folders = task_folders(job.data) if examples is None and job.data.is_dir() else []
     if not folders:
-        loaded = [_load_task(job, say)]
+        loaded = [_load_task(job, say, examples)]
     else:
         if job.dev is not None or job.test is not None:
             raise InputError(f"{job.data} holds several tasks, which bring their own splits; give no --dev or --test.")
@@ -77,10 +79,12 @@ def load_dataset(job: TrainJob, say: Callable[[str], object]) -> Dataset:
     return dataset
 
 
-def _load_task(job: TrainJob, say: Callable[[str], object]) -> tuple[Task, dict[str, list[Example]]]:
+def _load_task(
+    job: TrainJob, say: Callable[[str], object], examples: Mapping[str, Sequence[Example]] | None = None
+) -> tuple[Task, dict[str, list[Example]]]:
     """One task and its splits train, dev, test and undrawn; the last two may be empty."""
     given: dict[str, list[Example]] = {}
-    if job.data.is_dir():
+    if examples is None and job.data.is_dir():
         folder = read_task_folder(
             job.data, ("train", "dev", "test"), text_column=job.text_column, label_column=job.label_column
         )
@@ -90,10 +94,17 @@ def _load_task(job: TrainJob, say: Callable[[str], object]) -> tuple[Task, dict[
         say(f"{job.data}: task '{task.name}', {task.kind}, {len(task.labels):,} labels.")
     else:
         name = job.data.name.split(".")[0]
-        given["train"] = _read(job, job.data, name)
+        if examples is None:
+            given["train"] = _read(job, job.data, name)
+        else:
+            given = {
+                split: [dataclasses.replace(one, task=name) for one in of_split] for split, of_split in examples.items()
+            }
         with _naming(job.data):
             task, said = infer_task(name, given["train"])
         say(said)
+        for split in given.keys() - {"train"}:
+            check_labels(task, given[split])
     for split, file in (("dev", job.dev), ("test", job.test)):
         if file is not None:
             given[split] = _read(job, file, task.name)
@@ -195,7 +206,7 @@ def _read(job: TrainJob, file: Path, task: str) -> list[Example]:
 
 @contextlib.contextmanager
 def _naming(data: Path) -> Iterator[None]:
-    """Puts the file or folder before the errors of what sees its examples only."""
+    """Prefixes InputErrors with the file or folder."""
     try:
         yield
     except InputError as e:

@@ -1,4 +1,4 @@
-"""A look at the dev sets between two epochs: how good are the weights so far?"""
+"""Evaluation of the dev sets between two epochs."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from ..model.precision import Precision
 from ..model.predict import Predictor
 from ..model.quantize import Weights
 from .calibration import fit_thresholds
-from .evaluation import TokenizedSplit, measure
+from .distributed import shard_of
+from .evaluation import measure
 from .metrics import Metrics
-from .processes import shard_of
 from .runlog import RunLog
+from .tokenized import TokenizedSplit
 
 
 class DevEvaluator:
-    """Reads dev sets with given weights, logs what it sees, and scores it.
+    """Evaluates dev sets, logs the metrics, and reduces them to one score.
 
     Args:
       taxonomy: all tasks.
@@ -27,7 +28,7 @@ class DevEvaluator:
       weights: any of the right shapes.
       compute_dtype: of activations.
       dev: the examples, by task.
-      focuses: what they are read with.
+      focuses: the focuses to evaluate at.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class DevEvaluator:
         self.sentence = ""
 
     def __call__(self, weights: Weights, step: int, log: RunLog) -> float:
-        """The mean over tasks and focuses of accuracy (multilabel: micro-F1); `sentence` then says what was seen."""
+        """The mean over tasks and focuses of accuracy (multilabel: micro-F1); `sentence` then reports the metrics."""
         said, scores = [], []
         for focus, predictor in self._predictors.items():
             suffix, where = ("", "") if focus == 1 else (f"/focus_{focus:g}", f" at focus {focus:g}")
@@ -86,7 +87,7 @@ class DevEvaluator:
             logits_NL = shard_of(lambda ids, columns=columns: predictor.logits(ids, columns=columns), split.ids)
             task, targets_NL = self._taxonomy.task(name), split.targets_NL
             calibration = Calibration()
-            if not task.kind.exclusive:  # as it will choose labels in the end
+            if not task.kind.exclusive:  # thresholds are fitted as after the training
                 probs_NL = probabilities(task, logits_NL, calibration)
                 calibration = Calibration(thresholds=fit_thresholds(probs_NL, targets_NL))
             by_task[name] = measure(task, logits_NL, targets_NL, calibration)

@@ -1,4 +1,4 @@
-"""The parts of a run: dense training, on all examples alike or stage by stage, and then training to focus."""
+"""The phases of a run: dense training, on all examples alike or stage by stage, and then training to focus."""
 
 from __future__ import annotations
 
@@ -15,48 +15,48 @@ from ..data.plans import ShufflePlan
 from ..model.focus import is_gate
 from ..model.quantize import Weights
 from .curriculum import plan_curriculum, write_curriculum
-from .evaluation import join
+from .distributed import is_primary, primary_first, say
 from .focus import DEV_FOCUSES, SOFT_SHARE, distilled
-from .loop import FitResult, Phase, TrainContext, make_step, run_phase
-from .processes import is_primary, primary_first
-from .step import TrainStep
+from .phases import FitResult, Phase, TrainContext
+from .tokenized import join
+from .trainer import Trainer
 
 
 def fit(context: TrainContext, weights: Weights) -> FitResult:
-    """Trains a classifier, from the last checkpoints in `out` if there are any: dense, then to focus if so told.
+    """Trains a classifier, from the last checkpoints in `out` if there are any: dense, then with focus if asked for.
 
-    The dense training is one part over all examples, or one for each stage of the curriculum. The checkpoints and logs
-    of the parts are in `out`, in `out/stages/NAME`, and, of the focus, in `out/focus`.
+    Dense training is one phase over all examples, or one for each stage of the curriculum. The phases' checkpoints and
+    logs are in `out`, in `out/stages/NAME`, and in `out/focus`.
 
     Args:
-      context: how, and on what.
-      weights: by name: the encoder's pretrained ones, or none to begin with random ones; with a head's, which must be
-        of these labels, a trained classifier's.
+      context: the recipe, the examples and the folder.
+      weights: by name: a pretrained encoder's; none for random ones; or a trained classifier's with a head for the same
+        labels.
 
     Returns:
-      The weights of the last part's last epoch, or of the one with the best dev score where that is better by more than
-      a standard error (see `Progress.keeps_last`). The score is the mean over tasks of accuracy, or micro-F1 of a
+      The weights of the last phase's last epoch, or of the epoch with the best dev score where that is better by more
+      than a standard error (see `Progress.keeps_last`). The score is the mean over tasks of accuracy, or micro-F1 of a
       multilabel task, and after training for focus over `focus.DEV_FOCUSES` too.
 
     Raises:
       InputError: the loss became NaN or infinite; the checkpoints in `out` are of other examples or another seed; a
         checkpoint cannot be written.
-      Stopped: SIGTERM came; all that was done is saved.
+      Stopped: SIGTERM came; the progress is saved.
     """
     recipe, taxonomy = context.recipe, context.taxonomy
+    trainer = Trainer(context)
     start = weights
     if recipe.curriculum:
-        fitted = _fit_stages(context, weights)
+        fitted = _fit_stages(trainer, weights)
     elif recipe.epochs:
-        fitted = _fit_epochs(context, weights)
+        fitted = trainer.run(_dense_phase(context, weights), weights)
     else:
         fitted = FitResult(weights, score=-1.0, kept_epoch=0, epochs=0)
     if not recipe.focus_epochs:
         return fitted
-    if is_primary():
-        print("Training to focus, beside the dense classifier's answers.", flush=True)
+    say("Training to focus, beside the dense classifier's answers.")
     folder, weights, examples = context.out / "focus", fitted.weights, context
-    if context.shards is None:  # answered once for all epochs; of shards anew in every step, so that none are held
+    if context.shards is None:  # computed once for all epochs; shards' in every step, to hold none in memory
         train = primary_first(lambda: distilled(recipe, taxonomy, context.encoder, weights, context.train, folder))
         examples = dataclasses.replace(context, train=train)
     phase = Phase(
@@ -68,17 +68,17 @@ def fit(context: TrainContext, weights: Weights) -> FitResult:
         folder=folder,
         dev_tasks=tuple(context.dev),
         focuses=DEV_FOCUSES,
-        # Gates that were taught before need no soft ones first.
+        # Gates that are trained already skip the soft ones.
         focus_from=SOFT_SHARE if any(map(is_gate, start)) else 0.0,
         dense=None if context.shards is None else weights,
     )
-    return run_phase(phase, context, weights)
+    return trainer.run(phase, weights)
 
 
-def _fit_epochs(context: TrainContext, weights: Weights) -> FitResult:
+def _dense_phase(context: TrainContext, weights: Weights) -> Phase:
     """Dense training on all examples alike."""
     recipe = context.recipe
-    phase = Phase(
+    return Phase(
         _epochs(context, recipe.epochs),
         num_evals=recipe.epochs,
         patience=recipe.patience,
@@ -88,11 +88,11 @@ def _fit_epochs(context: TrainContext, weights: Weights) -> FitResult:
         dev_tasks=tuple(context.dev),
         new_tasks=() if _has_head(weights) else tuple(context.train),
     )
-    return run_phase(phase, context, weights)
 
 
-def _fit_stages(context: TrainContext, weights: Weights) -> FitResult:
-    """Dense training by the curriculum, one part a stage."""
+def _fit_stages(trainer: Trainer, weights: Weights) -> FitResult:
+    """Dense training by the curriculum, one phase a stage."""
+    context = trainer.context
     recipe, taxonomy, shards = context.recipe, context.taxonomy, context.shards
     if shards is not None:
         sizes_T = [len(numbers) for numbers in shards.numbers_T]
@@ -101,18 +101,15 @@ def _fit_stages(context: TrainContext, weights: Weights) -> FitResult:
     planned = plan_curriculum(recipe.curriculum, taxonomy, sizes_T, recipe.batch_size)
     batches_of = _stages_of(context)
     has_head = _has_head(weights)
-    train_step: TrainStep | None = None
     fitted: FitResult | None = None
     drawn: dict[str, np.ndarray] = {}
     for number, plan in enumerate(planned):
         stage = plan.stage
-        if is_primary():
-            print(
-                f"Stage {number + 1} of {len(planned)}, '{stage.name}': {plan.num_steps:,} steps on "
-                + ", ".join(plan.tasks)
-                + (f", {stage.replay:.0%} of them on earlier tasks." if stage.replay else "."),
-                flush=True,
-            )
+        say(
+            f"Stage {number + 1} of {len(planned)}, '{stage.name}': {plan.num_steps:,} steps on "
+            + ", ".join(plan.tasks)
+            + (f", {stage.replay:.0%} of them on earlier tasks." if stage.replay else ".")
+        )
         batches = batches_of(plan.shares_T, plan.num_steps, stage=number)
         phase = Phase(
             batches,
@@ -124,14 +121,13 @@ def _fit_stages(context: TrainContext, weights: Weights) -> FitResult:
             dev_tasks=plan.seen,
             new_tasks=() if has_head else plan.new,
         )
-        train_step = train_step or make_step(phase, context)
-        fitted = run_phase(phase, context, weights, train_step)
+        fitted = trainer.run(phase, weights)
         weights = fitted.weights
         if is_primary():
             drawn[stage.name] = batches.plan.drawn(plan.num_steps)
             counts = zip(taxonomy.tasks, drawn[stage.name], strict=True)
             counted = ", ".join(f"{task.name} {count:,}" for task, count in counts if count)
-            print(f"Stage '{stage.name}' has trained on so many examples: {counted}.", flush=True)
+            say(f"Stage '{stage.name}' has trained on so many examples: {counted}.")
             write_curriculum(context.out / "stages", taxonomy, drawn)
     assert fitted is not None
     return fitted

@@ -1,8 +1,8 @@
-"""Teaching a trained classifier to focus: soft gates first, then hard selection, always beside its own dense answers.
+"""Training a classifier to focus: soft gates first, then hard selection, distilled from its own dense answers.
 
 The first part of the steps dims tokens by soft gates whose temperature falls. In the rest half of the rows drop them;
-the others go on teaching the gates, which only soft rows do. Each row of each step draws its own budget, so that one
-set of weights serves all of them. What the dense classifier answered before this training is mixed into the targets
+the others keep training the gates, which only soft rows can. Each row of each step draws its own budget, so that one
+set of weights serves all of them. The dense classifier's answers from before this training are mixed into the targets
 (self-distillation). docs/internals/focus.md has the maths.
 
 Axes: B batch, I layers, N examples, L labels of one task.
@@ -31,7 +31,7 @@ from ..model.precision import Precision
 from ..model.predict import Predictor
 from ..model.quantize import Weights
 from .config import Recipe
-from .evaluation import TokenizedSplit
+from .tokenized import TokenizedSplit
 
 # Share of the steps with soft gates, and their temperature at both ends; it falls geometrically, and stays.
 SOFT_SHARE = 0.25
@@ -40,12 +40,12 @@ TEMPERATURES = (1.0, 0.1)
 SOFT_ROWS = 0.5
 # Share of the rows that keep everything, so that the dense classifier stays what it was.
 DENSE_ROWS = 0.2
-# The least that the last layer keeps, and the exponents that its budget falls with over the layers.
+# The least share that the last layer keeps, and the range of the exponents by which budgets fall over the layers.
 MIN_END = 0.03
 SHAPES = (0.5, 1.5)
-# What the dense classifier's answer weighs in a target; the label has the rest.
+# Weight of the dense classifier's answer in a target; the label has the rest.
 TEACHER_SHARE = 0.7
-# Of so many labels the least probable ones are not kept.
+# With more labels than this, the least probable ones are dropped.
 MANY_LABELS = 1000
 # The dev score of a set of weights is its mean over these.
 DEV_FOCUSES = (1.0, 0.35)

@@ -1,4 +1,4 @@
-"""Planning a focus: which layer should keep how much, for a given loss of accuracy or a given speed, on dev data.
+"""Planning a focus: each layer's share of tokens, for a given loss of accuracy or a given speed, on dev data.
 
 A greedy search from the dense classifier downwards. Each step tries to cut each layer (and those after it that would
 keep more) and takes the cut that saves the most time for the least divergence from the dense answers. Answers come from
@@ -30,14 +30,15 @@ from ..model.decode import probabilities
 from ..model.focus import UNITS, Focus, FocusDraw, kept_length
 from ..model.precision import Precision
 from ..model.quantize import unflatten
-from .evaluation import TokenizedSplit, measure
+from .evaluation import measure
+from .tokenized import TokenizedSplit
 
 BATCH_SIZE = 32
-# What a step of the search leaves of a layer's share, and the least that any layer keeps.
+# Factor by which a step of the search cuts a layer's share, and the least share of any layer.
 STEP, MIN_SHARE = 0.8, 0.03
-# Texts that steps are compared on; the result is checked on all.
+# Texts on which steps are compared; the result is evaluated on all.
 SEARCH_TEXTS = 256
-# Beyond this speed-up, as predicted, there is nothing left to plan.
+# Predicted speed-up at which the search ends.
 MAX_SPEEDUP = 8.0
 
 

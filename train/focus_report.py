@@ -18,8 +18,9 @@ from ..model.bundle import Bundle
 from ..model.focus import Focus, kept_length
 from ..model.precision import Precision
 from ..model.predict import Predictor, Program
-from .evaluation import TokenizedSplit, measure
+from .evaluation import measure
 from .pictures import draw_focus_curve
+from .tokenized import TokenizedSplit
 
 BATCH_SIZE = 32
 SINGLES = 50  # texts whose latency is measured alone

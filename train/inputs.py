@@ -1,25 +1,26 @@
-"""What a run learns from and is measured on: tokenised, from texts or from prepared data."""
+"""The tokenised examples of a run, from texts or from prepared data."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 from ..data.errors import InputError
+from ..data.examples import Example
 from ..data.shards import Shards
 from ..data.taxonomy import Taxonomy
 from ..data.tokenizer import WordPieceTokenizer
 from .config import TrainJob
 from .datasets import Dataset, load_dataset
-from .evaluation import TokenizedSplit, tokenize
 from .prepared import check_tokenizer, is_prepared, load_splits, open_prepared, text_of
+from .tokenized import TokenizedSplit, tokenize
 
 GOLDEN_TEXTS = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What a run learns from and is measured on.
+    """The tokenised examples of a run.
 
     Attributes:
       taxonomy: the tasks.
@@ -42,19 +43,25 @@ class Inputs:
         return "test" if task in self.splits["test"] else "dev"
 
 
-def open_data(job: TrainJob, say: Callable[[str], object]) -> Dataset | Shards:
-    """The examples that a job names, read, or where to read them. Raises as `load_dataset` and `open_prepared`."""
-    if is_prepared(job):
+def open_data(
+    job: TrainJob, say: Callable[[str], object], examples: Mapping[str, Sequence[Example]] | None = None
+) -> Dataset | Shards:
+    """A job's examples, or the shards to read them from. Raises as `load_dataset` and `open_prepared`."""
+    if examples is None and is_prepared(job):
         return open_prepared(job)
     if job.input_workers:
         raise InputError(f"{job.data} is no prepared data, of which alone workers make batches; see `classer prepare`.")
-    return load_dataset(job, say)
+    return load_dataset(job, say, examples)
 
 
 def load_inputs(
     job: TrainJob, data: Dataset | Shards, tokenizer: WordPieceTokenizer, say: Callable[[str], object]
 ) -> Inputs:
-    """Raises InputError: prepared data were made for another encoder, or lack examples for development."""
+    """Tokenises texts, or samples prepared data.
+
+    Raises:
+      InputError: prepared data were made for another encoder, or lack examples for development.
+    """
     if isinstance(data, Dataset):
         splits = _tokenize(job, data, tokenizer, say)
         count = sum(len(split) for split in data.train.values())

@@ -1,4 +1,4 @@
-"""What training minimises: one loss for examples of all kinds, mixed in a batch.
+"""The training loss: one for all kinds of tasks, mixed in a batch.
 
 Axes: B batch, L labels of the whole taxonomy, G sets of siblings, D model width, V teachers' vectors.
 """
@@ -92,7 +92,7 @@ def teacher_loss(
 
 
 def relation_loss(pooled_BD: jax.Array, vectors_BV: jax.Array, weights_B: jax.Array) -> jax.Array:
-    """How differently a student and its teachers relate the texts of a batch to one another.
+    """The difference between a student's and its teachers' similarities of the texts of a batch.
 
     The mean over pairs of different texts of the squared difference between the student's and the teachers' cosine
     similarity: relational knowledge distillation (Park et al. 2019, https://arxiv.org/abs/1904.05068) of the

@@ -1,4 +1,4 @@
-"""How good a set of predictions is: accuracy, F1 and calibration. NumPy only.
+"""Accuracy, F1 and calibration of predictions. NumPy only.
 
 Axes: N texts, L labels of one task.
 """
@@ -39,7 +39,7 @@ class LabelMetrics:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Metrics:
-    """What `evaluate` measured. All ratios lie between 0 and 1, are never NaN, and are 0 when there are no texts.
+    """The result of `evaluate`. All ratios lie between 0 and 1, are never NaN, and are 0 when there are no texts.
 
     Attributes:
       n: number of texts.

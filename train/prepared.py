@@ -1,7 +1,6 @@
 """Data that `classer prepare` made: tokenised already, and read from disk as they are needed.
 
-Only what is looked at as a whole is held in memory: the examples for development, and of each task a sample of the
-training examples, for the first head.
+Held in memory are the examples for development, and a sample of each task's training examples, for the first head.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from ..data.shards import Shards
 from ..data.taxonomy import Task
 from ..data.tokenizer import WordPieceTokenizer
 from .config import TrainJob
-from .evaluation import TokenizedSplit
 from .probe import MAX_EXAMPLES
+from .tokenized import TokenizedSplit
 
 # Examples for development that are held of each task, unless `held_out_texts` says less.
 MAX_DEV = 20_000
@@ -114,6 +113,6 @@ def _split(task: Task, records: Sequence[Record]) -> TokenizedSplit:
 
 
 def text_of(ids: np.ndarray, tokenizer: WordPieceTokenizer) -> str:
-    """A text of these tokens, about as it was, without the markers for its start and end."""
+    """The approximate text of token ids, without the special tokens at its start and end."""
     pieces = " ".join(tokenizer.vocab[i] for i in ids if i not in (tokenizer.cls_id, tokenizer.sep_id))
     return pieces.replace(" ##", "")

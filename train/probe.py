@@ -1,7 +1,7 @@
-"""A head to begin with: linear discriminant analysis of the pretrained encoder's features.
+"""An initial head: linear discriminant analysis of the pretrained encoder's features.
 
 Fine-tuning from a random head first bends the encoder towards noise. From a head that already separates the classes it
-keeps more of what pretraining knew (Kumar et al. 2022, https://arxiv.org/abs/2202.10054: linear probing, then
+keeps more of the pretrained features (Kumar et al. 2022, https://arxiv.org/abs/2202.10054: linear probing, then
 fine-tuning).
 
 Axes: N examples, D features, L labels.
@@ -25,7 +25,7 @@ from ..model.predict import Predictor
 from ..model.quantize import Weights
 from .calibration import fit_calibration
 from .config import Recipe
-from .evaluation import TokenizedSplit
+from .tokenized import TokenizedSplit
 
 # Share of the identity in the covariance (Friedman 1989): keeps it invertible with few examples.
 SHRINKAGE = 0.02

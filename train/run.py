@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
 from ..data.errors import InputError
+from ..data.examples import Example
 from ..data.files import atomic_write
 from ..data.soft_labels import read_teachers
 from ..model.bundle import Bundle, quantize_bundle, save_bundle
@@ -22,13 +23,13 @@ from .baseline import BaselineScore, tfidf_svm
 from .calibration import fit_calibration, without_thresholds
 from .config import TrainJob, read_curriculum
 from .curriculum import stages_for
+from .distributed import is_primary, leave, on_primary, primary_first, say
 from .evaluation import measure
 from .fit import fit
 from .inputs import Inputs, load_inputs, open_data
-from .loop import ExecutionConfig, FitResult, TrainContext
 from .metrics import Metrics
-from .place import LOGS
-from .processes import broadcast_decision, is_primary, leave, primary_first
+from .phases import ExecutionConfig, FitResult, TrainContext
+from .process_info import LOGS
 from .start import Start, choose_start
 
 CARD_LABELS = 200  # labels that the model card lists of a task
@@ -38,11 +39,11 @@ UNFINISHED = f"{JOB_FILE}.part"
 
 @dataclasses.dataclass(frozen=True)
 class TaskScores:
-    """How good the finished model is at one task.
+    """The finished model's scores at one task.
 
     Attributes:
       task: its name.
-      split: what was measured: "test", or "dev" where no test examples were given.
+      split: the split that was measured: "test", or "dev" where no test examples were given.
       float_metrics, int8_metrics: of the two bundles on that split.
       baseline: TF-IDF + linear SVM on the same split, if the job asked for it.
     """
@@ -56,7 +57,7 @@ class TaskScores:
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """What a run produced.
+    """The outcome of a run.
 
     Attributes:
       bundle: the INT8 bundle, to serve.
@@ -70,38 +71,42 @@ class TrainResult:
 
 
 def train(job: TrainJob) -> TrainResult:
-    """Runs a job that is not finished yet, in one process; see `run_job`."""
+    """Runs a job in one process; see `run_job`."""
     result = run_job(job)
     assert result is not None
     return result
 
 
-def run_job(job: TrainJob) -> TrainResult | None:
+def run_job(job: TrainJob, examples: Mapping[str, Sequence[Example]] | None = None) -> TrainResult | None:
     """Runs a job: trains, calibrates on dev, quantises, measures, and writes bundles and reports under `job.out`.
 
     `job.out` then holds `bundle` (INT8), `bundle-float32`, `results` (INT8) and `results-float32` (of several tasks one
     folder each in them), `checkpoints`, `metrics.jsonl`, `tensorboard` (of a curriculum in `stages`) and `job.json`.
 
-    In a job of several processes (see `processes`) all call it; the first alone writes, and returns a result.
+    In a job of several processes (see `distributed`) all call it; only the primary writes, and returns a result.
+
+    Args:
+      job: what to train on, how, and where to write.
+      examples: those of the splits "train" and, optional, "dev" and "test", in place of files; `job.data` is then only
+        a name for messages, and the task's.
 
     Returns:
-      The result; None where there is none to tell: in other processes, and if the run was finished before.
+      The result; None in the other processes, and where the run had been finished before.
 
     Raises:
       InputError: the data, the encoder or the folder cannot be used; nothing that stood there before is touched.
-      Stopped: SIGTERM came, and all that was done is saved; from `processes.listen` on.
+      Stopped: SIGTERM came, and the progress is saved; after `preemption.listen`.
     """
     if job.curriculum is not None:
         stages = read_curriculum(job.curriculum)
         job = dataclasses.replace(job, recipe=dataclasses.replace(job.recipe, curriculum=stages))
-    if job.restartable and broadcast_decision(lambda: (job.out / "bundle").exists()):
+    if job.restartable and on_primary((job.out / "bundle").exists):
         return None
-    job = dataclasses.replace(job, resume=broadcast_decision(lambda: _check_out(job)))
-    say: Callable[[str], object] = print if is_primary() else lambda _: None
+    job = dataclasses.replace(job, resume=on_primary(lambda: _check_out(job)))
     layout = make_layout(fsdp=job.fsdp, tensor=job.tensor)
     if layout.mesh.size > 1:
         say(f"{layout.mesh.size} devices: " + ", ".join(f"{axis} {n}" for axis, n in layout.mesh.shape.items()) + ".")
-    data = open_data(job, say)
+    data = open_data(job, say, examples)
     start = primary_first(lambda: choose_start(job.recipe.encoder))
     encoder = dataclasses.replace(start.encoder, gated=job.recipe.focus_epochs > 0)
     if job.recipe.max_length > encoder.max_positions:
@@ -115,8 +120,8 @@ def run_job(job: TrainJob) -> TrainResult | None:
         if sentence := without_thresholds(task, inputs.splits["dev"][task.name].targets):
             say(sentence)
     weights = _begin_with(job, start, inputs, say)
-    broadcast_decision(lambda: _write_job(job) is None)
-    running = ExecutionConfig(layout, job.save_steps, job.save_minutes, _job_json(job))
+    on_primary(lambda: _write_job(job))
+    execution = ExecutionConfig(layout, job.save_steps, job.save_minutes, _job_json(job))
     recipe = job.recipe
     if job.curriculum is None:
         recipe = dataclasses.replace(recipe, curriculum=stages_for(recipe.curriculum, inputs.taxonomy, say))
@@ -128,7 +133,7 @@ def run_job(job: TrainJob) -> TrainResult | None:
         inputs.splits["dev"],
         start.tokenizer.pad_id,
         job.out,
-        running,
+        execution,
         inputs.shards,
     )
     fitted = fit(context, weights)
@@ -164,7 +169,7 @@ def run_job(job: TrainJob) -> TrainResult | None:
 
 
 def _begin_with(job: TrainJob, start: Start, inputs: Inputs, say: Callable[[str], object]) -> Weights:
-    """The weights to begin with: a bundle's head only where it gives the same labels, its gates only to focus."""
+    """The initial weights: without the head of other labels, and without gates where the recipe has no focus."""
     weights = dict(start.weights)
     if not job.recipe.focus_epochs:
         weights = {name: value for name, value in weights.items() if not is_gate(name)}
@@ -214,7 +219,7 @@ def _finish(
 
 
 def _check_out(job: TrainJob) -> bool:
-    """Whether the folder holds a run to go on with; raises where it holds anything else."""
+    """Whether the folder holds a run to resume; raises InputError where it holds anything else."""
     if job.resume or (job.restartable and (job.out / JOB_FILE).is_file()):
         if not (job.out / JOB_FILE).is_file():
             raise InputError(f"There is no run to resume in {job.out}: it holds no {JOB_FILE}.")

@@ -1,4 +1,4 @@
-"""What a run says while it trains: a progress bar for the eye, metrics.jsonl and TensorBoard for later."""
+"""The log of a run: a progress bar, metrics.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from ..data.files import atomic_write
-from .processes import is_primary
+from .distributed import is_primary
 
 SECONDS_BETWEEN_LINES = 10.0  # where there is no terminal to draw a bar on
 LOSS_SMOOTHING = 0.95  # of an exponential moving average over steps

@@ -1,4 +1,4 @@
-"""What a training run begins from: a pretrained encoder, a native size without weights, or trained classifiers."""
+"""Initial weights: a pretrained encoder, a native size with random weights, or trained classifiers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..model.quantize import Weights
 
 
 class Start(NamedTuple):
-    """What training begins from.
+    """Initial weights, with the encoder's config and tokenizer.
 
     Attributes:
       encoder: the encoder's config.
@@ -37,7 +37,7 @@ class Start(NamedTuple):
 
 
 def choose_start(name: str) -> Start:
-    """What a recipe's `encoder` names: a bundle, several with commas between, a native size, or a pretrained encoder.
+    """Loads a recipe's `encoder`: a bundle, several with commas between, a native size, or a pretrained encoder.
 
     Raises:
       InputError: as `fetch_encoder`, `load_encoder` and `load_bundle`; an INT8 bundle, which cannot be trained; bundles

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
@@ -23,7 +24,7 @@ if TYPE_CHECKING:  # the step itself needs JAX, Flax and Optax alone, so that to
 
 
 class TrainState(NamedTuple):
-    """All that a step changes. `step` counts the steps done."""
+    """The variables that a step updates. `step` counts the steps done."""
 
     params: Any
     opt_state: optax.OptState
@@ -61,37 +62,37 @@ def arrays_of(batch: Batch) -> Arrays:
 
 
 class Dense(NamedTuple):
-    """The dense classifier that one which learns to focus is held to.
+    """The dense classifier whose answers a classifier with focus is trained on.
 
     Attributes:
       params: as in the state, and divided over the devices as there.
-      share: what its answers weigh in the targets, in [0, 1]; the labels have the rest.
+      share: weight of its answers in the targets, in [0, 1]; the labels have the rest.
     """
 
     params: Any
     share: float
 
 
-# (a key, steps done, rows) → what each row keeps
+# (a key, steps done, rows) → the tokens that each row keeps
 DrawFocus = Callable[[jax.Array, jax.Array, int], FocusDraw]
 
 
+_FOCUS = 0x0F0C  # folded into the key of the focus; differs from what Linen folds in for dropout
+
+
 class TrainStep(Protocol):
-    """One step; by the optimizer's own schedule where none is given."""
+    """One step, with the optimizer's own schedule unless another is given."""
 
     def __call__(
         self, state: TrainState, batch: Batch, schedule: Schedule | None = None
     ) -> tuple[TrainState, StepMetrics]: ...
 
 
-_FOCUS = 0x0F0C  # sets the key of the focus apart from those that Linen folds for dropout
-
-
 class Schedule(NamedTuple):
     """A learning rate: linear warm-up to the peak, then a cosine down to 0 at the end.
 
-    An `optax.Schedule` of three numbers. A compiled step that takes them as arguments serves all parts of a run,
-    however long they are and whatever their peak.
+    An `optax.Schedule` of three numbers. They are arguments of the compiled step, so that one program serves all phases
+    of a run, whatever their length and peak.
     """
 
     peak: float
@@ -99,7 +100,7 @@ class Schedule(NamedTuple):
     num_steps: int
 
     def __call__(self, step: Any) -> Any:
-        # For the log it is worked out by NumPy: a device would do it after the step that it is busy with.
+        # NumPy for the log: a device would compute it only after the step that it is busy with.
         xp = jnp if isinstance(step, jax.Array) else np
         rising = step / xp.maximum(self.warmup_steps, 1)
         done = xp.minimum((step - self.warmup_steps) / xp.maximum(self.num_steps - self.warmup_steps, 1), 1.0)
@@ -108,14 +109,14 @@ class Schedule(NamedTuple):
 
 
 def learning_rate_schedule(recipe: Recipe, num_steps: int, peak: float | None = None) -> Schedule:
-    """The recipe's warm-up and, unless another is given, its peak, over so many steps."""
+    """The recipe's schedule over `num_steps` steps, with its own peak unless `peak` is given."""
     return Schedule(recipe.learning_rate if peak is None else peak, round(recipe.warmup * num_steps), num_steps)
 
 
 def make_optimizer(recipe: Recipe, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
     """AdamW (Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101) behind clipping by the global norm.
 
-    Matrices decay; biases and norms do not. An update that is given a `schedule` of its own goes by that one.
+    Matrices decay; biases and norms do not. An update that is passed a `schedule` uses that one instead.
     """
 
     def is_matrix(params):  # by name: the biases of a scan's layers are stacked to matrices too
@@ -139,16 +140,79 @@ def make_optimizer(recipe: Recipe, schedule: optax.Schedule) -> optax.GradientTr
     )
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class LossConfig:
+    """What the loss of a step depends on beside the batch and the parameters.
+
+    Attributes:
+      label_smoothing, class_weights_L, temperature: see `classification_loss`.
+      relation_share: factor of `relation_loss`, which is added where a batch has teachers' vectors.
+      seed: of dropout and focus, which are functions of the seed and the step alone.
+    """
+
+    label_smoothing: float
+    class_weights_L: jax.Array | None = None
+    temperature: float = 1.0
+    relation_share: float = 0.0
+    seed: int = 0
+
+
+def loss_fn(
+    params: Any,
+    batch: Arrays,
+    step: jax.Array,
+    *,
+    model: TextClassifier,
+    table: LabelTable,
+    config: LossConfig,
+    draw_focus: DrawFocus | None,
+) -> tuple[jax.Array, tuple[jax.Array | None, jax.Array | None]]:
+    """The loss of a batch; beside it the teacher's loss and the relation loss, as in `StepMetrics`."""
+    tokens_BS, lengths_B, targets_BL, weights_B, tasks_B, soft, vectors_BV = batch
+    key = jax.random.fold_in(jax.random.key(config.seed), step)
+    rngs = {"dropout": key} if model.dropout else None
+    draw = draw_focus(jax.random.fold_in(key, _FOCUS), step, len(tokens_BS)) if draw_focus else None
+    inputs = {"params": params}, tokens_BS, lengths_B, draw
+    relation = None
+    if vectors_BV is None:
+        logits_BL = cast(jax.Array, model.apply(*inputs, rngs=rngs))
+    else:
+        logits_BL, pooled_BD = cast(Any, model.apply(*inputs, rngs=rngs, method="with_pooled"))
+        relation = relation_loss(pooled_BD, vectors_BV, weights_B)
+    loss = classification_loss(
+        table,
+        logits_BL,
+        targets_BL,
+        tasks_B,
+        weights_B,
+        label_smoothing=config.label_smoothing,
+        class_weights_L=config.class_weights_L,
+        soft=soft,
+        temperature=config.temperature,
+    )
+    if relation is not None:
+        loss += config.relation_share * relation
+    if soft is None:
+        return loss, (None, relation)
+    return loss, (teacher_loss(table, logits_BL, tasks_B, weights_B, soft, config.temperature), relation)
+
+
+def mix_dense_answers(
+    batch: Arrays, dense_params: Any, share: float, model: TextClassifier, table: LabelTable
+) -> Arrays:
+    """The batch with the dense classifier's answers mixed into its targets; see `Dense`."""
+    undisturbed = model.clone(dropout=0.0)
+    logits_BL = cast(jax.Array, undisturbed.apply({"params": dense_params}, batch.tokens_BS, batch.lengths_B))
+    answers_BL = answers(table, logits_BL, batch.tasks_B)
+    return batch._replace(targets_BL=share * answers_BL + (1 - share) * batch.targets_BL)
+
+
 def make_train_step(
     model: TextClassifier,
     table: LabelTable,
     optimizer: optax.GradientTransformationExtraArgs,
+    config: LossConfig,
     *,
-    label_smoothing: float,
-    class_weights_L: jax.Array | None,
-    seed: int,
-    temperature: float = 1.0,
-    relation_share: float = 0.0,
     draw_focus: DrawFocus | None = None,
     dense: Dense | None = None,
     layout: Layout | None = None,
@@ -160,54 +224,14 @@ def make_train_step(
       model: with its training dtype and dropout.
       table: of the taxonomy whose labels the logits are.
       optimizer: from `make_optimizer`.
-      label_smoothing, class_weights_L, temperature: see `classification_loss`.
-      seed: of dropout and focus, which are functions of the seed and the step alone.
-      relation_share: what `relation_loss` is multiplied by and added with, of batches with teachers' vectors.
-      draw_focus: (key, steps done, rows) → what each row keeps; None trains the dense classifier.
-      dense: a classifier whose answers are mixed into the targets, worked out in each step; None where that was done
-        before, or is not to be done.
+      config: of the loss.
+      draw_focus: (key, steps done, rows) → the tokens that each row keeps; None trains the dense classifier.
+      dense: a classifier whose answers each step computes and mixes into the targets; None leaves the targets as they
+        are.
       layout: of the devices that state and batches are divided over; None computes on the default device.
-      batch_size: of the whole batch, where each process is given its own rows only; None where it is given all.
+      batch_size: of the whole batch, where each process passes its own rows only; None where it passes all.
     """
-
-    undisturbed = model.clone(dropout=0.0)
-
-    def mixed(batch: Arrays, dense_params: Any) -> Arrays:
-        """The batch with the dense classifier's answers in its targets."""
-        if dense is None:
-            return batch
-        logits_BL = cast(jax.Array, undisturbed.apply({"params": dense_params}, batch.tokens_BS, batch.lengths_B))
-        answers_BL = answers(table, logits_BL, batch.tasks_B)
-        return batch._replace(targets_BL=dense.share * answers_BL + (1 - dense.share) * batch.targets_BL)
-
-    def loss_fn(params, batch: Arrays, step: jax.Array) -> tuple[jax.Array, tuple[jax.Array | None, jax.Array | None]]:
-        tokens_BS, lengths_B, targets_BL, weights_B, tasks_B, soft, vectors_BV = batch
-        key = jax.random.fold_in(jax.random.key(seed), step)
-        rngs = {"dropout": key} if model.dropout else None
-        draw = draw_focus(jax.random.fold_in(key, _FOCUS), step, len(tokens_BS)) if draw_focus else None
-        inputs = {"params": params}, tokens_BS, lengths_B, draw
-        relation = None
-        if vectors_BV is None:
-            logits_BL = cast(jax.Array, model.apply(*inputs, rngs=rngs))
-        else:
-            logits_BL, pooled_BD = cast(Any, model.apply(*inputs, rngs=rngs, method="with_pooled"))
-            relation = relation_loss(pooled_BD, vectors_BV, weights_B)
-        loss = classification_loss(
-            table,
-            logits_BL,
-            targets_BL,
-            tasks_B,
-            weights_B,
-            label_smoothing=label_smoothing,
-            class_weights_L=class_weights_L,
-            soft=soft,
-            temperature=temperature,
-        )
-        if relation is not None:
-            loss += relation_share * relation
-        of_teacher = None if soft is None else teacher_loss(table, logits_BL, tasks_B, weights_B, soft, temperature)
-        return loss, (of_teacher, relation)
-
+    loss = functools.partial(loss_fn, model=model, table=table, config=config, draw_focus=draw_focus)
     shardings = None
     if layout is not None:
         shardings = (layout.shardings(abstract_state(model, optimizer)), layout.replicated)
@@ -216,11 +240,12 @@ def make_train_step(
     def step(
         state: TrainState, batch: Arrays, dense_params: Any, schedule: dict[str, Schedule]
     ) -> tuple[TrainState, StepMetrics]:
-        batch = mixed(batch, dense_params)
-        (loss, of_teachers), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, state.step)
+        if dense is not None:
+            batch = mix_dense_answers(batch, dense_params, dense.share, model, table)
+        (value, of_teachers), gradients = jax.value_and_grad(loss, has_aux=True)(state.params, batch, state.step)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, **schedule)
         params = optax.apply_updates(state.params, updates)
-        metrics = StepMetrics(loss, optax.tree.norm(gradients), *of_teachers)
+        metrics = StepMetrics(value, optax.tree.norm(gradients), *of_teachers)
         return TrainState(params, opt_state, state.step + 1), metrics
 
     dense_params = None if dense is None else dense.params
@@ -236,7 +261,7 @@ def make_train_step(
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation, layout: Layout | None = None) -> TrainState:
-    """The state before the first step; with a layout, the parameters lie as it says, and so does the rest."""
+    """The state before the first step; with a layout, `params` are sharded by it, and the rest is sharded alike."""
     if layout is not None:
         step = layout.create(lambda: jnp.zeros((), jnp.int32))
         return TrainState(params, layout.create(optimizer.init, params), step)

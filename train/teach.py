@@ -1,4 +1,4 @@
-"""Asking better models: a teacher's probabilities for every text, as soft labels to learn from.
+"""Soft labels: the probabilities that teachers give every text.
 
 Axes: N texts, L labels of one task, D the width of a teacher, V of all teachers' vectors, S sequence.
 """
@@ -34,7 +34,7 @@ BATCH_SIZE = 32
 
 @dataclasses.dataclass(frozen=True)
 class TeachJob:
-    """What to ask whom.
+    """One run of `classer teach`.
 
     Attributes:
       teacher: Classer bundles, or sequence classifiers of Hugging Face transformers (a folder or a name on the hub;

@@ -73,8 +73,8 @@ def bind_server(
     add_port: Callable[[grpc.aio.Server, str], int] = lambda server, address: server.add_insecure_port(address),
 ) -> str:
     """Binds a port of a gRPC server, by `add_port`; returns its real address. For arguments and errors see `bind`."""
-    own = bind(host, port, option, lambda *_: add_port(server, join(host, port)), host_option=host_option)
-    return join(host, own)
+    own = bind(host, port, option, lambda *_: add_port(server, address_of(host, port)), host_option=host_option)
+    return address_of(host, own)
 
 
 def bind(host: str, port: int, option: str, make: Callable[[str, int], T], *, host_option: str | None = "--host") -> T:
@@ -98,12 +98,12 @@ def bind(host: str, port: int, option: str, make: Callable[[str, int], T], *, ho
     try:
         return make(host, port)
     except (OSError, RuntimeError) as error:
-        reason = (error.strerror or str(error)).lower() if isinstance(error, OSError) else _why_not(host, port)
+        reason = _why_not(host, port) or str(error).lower()
         other = f"{option} (0 picks a free one)" + (f" or {host_option}" if host_option else "")
-        raise InputError(f"Cannot listen on {join(host, port)}: {reason}. Choose another {other}.") from None
+        raise InputError(f"Cannot listen on {address_of(host, port)}: {reason}. Choose another {other}.") from None
 
 
-def join(host: str, port: int) -> str:
+def address_of(host: str, port: int) -> str:
     """`host:port`, with brackets around an IPv6 address."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
@@ -117,9 +117,9 @@ def check_free(host: str, port: int) -> None:
 
 
 def _why_not(host: str, port: int) -> str:
-    """The operating system's reason why an address cannot be bound, which gRPC only logs."""
+    """The operating system's reason why an address cannot be bound; gRPC only logs it. Empty if it can be bound."""
     try:
         check_free(host, port)
     except OSError as error:
         return (error.strerror or str(error)).lower()
-    return "gRPC refused it"
+    return ""

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from ...data.errors import InputError
-from ..ops.listening import bind, check_free, join
+from ..ops.listening import address_of, bind, check_free
 from ..ops.log import logger
 from ..ops.operations import OperationsConfig
 from .frontend import FrontEndConfig
@@ -52,7 +52,7 @@ class FrontEnds:
         # Bound but not listening: keeps the port while front ends are restarted.
         self._held = bind(host, port, "--port", _hold)
         port = self._held.getsockname()[1]
-        self.address = join(host, port)
+        self.address = address_of(host, port)
         self._folder = Path(tempfile.mkdtemp(prefix="classer-"))  # made with mode 0700
         self.engine = f"unix:{self._folder / 'engine.sock'}"
         self._config = FrontEndConfig(self.engine, host, port, drain_seconds, shared=True, share=1 / count)

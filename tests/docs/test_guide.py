@@ -76,6 +76,9 @@ class Page:
     def run(self, line: str) -> None:
         for written, real in self.addresses.items():
             line = line.replace(written, real)
+        if " | " in line:
+            run(["bash", "-c", line.replace("classer ", f"{shlex.join(COMMAND)} ")], self.folder)
+            return None
         words = shlex.split(line)
         if words[0] in ("classer", ".venv/bin/classer"):
             words = [*COMMAND, *words[1:]]
@@ -84,6 +87,10 @@ class Page:
                 return self.start(words)
             if command in ("train", "convert"):
                 words = self.training(words)
+            if command == "convert":
+                words += ["--tokens", "10000"]
+            if command == "prepare":
+                words += ["--tokenizer", "./encoder"]
         elif words[:2] == ["python", "tools/launch.py"]:
             words = self.training([sys.executable, str(ROOT / "tools" / "launch.py"), *words[2:]])
         run(words, self.folder)

@@ -48,11 +48,13 @@ def test_every_option_of_every_help_is_on_the_page() -> None:
 
 def test_a_change_of_a_help_is_seen() -> None:
     box = (
-        "usage: x\n\nWhat it does.\n\n╭─ options ───╮\n│ -h, --help  show this │\n"
+        "usage: x\n\nWhat it does.\n\n╭─ arguments ───╮\n"
+        "│ INPUT …  files (required) │\n╰──╯\n╭─ options ───╮\n│ -h, --help  show this │\n"
         "│ --data {None}|PATH │\n│     a file,  │\n│     or none. (default: None) │\n"
         "│ --n INT  how many. (default: 3) │\n╰──╯\n"
     )
     assert list(reference.options(box)) == [
+        reference.Option("arguments", "INPUT …", "required", "files"),
         reference.Option("options", "-h, --help", "", "show this"),
         reference.Option("options", "--data PATH", "", "a file, or none."),
         reference.Option("options", "--n INT", "3", "how many."),

@@ -19,7 +19,7 @@ from classer.model.classifier import TextClassifier
 from classer.model.config import EncoderConfig
 from classer.model.sharding import make_layout
 from classer.train.checkpoints import Checkpoints, Progress
-from classer.train.processes import join
+from classer.train.distributed import join
 from classer.train.step import TrainState, abstract_state, init_state
 
 CONFIG = EncoderConfig(vocab_size=20, num_layers=1, d_model=16, num_heads=2, d_ff=32, max_positions=16)

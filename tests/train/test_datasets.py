@@ -9,6 +9,7 @@ import pytest
 
 from classer.data.errors import InputError
 from classer.data.examples import Example
+from classer.data.readers import read_examples
 from classer.data.taxonomy import Task, TaskKind
 from classer.tests.helpers import write_toy_data
 from classer.train.config import Recipe, TrainJob
@@ -58,6 +59,22 @@ def test_the_kind_is_found_and_a_share_set_aside_for_development(tmp_path: Path,
     assert any(f"a {kind} task" in sentence for sentence in said)
     assert any(f"Set {len(only(dataset.dev))} of 100 training examples aside" in sentence for sentence in said)
     assert not {example.source for example in only(dataset.train)} & {example.source for example in only(dataset.dev)}
+
+
+@pytest.mark.parametrize("kind", [TaskKind.BINARY, TaskKind.MULTILABEL])
+def test_examples_in_memory_are_treated_as_those_of_files(tmp_path: Path, kind: TaskKind) -> None:
+    files = {
+        split: write_toy_data(tmp_path / f"{split}.jsonl", kind, count, seed=count)
+        for split, count in (("train", 60), ("dev", 12), ("test", 9))
+    }
+    expected, said = load(files["train"], dev=files["dev"], test=files["test"])
+    examples = {
+        split: read_examples(file, text_column="text", label_column=None, task="") for split, file in files.items()
+    }
+    job = TrainJob(data=tmp_path / "train", out=tmp_path / "out", recipe=Recipe(dev_fraction=0.2, seed=3))
+    told: list[str] = []
+    assert load_dataset(job, told.append, examples) == expected
+    assert told == said
 
 
 def test_the_split_follows_the_seed_alone(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from classer.model.config import EncoderConfig
 from classer.model.focus import UNITS, Focus
 from classer.model.precision import Precision
 from classer.tests.helpers import with_gates
-from classer.train.evaluation import TokenizedSplit
 from classer.train.focus_plan import MAX_SPEEDUP, _attention_share, _CostModel, greedy_path, plan_focus
+from classer.train.tokenized import TokenizedSplit
 
 DENSE = Focus.pyramid(1, 4)
 

@@ -11,8 +11,8 @@ from classer.model.focus import Focus
 from classer.model.precision import Precision
 from classer.model.predict import Predictor
 from classer.tests.helpers import with_gates
-from classer.train.evaluation import TokenizedSplit
 from classer.train.focus_report import focus_report, focus_table
+from classer.train.tokenized import TokenizedSplit
 
 
 def test_budgets_side_by_side(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

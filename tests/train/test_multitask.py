@@ -21,6 +21,7 @@ from classer.tools.cli.main import main
 from classer.train.config import Recipe, TrainJob
 from classer.train.datasets import load_dataset
 from classer.train.run import TrainResult, train
+from classer.train.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -94,21 +95,19 @@ def test_the_bundle_is_evaluated_by_task(
 def test_a_run_stopped_between_stages_goes_on_to_the_same_weights(
     job: TrainJob, finished: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from classer.train import fit
-
     class Stopped(Exception):
         pass
 
     again = dataclasses.replace(job, out=tmp_path / "run", baseline=False)
     with monkeypatch.context() as patched:
-        real = fit.run_phase
+        real = Trainer.run
 
-        def stop_after_first(part, *arguments):
-            if part.folder.name == "second":
+        def stop_after_first(trainer, phase, weights):
+            if phase.folder.name == "second":
                 raise Stopped
-            return real(part, *arguments)
+            return real(trainer, phase, weights)
 
-        patched.setattr(fit, "run_phase", stop_after_first)
+        patched.setattr(Trainer, "run", stop_after_first)
         with pytest.raises(Stopped):
             train(again)
     resumed = train(dataclasses.replace(again, resume=True))

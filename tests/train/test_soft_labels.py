@@ -23,8 +23,9 @@ from classer.tests.helpers import TREE
 from classer.tests.strategies import trees
 from classer.train.config import TrainJob
 from classer.train.datasets import load_dataset
-from classer.train.evaluation import TokenizedSplit, join, soften, tokenize
 from classer.train.losses import SoftTargets, classification_loss
+from classer.train.soften import soften
+from classer.train.tokenized import TokenizedSplit, join, tokenize
 
 
 def test_texts_of_dev_and_test_are_no_soft_examples(tasks: Path, tmp_path: Path) -> None:

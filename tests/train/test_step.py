@@ -24,7 +24,7 @@ from classer.model.sharding import make_layout
 from classer.tests.helpers import with_devices
 from classer.train.config import Recipe
 from classer.train.losses import classification_loss
-from classer.train.step import Dense, init_state, learning_rate_schedule, make_optimizer, make_train_step
+from classer.train.step import Dense, LossConfig, init_state, learning_rate_schedule, make_optimizer, make_train_step
 
 CONFIG = EncoderConfig(vocab_size=20, num_layers=1, d_model=16, num_heads=2, d_ff=32, max_positions=16)
 RECIPE = Recipe(learning_rate=1e-2, weight_decay=0.1, max_grad_norm=0.5)
@@ -68,7 +68,7 @@ def table_of(kind: TaskKind) -> LabelTable:
 def make_step(recipe: Recipe = RECIPE, *, kind=TaskKind.MULTICLASS, dropout: float = 0.0, dtype=jnp.float32, seed=0):
     model = TextClassifier(CONFIG, 3, dtype, dropout=dropout)
     optimizer = make_optimizer(recipe, lambda step: recipe.learning_rate)
-    step = make_train_step(model, table_of(kind), optimizer, label_smoothing=0.05, class_weights_L=None, seed=seed)
+    step = make_train_step(model, table_of(kind), optimizer, LossConfig(label_smoothing=0.05, seed=seed))
     return step, init_state(fixed_params(), optimizer)
 
 
@@ -225,9 +225,9 @@ def test_the_dense_classifiers_answers_are_mixed_into_the_targets(dropout: float
     mixed = dataclasses.replace(batch, targets_BL=0.7 * answers_BL + 0.3 * batch.targets_BL)
     optimizer = make_optimizer(RECIPE, lambda step: RECIPE.learning_rate)
     model = TextClassifier(CONFIG, 3, dropout=dropout)
-    options = {"label_smoothing": 0.0, "class_weights_L": None, "seed": 0}
-    beforehand = make_train_step(model, table_of(task.kind), optimizer, **options)
-    in_step = make_train_step(model, table_of(task.kind), optimizer, dense=Dense(dense, 0.7), **options)
+    config = LossConfig(label_smoothing=0.0)
+    beforehand = make_train_step(model, table_of(task.kind), optimizer, config)
+    in_step = make_train_step(model, table_of(task.kind), optimizer, config, dense=Dense(dense, 0.7))
     one, other = init_state(given, optimizer), init_state(given, optimizer)
     for _ in range(2):
         one, expected = beforehand(one, mixed)
@@ -245,8 +245,8 @@ def batch_with_vectors() -> Batch:
 def relation_step(share: float, **options: Any) -> Any:
     optimizer = make_optimizer(RECIPE, lambda step: RECIPE.learning_rate)
     model, table = TextClassifier(CONFIG, 3), table_of(TaskKind.MULTICLASS)
-    fixed: dict[str, Any] = {"label_smoothing": 0.05, "class_weights_L": None, "seed": 0}
-    return make_train_step(model, table, optimizer, relation_share=share, **fixed, **options), optimizer
+    config = LossConfig(label_smoothing=0.05, relation_share=share)
+    return make_train_step(model, table, optimizer, config, **options), optimizer
 
 
 def test_relations_are_added_to_the_loss_and_learnt() -> None:

@@ -234,13 +234,13 @@ def train_program(model: Any, batch_size: int, length: int, layout: Layout) -> t
     from classer.data.pipeline import Batch
     from classer.data.taxonomy import Label, Task, TaskKind, Taxonomy
     from classer.train.config import Recipe
-    from classer.train.step import init_state, learning_rate_schedule, make_optimizer, make_train_step
+    from classer.train.step import LossConfig, init_state, learning_rate_schedule, make_optimizer, make_train_step
 
     recipe = Recipe()
     optimizer = make_optimizer(recipe, learning_rate_schedule(recipe, 100_000))
     labels = tuple(Label(str(i)) for i in range(model.num_labels))
     table = Taxonomy((Task("all", TaskKind.MULTICLASS, labels),)).table
-    run = make_train_step(model, table, optimizer, label_smoothing=recipe.label_smoothing, class_weights_L=None, seed=0)
+    run = make_train_step(model, table, optimizer, LossConfig(recipe.label_smoothing))
 
     def init() -> Any:
         tokens_BS, lengths_B = jnp.zeros((1, 8), jnp.int32), jnp.ones((1,), jnp.int32)

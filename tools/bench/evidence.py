@@ -37,7 +37,7 @@ from classer.model.focus import Focus, kept_length
 from classer.model.predict import Predictor
 from classer.model.quantize import unflatten
 from classer.tools.cli.main import run
-from classer.train.evaluation import tokenize
+from classer.train.tokenized import tokenize
 
 BATCH_SIZE = 32
 WAYS = ("kept tokens", "attention weights", "random tokens")

@@ -30,7 +30,7 @@ from classer.data.tokenizer import WordPieceTokenizer
 from classer.model.pretrained import MINILM, fetch_encoder, load_encoder
 from classer.tools.cli.main import run, tune_allocator
 from classer.train.config import Recipe
-from classer.train.evaluation import join, tokenize
+from classer.train.tokenized import join, tokenize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,16 +110,14 @@ def classer_side(arguments: FinetuneArguments, folder: Path, task: Task) -> Call
     import jax.numpy as jnp
 
     from classer.model.classifier import TextClassifier
-    from classer.train.loop import initial_params
-    from classer.train.step import init_state, learning_rate_schedule, make_optimizer, make_train_step
+    from classer.train.step import LossConfig, init_state, learning_rate_schedule, make_optimizer, make_train_step
+    from classer.train.trainer import initial_params
 
     encoder, weights = load_encoder(folder)
     recipe = Recipe()
     model = TextClassifier(encoder, len(task.labels), jnp.bfloat16, dropout=arguments.dropout)
     optimizer = make_optimizer(recipe, learning_rate_schedule(recipe, 10_000))
-    train_step = make_train_step(
-        model, Taxonomy((task,)).table, optimizer, label_smoothing=recipe.label_smoothing, class_weights_L=None, seed=0
-    )
+    train_step = make_train_step(model, Taxonomy((task,)).table, optimizer, LossConfig(recipe.label_smoothing))
     state = init_state(initial_params(model, weights, seed=0), optimizer)
 
     def step(batch: Batch) -> float:

@@ -73,7 +73,7 @@ class BundleModel:
     Args:
       path: the bundle.
       options: what to ask.
-      precision: one of `VARIANTS`, or `AUTO`.
+      precision: one of `VARIANTS`, or "auto" for the bundle's own.
       precision_of: called with a bucket and the precision that was found fastest for it (None before), returns the one
         to use; it lets a run that goes on compute as before.
 
@@ -90,6 +90,7 @@ class BundleModel:
     ) -> None:
         from classer.model.bundle import load_bundle
         from classer.model.focus import Focus
+        from classer.model.precision import Precision
         from classer.model.variants import variant_predictor
 
         bundle = load_bundle(path)
@@ -98,8 +99,8 @@ class BundleModel:
             raise InputError(f"{path} has several tasks; name one with --task: {', '.join(names)}.")
         self._task = bundle.taxonomy.task(options.task or names[0])
         focus = Focus.parse(options.focus or "1", bundle.encoder.num_layers)
-        variant = bundle.precision if precision == "auto" else precision
-        self._predictor = variant_predictor(bundle, variant, None if focus.full else focus)  # pyright: ignore
+        computed = bundle.precision if precision == "auto" else Precision(precision)
+        self._predictor = variant_predictor(bundle, computed, None if focus.full else focus)
         self._calibration = bundle.calibration[self._task.name]
         self._columns = bundle.taxonomy.slice_of(self._task.name)
         self._options = options

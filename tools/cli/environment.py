@@ -16,9 +16,9 @@ PREFIX = "CLASSER_"
 def from_environment(
     kind: type, argv: Sequence[str], environment: Mapping[str, str]
 ) -> tuple[dict[str, Any], list[str]]:
-    """What the environment says of a command's options, for those that the command line does not give.
+    """Options of a command from environment variables, for those that the command line does not give.
 
-    Several values of one option stand in one variable, parted as a shell parts words.
+    A variable holds several values of an option as a shell splits words.
 
     Args:
       kind: the dataclass of the command's options.

@@ -18,11 +18,11 @@ class New:
     """Make a key, print it once, and store its hash.
 
     Attributes:
-      name: who it is for; stands in logs and metrics.
-      file: the key file; made if there is none.
-      rate: texts a second that it may ask for; by default any number.
-      per_day: texts a day (UTC) that it may ask for; by default any number.
-      admin: whether it may also change the server's models.
+      name: the key's holder, shown in logs and metrics.
+      file: the key file; made if it does not exist.
+      rate: limit of texts per second; no limit by default.
+      per_day: limit of texts per day (UTC); no limit by default.
+      admin: whether the key may also change the server's models.
     """
 
     name: tyro.conf.Positional[str]
@@ -45,10 +45,10 @@ class ListKeys:
 
 @dataclasses.dataclass(frozen=True)
 class Revoke:
-    """Take a key out; running servers refuse it within seconds.
+    """Remove a key; running servers refuse it within seconds.
 
     Attributes:
-      name: whose it is.
+      name: the key's holder.
       file: the key file.
     """
 

@@ -53,21 +53,21 @@ class LoadTestArguments(TextsArguments, ConnectionArguments):
       server: address of a running `classer serve`, HOST:PORT.
       task: name of the task; needed only if the model has several.
       mode: poisson: calls of independent users at --rate; ramp: from --rate to --to-rate; step: each of --rates in
-        turn; closed: --callers who each wait for their answer; search: the highest rate at which 99 % of the answers
-        come within --target-ms.
+        turn; closed: --callers callers, each of which waits for its answer; search: the highest rate at which 99 % of
+        the answers arrive within --target-ms.
       rate: calls a second (search: the first that is tried).
       to_rate: of a ramp, calls a second at its end.
       rates: of steps, calls a second.
-      callers: how many, if closed.
-      seconds: for how long calls are due; of steps each one, of a search each try.
-      batch: texts of each call; 0 asks with one text a call, by the call for one text.
+      callers: number of callers in the mode `closed`.
+      seconds: duration of the load; of each step, and of each try of a search.
+      batch: texts per call of ClassifyBatch; 0 sends one text per call of Classify.
       timeout: deadline of each call, in seconds.
-      target_ms: what a search holds the 99th percentile to, in milliseconds.
-      max_failed: the share of calls that a search lets fail.
-      max_calls: more calls than this are not made.
-      max_in_flight: so many unanswered calls at most; what is due beyond them waits, and its latency counts that.
-      connections: how many connections the calls are spread over.
-      warm_up: seconds of calls beforehand that are not counted.
+      target_ms: limit of the 99th percentile in a search, in milliseconds.
+      max_failed: share of calls that may fail in a search.
+      max_calls: limit of the number of calls.
+      max_in_flight: limit of unanswered calls; a call that is due beyond it waits, and the wait counts as latency.
+      connections: number of connections that the calls are spread over.
+      warm_up: seconds of calls before the measurement, which are not counted.
       watch: process id of the server on this machine, to report its memory (Linux).
       seed: of the arrival times and the order of the texts.
       out: a new folder for the report: load.json, report.md and pictures.

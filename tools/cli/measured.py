@@ -13,7 +13,7 @@ from .arguments import BundleArgument, ExamplesArguments, check_can_make
 if TYPE_CHECKING:
     from classer.data.taxonomy import Task
     from classer.model.bundle import Bundle
-    from classer.train.evaluation import TokenizedSplit
+    from classer.train.tokenized import TokenizedSplit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ def load_measured(a: MeasureArguments) -> tuple[Bundle, Task, TokenizedSplit]:
     """The bundle, its task, and the texts that are to be measured."""
     from classer.data.readers import check_labels, data_file, read_examples
     from classer.model.bundle import load_bundle
-    from classer.train.evaluation import tokenize
+    from classer.train.tokenized import tokenize
 
     if a.out is not None:
         check_can_make(a.out, new=True)

@@ -44,7 +44,7 @@ class PredictArguments(TextsArguments, ConnectionArguments):
       threshold: the score from which a label is chosen, 0 to 1, instead of the model's own thresholds.
       focus: the share of all tokens to keep on the mean over layers, or one share a layer with commas between; 1 is
         all.
-      precision: what the bundle is computed in; auto measures which is fastest for each length.
+      precision: what the bundle is computed in; auto is the bundle's own.
       all_scores: also append `scores`, an object with the score of every label.
       prefix: what the names of the appended columns begin with.
       runner: run on Apache Beam: the name of a runner and its options, such as "FlinkRunner --parallelism=8", or

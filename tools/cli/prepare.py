@@ -61,12 +61,12 @@ def prepare(argv: Sequence[str]) -> None:
         manifest, new = run_on_beam(plan, runner=a.runner, progress=show_progress)
     if not new:
         print(f"{a.out} holds exactly this already, whole; nothing was done.")
-    print(describe(manifest))
+    print(summarise(manifest))
     print(f"Shards and manifest: {a.out}")
 
 
-def describe(manifest: dict[str, Any]) -> str:
-    """What became of the rows, for people."""
+def summarise(manifest: dict[str, Any]) -> str:
+    """A summary of a manifest: how many rows were kept and left out, and the lengths of each split."""
     counts = manifest["counts"]
     lines = [f"{counts['read']:,} rows read"]
     for name, said in (

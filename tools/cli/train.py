@@ -27,23 +27,23 @@ def train(argv: Sequence[str]) -> None:
     """Train a classifier on labelled texts; leaves a bundle to serve in OUT/bundle."""
     job = parse_job(argv, prog="classer train")
     check_can_make(job.out)
-    from classer.train import processes
+    from classer.train import distributed, preemption
     from classer.train.run import run_job
 
-    processes.join()
-    processes.listen()
-    first = processes.is_primary()
+    distributed.join()
+    preemption.listen()
+    is_primary = distributed.is_primary()  # `run_job` leaves the job at its end
     started = time.monotonic()
     try:
         result = run_job(job)
-    except processes.Stopped as e:
-        if first:
+    except preemption.Stopped as e:
+        if is_primary:
             print(f"{e} The same command goes on{'' if job.restartable else ', with --resume'}.", flush=True)
-        if code := processes.end(e):
+        if code := preemption.end(e):
             sys.exit(code)
         return
     if result is None:
-        if first:
+        if is_primary:
             print(f"The run in {job.out} is finished; its bundle is {job.out / 'bundle'}.")
         return
     print_result(result, time.monotonic() - started)

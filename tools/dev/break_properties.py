@@ -219,17 +219,17 @@ BREAKS = (
     ),
     Break(
         "an epoch that was clearly better than the last is kept",
-        "train/loop.py",
+        "train/trainer.py",
         "if progress.best_step != int(state.step):",
         "if False:",
-        "tests/train/test_loop.py",
+        "tests/train/test_trainer.py",
     ),
     Break(
         "a resumed run equals an uninterrupted one",
-        "train/loop.py",
+        "train/trainer.py",
         "iterator.set_state(progress.data)",
         "pass",
-        "tests/train/test_loop.py",
+        "tests/train/test_trainer.py",
     ),
     Break(
         "a folder that holds another run is refused",

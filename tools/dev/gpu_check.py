@@ -38,7 +38,7 @@ from classer.model.precision import Precision
 from classer.model.quantize import INT8_MAX, is_quantized, unflatten
 from classer.tools.aot.accelerators import bf16_peak
 from classer.tools.aot.hlo import count_flops, instructions, products
-from classer.train.step import init_state, make_optimizer, make_train_step
+from classer.train.step import LossConfig, init_state, make_optimizer, make_train_step
 
 VOCAB = 30_522
 # Of a run's output on another device, in units of the largest: float32 products on a GPU may be TF32.
@@ -212,7 +212,7 @@ def train_step(config: EncoderConfig, labels: int, batch: int, length: int, roun
     model = TextClassifier(config, labels, jnp.bfloat16, scan=True, remat=True)
     recipe: Any = SimpleNamespace(max_grad_norm=1.0, weight_decay=0.01)
     optimizer = make_optimizer(recipe, lambda step: 1e-4)
-    options: dict[str, Any] = {"label_smoothing": 0.05, "class_weights_L": None, "seed": 0}
+    loss = LossConfig(label_smoothing=0.05)
     rng = np.random.default_rng(0)
     data: Any = SimpleNamespace(
         tokens_BS=jnp.asarray(rng.integers(0, VOCAB, (batch, length), np.int32)),
@@ -229,9 +229,9 @@ def train_step(config: EncoderConfig, labels: int, batch: int, length: int, roun
     params = jax.jit(model.init)(jax.random.key(0), *ids)["params"]
     state = jax.jit(lambda params: init_state(params, optimizer))(params)
     # Rematerialised products are not counted: utilisation is of the model's own FLOPs.
-    plain = make_train_step(model.clone(remat=False), table, optimizer, **options)
+    plain = make_train_step(model.clone(remat=False), table, optimizer, loss)
     flops = count_flops(jax.make_jaxpr(lambda state: plain(state, data))(state).jaxpr)
-    step = make_train_step(model, table, optimizer, **options)
+    step = make_train_step(model, table, optimizer, loss)
     times = []
     for _ in range(rounds + 2):
         started = time.perf_counter()

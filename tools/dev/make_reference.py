@@ -132,7 +132,7 @@ def options(text: str) -> Iterator[Option]:
             group = title.group(1)
         elif continued and cells:
             words.append(cells.group(1).strip())
-        elif cells and re.match(r"-|\S+  +\S|[A-Z[{]\S*( \S+)?\]?$", cells.group(1)):
+        elif cells and re.match(r"-|\S.*?  +\S|[A-Z[{]\S*( \S+)?\]?$", cells.group(1)):
             name, _, rest = (part.strip() for part in cells.group(1).partition("  "))
             words = [rest] if rest else []
 
@@ -374,9 +374,9 @@ def metrics() -> str:
         rows = []
         collectors: list[Any] = list(registry._collector_to_names)
         for collector in collectors:
-            family = next(iter(collector.describe()), None)
-            if family is None:  # the figures of the process
+            if not hasattr(collector, "describe"):  # the figures of the process, which are Prometheus' own
                 continue
+            family = next(iter(collector.describe()))
             suffix = "_total" if family.type == "counter" else ""
             labels = ", ".join(f"`{label}`" for label in getattr(collector, "_labelnames", ()))
             rows.append((f"`{family.name}{suffix}`", family.type, labels, _prose(family.documentation)))

@@ -1,4 +1,4 @@
-"""What a job is, whatever runs it: the one description that local, Slurm and Kubernetes launches are made from."""
+"""The description of a job that launches on this machine, under Slurm and on Kubernetes share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from classer.data.errors import InputError
-from classer.train.place import NUM_PROCESSES
+from classer.train.process_info import NUM_PROCESSES
 
 if TYPE_CHECKING:
     from classer.train.config import TrainJob
@@ -19,19 +19,19 @@ Target = Literal["local", "slurm", "kubernetes"]
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """Where a job runs, and with what.
+    """Where a job runs, and its resources.
 
     Attributes:
       target: this machine, Slurm or Kubernetes.
-      processes: how many; each is one Slurm task or one pod.
-      devices_per_process: accelerators of each process; without any, so many virtual CPU devices. 0: what is there.
-      cpus: processor cores a process; 0 leaves it to the scheduler.
-      memory: of a process, such as 32G; by default the scheduler's.
-      gpu: whether the devices are GPUs to ask the scheduler for.
-      time_limit: Slurm: of the job, such as 12:00:00; it is put back in the queue when the time is over.
+      processes: number of processes; each is one Slurm task or one pod.
+      devices_per_process: accelerators per process; without accelerators, virtual CPU devices; 0 takes all there are.
+      cpus: processor cores per process; 0 leaves the number to the scheduler.
+      memory: memory per process, such as 32G; by default the scheduler's.
+      gpu: whether the devices are GPUs that the scheduler is asked for.
+      time_limit: Slurm: limit of the job's time, such as 12:00:00; the job is queued again when the time is over.
       partition, account: Slurm: by default the cluster's.
-      restarts: how often a scheduler starts the job again after a process died.
-      name: of the job; by default that of the folder `out`.
+      restarts: number of times that a scheduler starts the job again after a process died.
+      name: the job's name; by default that of the folder `out`.
       image: Kubernetes: the container image, with Classer installed.
       claim: Kubernetes: the persistent volume claim that holds data and `out`, for all pods to read and write.
       mount: Kubernetes: where in the containers the claim is; `data` and `out` are paths there.
@@ -79,7 +79,7 @@ class Launch:
         return self.name or (made if made[:1].isalpha() else f"classer-{made}".rstrip("-"))
 
     def environment(self) -> dict[str, str]:
-        """What every process of the job finds in its environment, beside who it is."""
+        """Environment variables that every process of the job shares."""
         variables = {NUM_PROCESSES: str(self.processes)}
         if self.devices_per_process and not self.gpu:
             variables["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={self.devices_per_process}"
@@ -87,7 +87,7 @@ class Launch:
 
 
 def where(job: TrainJob, *, logs: str, stop: str) -> str:
-    """Where a job leaves what, and how to stop and resume it."""
+    """Where a job writes its logs and checkpoints, and how to stop and resume it."""
     parts = []  # as `loop.fit` trains them
     if job.curriculum is not None or job.recipe.curriculum:
         parts.append(job.out / "stages" / "*")

@@ -14,7 +14,7 @@ import yaml
 
 from classer.data.errors import InputError
 from classer.tools.launching.job import Launch, where
-from classer.train.place import COORDINATOR, STOPPED_CODE
+from classer.train.process_info import COORDINATOR, STOPPED_CODE
 
 if TYPE_CHECKING:
     from classer.train.config import TrainJob

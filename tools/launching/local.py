@@ -16,7 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from classer.tools.launching.job import Launch, where
-from classer.train.place import COORDINATOR, LAUNCHER, LOGS, PROCESS_ID
+from classer.train.process_info import COORDINATOR, LAUNCHER, LOGS, PROCESS_ID
 
 if TYPE_CHECKING:
     from classer.train.config import TrainJob
@@ -80,7 +80,7 @@ class _Worker:
         self._process.wait()
 
     def news(self) -> str:
-        """What it has written since the last call."""
+        """The output since the last call."""
         with self.log.open("rb") as file:
             file.seek(self.shown)
             new = file.read()
@@ -123,7 +123,7 @@ def _watch(workers: list[_Worker]) -> int:
 
 
 def _suspicion(code: int) -> int:
-    """Of several that died at once, who is to be shown: who said why; who was killed; whoever failed; who gave up."""
+    """Rank of an exit code as the cause of the others: a user error, a signal, a failure, an abort."""
     return 0 if code == 2 else 1 if code < 0 and code != -signal.SIGABRT else 2 if code > 0 else 3
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from classer.data.errors import InputError
 from classer.tools.launching.job import Launch, where
-from classer.train.place import COORDINATOR, LOGS
+from classer.train.process_info import COORDINATOR, LOGS
 
 if TYPE_CHECKING:
     from classer.train.config import TrainJob

@@ -163,6 +163,10 @@ def test_a_request_goes_to_the_model_that_has_its_task(stub: ClassifierStub) -> 
         ({"evidence": True}, "evidence"),
         ({"request_id": "x" * 129}, "request_id"),
         ({"request_id": "a\nb"}, "request_id"),
+        ({"top_k": 0}, "top_k"),
+        ({"timeout": timedelta(0)}, "timeout"),
+        ({"timeout": timedelta(seconds=-1)}, "timeout"),
+        ({"priority": 7}, "priority"),
     ],
 )
 def test_an_option_out_of_its_limits_is_named(stub: ClassifierStub, fields: dict[str, Any], field: str) -> None:

@@ -29,8 +29,8 @@ from classer.tools.launching import local as launch_local
 from classer.tools.launching import slurm as launch_slurm
 from classer.tools.launching.job import Launch, where
 from classer.train.config import CurriculumStage, Recipe, TrainJob
-from classer.train.place import ProcessInfo
-from classer.train.processes import CheckpointSchedule, Stopped
+from classer.train.preemption import CheckpointSchedule, Stopped
+from classer.train.process_info import ProcessInfo
 
 from ..conftest import LAUNCHER, Classer
 
@@ -218,7 +218,7 @@ def test_a_pod_that_was_stopped_is_not_taken_for_finished(monkeypatch: pytest.Mo
         raise Stopped("Stopped after step 3.")
 
     monkeypatch.setattr("classer.train.run.run_job", stop)
-    monkeypatch.setattr("classer.train.processes.listen", lambda: None)
+    monkeypatch.setattr("classer.train.preemption.listen", lambda: None)
     words = ["--data", "x.csv", "--out", "nowhere", "--restartable"]
     training.train(words)  # elsewhere a stop ends with 0
     monkeypatch.setenv("CLASSER_STOPPED_CODE", code)

@@ -1,4 +1,4 @@
-"""Who a process is among those of its job, as its launcher says in the environment. Imports nothing heavy."""
+"""The rank of a process in its job, read from the environment that the launcher sets. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from ..data.errors import InputError
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = "CLASSER_COORDINATOR", "CLASSER_NUM_PROCESSES", "CLASSER_PROCESS_ID"
 LAUNCHER = "CLASSER_LAUNCHER"  # the process id of a launcher on this machine
 STOPPED_CODE = "CLASSER_STOPPED_CODE"  # exit code of a run that was stopped unfinished; without it 0
-# Where a scheduler says the rank in a name of its own.
+# Variables that may hold the rank: ours, and those of schedulers.
 RANKS = (PROCESS_ID, "SLURM_PROCID", "JOB_COMPLETION_INDEX")
-LOGS = "logs"  # of launched processes, in the run's folder
+LOGS = "logs"  # folder of the processes' outputs, in the run's folder
 
 
 @dataclasses.dataclass(frozen=True)
 class ProcessInfo:
-    """Who a process is among those of its job.
+    """The rank of a process in its job.
 
     Attributes:
-      coordinator: HOST:PORT where the first process listens.
-      count: processes of the job.
-      rank: of this one, from 0.
+      coordinator: HOST:PORT where the primary process listens.
+      count: number of processes in the job.
+      rank: of this process, from 0; rank 0 is the primary.
     """
 
     coordinator: str
@@ -31,10 +31,10 @@ class ProcessInfo:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> ProcessInfo | None:
-        """What the launcher said; None where there is only this process.
+        """Reads the launcher's variables; None where this is the only process.
 
         Raises:
-          InputError: it said a part only, or no number.
+          InputError: a variable is missing, or is not a number.
         """
         if COORDINATOR not in environment:
             return None

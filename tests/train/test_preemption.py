@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from classer.train.processes import CheckpointSchedule, Stopped, deferred, listen
+from classer.train.preemption import CheckpointSchedule, Stopped, deferred, listen
 
 
 @pytest.fixture(autouse=True)

@@ -20,15 +20,15 @@ from classer.model.focus import is_gate
 from classer.model.precision import Precision
 from classer.model.pretrained import load_encoder
 from classer.model.quantize import Weights
-from classer.train import dev_evaluator, focus, loop
+from classer.train import dev_evaluator, focus, trainer
 from classer.train.config import Recipe
 from classer.train.dev_evaluator import DevEvaluator
-from classer.train.evaluation import TokenizedSplit
 from classer.train.fit import fit
 from classer.train.focus import SOFT_SHARE, distilled, draw_focus
-from classer.train.loop import FitResult, TrainContext
+from classer.train.phases import FitResult, TrainContext
 from classer.train.probe import probe_head
 from classer.train.runlog import RunLog, open_log
+from classer.train.tokenized import TokenizedSplit
 
 MULTICLASS = Task("toy", TaskKind.MULTICLASS, tuple(Label(name) for name in "abc"))
 BINARY = Task("toy", TaskKind.BINARY, tuple(Label(name) for name in "ab"))
@@ -104,7 +104,7 @@ def differ(one: FitResult, other: FitResult) -> bool:
 
 @pytest.mark.parametrize("task", [MULTICLASS, BINARY, MULTILABEL], ids=["multiclass", "binary", "multilabel"])
 def test_a_tiny_encoder_learns_a_toy_task(encoder, tmp_path: Path, monkeypatch, task: Task) -> None:
-    monkeypatch.setattr(loop, "probe_head", lambda *_: {})  # it knows this task before the first step
+    monkeypatch.setattr(trainer, "probe_head", lambda *_: {})  # it knows this task before the first step
     recipe = dataclasses.replace(RECIPE, epochs=8, dropout=0.0, learning_rate=1e-2, label_smoothing=0.0)
     fitted = run(encoder, tmp_path, recipe, task, count=150)
     assert fitted.score >= 0.95
@@ -192,7 +192,7 @@ def test_examples_that_only_a_teacher_answered_are_no_negatives(encoder, tmp_pat
     counts, heads = [], []
     for train in (split, with_soft_only(split, 30)):
         context = TrainContext(RECIPE, Taxonomy((MULTILABEL,)), config, {"toy": train}, {"toy": dev}, 0, tmp_path)
-        counts.append(loop._counts(context))
+        counts.append(context.label_counts)
         heads.append(probe_head(RECIPE, context.taxonomy, config, weights, {"toy": train}, {"toy": dev}, ["toy"]))
     np.testing.assert_array_equal(counts[0][0], counts[1][0])
     assert counts[0][1].tolist() == counts[1][1].tolist() == [40]
@@ -251,7 +251,7 @@ def test_gates_that_were_taught_before_begin_with_hard_rows(
         jax.debug.callback(lambda value: seen.append(float(value)), done)
         return draw_focus(key, num_rows, num_layers, done)
 
-    monkeypatch.setattr(loop, "draw_focus", draw)
+    monkeypatch.setattr(trainer, "draw_focus", draw)
     recipe = dataclasses.replace(FOCUSED, epochs=0, focus_epochs=1)
     trained = uninterrupted_focus.weights
     for name, weights, start in (
@@ -391,7 +391,7 @@ def test_class_weights_are_used_where_asked_for(encoder, tmp_path: Path, monkeyp
         asked.append((len(table.task_L), positives_L.sum(), examples_T.tolist()))
         return np.array([1.0, 1.0, 3.0], np.float32)
 
-    monkeypatch.setattr(loop, "balanced_class_weights", weights)
+    monkeypatch.setattr(trainer, "balanced_class_weights", weights)
     fitted = run(encoder, tmp_path, dataclasses.replace(RECIPE, class_weights="balanced"))
     assert asked == [(3, 45, [45])]
     assert differ(fitted, uninterrupted)
