@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,6 +20,20 @@ from ..wire.errors import InternalError, InvalidRequest, UnknownTask
 from ..wire.limits import DEFAULT_TOP_K
 from .tokenizing import TokenizedText
 from .work import Scored
+
+
+class Decoded(NamedTuple):
+    """What N texts' logits amount to, for one task.
+
+    Attributes:
+      probs_NL: float32, calibrated probabilities.
+      chosen_NL: bool, the labels that hold.
+      finite_N: bool, whether a text's logits are all finite; if not, its other rows mean nothing.
+    """
+
+    probs_NL: np.ndarray
+    chosen_NL: np.ndarray
+    finite_N: np.ndarray
 
 
 class AnswerDecoder:
@@ -60,6 +75,18 @@ class AnswerDecoder:
             )
         return next(iter(self._tasks.values()))
 
+    def decode(self, task: Task, scored: Sequence[Scored], threshold: float | None = None) -> Decoded:
+        """Probabilities and chosen labels of at least one text; see `answer` for the arguments."""
+        calibration = self._calibration[task.name]
+        logits_NL = np.stack([one.output.logits_L for one in scored])[:, self._slices[task.name]]
+        finite_N = np.asarray(np.isfinite(logits_NL).all(axis=1))
+        probs_NL = probabilities(task, np.where(finite_N[:, None], logits_NL, 0.0), calibration)
+        chosen_NL = choose_all(task, probs_NL, calibration, threshold)
+        if threshold is not None and task.kind is not TaskKind.HIERARCHICAL:
+            reach_NL = probs_NL >= np.float32(threshold)
+            chosen_NL = chosen_NL & reach_NL if task.kind.exclusive else reach_NL
+        return Decoded(probs_NL, chosen_NL, finite_N)
+
     def answer(
         self,
         task: Task,
@@ -90,15 +117,8 @@ class AnswerDecoder:
         """
         if not scored:
             return []
-        calibration = self._calibration[task.name]
-        logits_NL = np.stack([one.output.logits_L for one in scored])[:, self._slices[task.name]]
-        finite_N = np.asarray(np.isfinite(logits_NL).all(axis=1))
-        probs_NL = probabilities(task, np.where(finite_N[:, None], logits_NL, 0.0), calibration)
-        chosen_NL = choose_all(task, probs_NL, calibration, threshold)
+        probs_NL, chosen_NL, finite_N = self.decode(task, scored, threshold)
         tree = task.kind is TaskKind.HIERARCHICAL
-        if threshold is not None and not tree:
-            reach_NL = probs_NL >= np.float32(threshold)
-            chosen_NL = chosen_NL & reach_NL if task.kind.exclusive else reach_NL
         rank_by_NL = probs_NL
         if tree:  # labels above a leaf only sum them up; the one at which an answer stops is as probable as any leaf
             rank_by_NL = np.where(chosen_NL, 2.0, np.where(task.leaves_L, probs_NL, -1.0))
@@ -107,7 +127,7 @@ class AnswerDecoder:
         responses: list[pb.ClassifyResponse | InternalError] = []
         for i, (read, one) in enumerate(zip(tokens, scored, strict=True)):
             if not finite_N[i]:
-                responses.append(InternalError("The model's scores for this text are not finite numbers."))
+                responses.append(not_finite())
                 continue
             ranks = [
                 label
@@ -140,3 +160,14 @@ class AnswerDecoder:
                     response.evidence.add(start=start, end=end, score=score)
             responses.append(response)
         return responses
+
+
+def not_finite() -> InternalError:
+    """The error of a text whose logits are not finite."""
+    return InternalError("The model's scores for this text are not finite numbers.")
+
+
+def check_threshold(threshold: float | None) -> None:
+    """Raises InvalidRequest: the threshold is not None and lies outside 0 … 1."""
+    if threshold is not None and not 0 <= threshold <= 1:  # also when NaN
+        raise InvalidRequest("The field `threshold` must lie between 0 and 1.", field="threshold")

@@ -28,6 +28,8 @@ MAX_BATCH_TOKENS = 8192
 ABOUT_AS_GOOD = 0.9
 # Runs that time a program: the first may still allocate, the fastest of the others counts.
 WARM_UP_RUNS = 6
+# `ensure` stops measuring a program after so long, because a caller waits.
+ENSURE_SECONDS = 1.0
 EMPTY = 2  # tokens of the empty text: [CLS] and [SEP]
 
 
@@ -180,9 +182,31 @@ class Engine:
           InputError: no precision reproduces the golden outputs.
         """
         for bucket in self._buckets:
-            yield from self._warm_up_bucket(bucket)
+            yield from self._warm_up_bucket(bucket, self._sizes[bucket])
         # This frees the weights that no program uses.
         self._golden, self._predictors = None, {}
+
+    def ensure(self, bucket: int, count: int, *, exact: bool = True) -> None:
+        """Compiles the program for `count` texts of a bucket if it is missing, instead of all programs by `warm_up`.
+
+        The first program of a bucket is compiled in every precision, and the fastest that reproduces the golden outputs
+        runs the bucket from then on.
+
+        Args:
+          bucket: one of `buckets`.
+          count: how many texts; the program is the smallest that holds them, or the largest of the bucket.
+          exact: whether a larger program that is ready already does not do.
+
+        Raises:
+          InputError: no precision reproduces the golden outputs.
+        """
+        size = _smallest(self._sizes[bucket], count)
+        ready = self._ready_sizes(bucket)
+        if size in ready or (not exact and any(one > size for one in ready)):
+            return
+        for _ in self._warm_up_bucket(bucket, (size,), ENSURE_SECONDS):
+            pass
+        self._plan[bucket] = self._warmed[bucket, size].precision
 
     def batch_for(self, bucket: int, waiting: int) -> int:
         """How many of `waiting` texts to run next: the number with the highest rate of texts a second.
@@ -192,14 +216,15 @@ class Engine:
         because measurements are noisy and every batch has costs outside the program.
         """
         rates = {
-            size: min(waiting, size) / max(self._warmed[bucket, size].run_seconds, 1e-9) for size in self._sizes[bucket]
+            size: min(waiting, size) / max(self._warmed[bucket, size].run_seconds, 1e-9)
+            for size in self._ready_sizes(bucket)
         }
         good = max(rates.values()) * ABOUT_AS_GOOD
         return min(waiting, max(size for size, rate in rates.items() if rate >= good))
 
     def rows(self, bucket: int, count: int) -> int:
-        """The rows of the smallest program that holds `count` texts of a bucket."""
-        return next((size for size in self._sizes[bucket] if size >= count), self._sizes[bucket][-1])
+        """The rows of the smallest program that is ready and holds `count` texts of a bucket."""
+        return _smallest(self._ready_sizes(bucket) or self._sizes[bucket], count)
 
     def seconds(self, bucket: int, count: int) -> float:
         """Seconds of a batch of `count` texts of a bucket, as measured at warm-up."""
@@ -243,18 +268,22 @@ class Engine:
         bucket = self._buckets[0]
         self.run([np.full(bucket, self._pad_id, np.int32)], bucket)
 
-    def _warm_up_bucket(self, bucket: int) -> Iterator[TimedProgram]:
-        *smaller, largest = self._sizes[bucket]
+    def _ready_sizes(self, bucket: int) -> list[int]:
+        return [size for size in self._sizes[bucket] if (bucket, size) in self._warmed]
+
+    def _warm_up_bucket(self, bucket: int, sizes: Sequence[int], seconds: float = math.inf) -> Iterator[TimedProgram]:
+        """Compiles programs of these sizes, ascending; measuring one of them stops after so many seconds."""
+        *smaller, largest = sizes
         planned = [self._plan[bucket]] if bucket in self._plan else []
         tried: dict[str, TimedProgram] = {}
         for precisions in (planned, [one for one in self._predictors if one not in planned]):
             for precision in precisions:
-                tried[precision] = self._warm(precision, largest, bucket)
+                tried[precision] = self._warm(precision, largest, bucket, seconds)
                 yield tried[precision]
             while (best := self._fastest(tried.values())) is not None:
                 self._warmed[bucket, largest] = best
                 for size in smaller:
-                    warmed = self._warm(best.precision, size, bucket)
+                    warmed = self._warm(best.precision, size, bucket, seconds)
                     if not self._reproduces(warmed):
                         tried[best.precision] = dataclasses.replace(best, max_error=warmed.max_error)
                         break
@@ -269,14 +298,14 @@ class Engine:
             f"{found}. The bundle or this installation is broken."
         )
 
-    def _warm(self, precision: str, size: int, bucket: int) -> TimedProgram:
+    def _warm(self, precision: str, size: int, bucket: int, seconds: float) -> TimedProgram:
         begin = self._clock()
         program = self._predictors[precision].compile(size, bucket)
         compiled = self._clock() - begin
         tokens_BS = np.full((size, bucket), self._pad_id, np.int32)
         lengths_B = np.full(size, bucket, np.int32)
-        times = []
-        for _ in range(WARM_UP_RUNS):
+        times: list[float] = []
+        while len(times) < WARM_UP_RUNS and (len(times) < 2 or sum(times) < seconds):
             begin = self._clock()
             program.launch(tokens_BS, lengths_B)()
             times.append(self._clock() - begin)
@@ -307,3 +336,8 @@ class Engine:
     def _fastest(self, tried: Iterable[TimedProgram]) -> TimedProgram | None:
         """The fastest program that reproduces the golden outputs; None if none does."""
         return min(filter(self._reproduces, tried), key=lambda one: one.run_seconds, default=None)
+
+
+def _smallest(sizes: Sequence[int], count: int) -> int:
+    """The smallest size that holds `count`, else the largest."""
+    return next((size for size in sizes if size >= count), sizes[-1])

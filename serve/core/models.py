@@ -306,10 +306,14 @@ class Models:
         asyncio.get_running_loop().call_later(0.1, lambda: asyncio.get_running_loop().run_in_executor(None, _trim))
 
 
-def named_folders(sources: Sequence[str]) -> dict[str, Path]:
-    """Bundles by name, from FOLDER or NAME=FOLDER each.
+def name_of(folder: Path) -> str:
+    """The name of a bundle's model: the folder's, or that of its parent where it is only called bundle…."""
+    absolute = folder.absolute()
+    return absolute.parent.name if absolute.name.startswith("bundle") else absolute.name
 
-    A folder's own name is the last part of its path; that of its parent where it is only called bundle….
+
+def named_folders(sources: Sequence[str]) -> dict[str, Path]:
+    """Bundles by name, from FOLDER (see `name_of`) or NAME=FOLDER each.
 
     Raises:
       InputError: no name, one that is out of its limits, or one that stands for two folders.
@@ -321,8 +325,7 @@ def named_folders(sources: Sequence[str]) -> dict[str, Path]:
             name, path = given, Path(rest)
         else:
             path = Path(source)
-            parts = path.absolute()
-            name = parts.parent.name if parts.name.startswith("bundle") else parts.name
+            name = name_of(path)
         if not _NAME.fullmatch(name):
             raise InputError(
                 f"'{source}' would be served as '{name}'; a name is 1 to 64 letters, digits, dots, dashes and "
@@ -364,27 +367,50 @@ def _prepare(name: str, path: Path, settings: ModelSettings, sibling: Model | No
     """Reads a bundle, and compiles the program of its check; `Model.warm_up` compiles the others."""
     bundle = load_bundle(path)
     model = Model(name, bundle)
-    variants: list[Precision] = [one for one in VARIANTS if settings.precision in (AUTO, one)]
-    variants.sort(key=lambda one: one != bundle.precision)  # among equals the bundle's own is preferred
     alike = sibling if sibling is not None and _shapes(sibling.bundle) == _shapes(bundle) else None
     for text in settings.focuses:
         focus = Focus.parse(text, bundle.encoder.num_layers)
         if not focus.full and not bundle.encoder.gated and "1" in settings.focuses:
             continue  # a model without gates serves the full focus only
         before = alike.engines.get(text) if alike is not None else None
-        kept = None if focus.full else focus
-        predictors: dict[str, _OnDemand] = {one: _OnDemand(bundle, one, kept, model.executables) for one in variants}
-        own = predictors.get(bundle.precision) or _OnDemand(bundle, bundle.precision, kept, model.executables)
-        model.engines[text] = Engine(
-            predictors,
-            max_length=bundle.max_length,
-            pad_id=bundle.tokenizer.pad_id,
-            golden=_golden(bundle, own.predictor),
-            plan=before.plan if before is not None and before.ready else {},
-        )
+        plan = before.plan if before is not None and before.ready else {}
+        model.engines[text] = make_engine(bundle, focus, settings.precision, model.executables, plan)
     if sibling is not None:
         model.executables += sibling.executables  # including those of precisions that were not chosen
     return model
+
+
+def make_engine(
+    bundle: Bundle,
+    focus: Focus,
+    precision: str,
+    executables: list[Executables],
+    plan: Mapping[int, str] | None = None,
+) -> Engine:
+    """The engine of a bundle at one focus, with the bundle's own precision as its reference. Compiles the reference.
+
+    Args:
+      bundle: with its weights.
+      focus: what each layer keeps.
+      precision: one of `VARIANTS`, or `AUTO`.
+      executables: gets what is compiled.
+      plan: see `Engine`.
+
+    Raises:
+      InputError: the bundle was not trained for the focus.
+    """
+    kept = None if focus.full else focus
+    variants: list[Precision] = [one for one in VARIANTS if precision in (AUTO, one)]
+    variants.sort(key=lambda one: one != bundle.precision)  # among equals the bundle's own is preferred
+    predictors: dict[str, _OnDemand] = {one: _OnDemand(bundle, one, kept, executables) for one in variants}
+    own = predictors.get(bundle.precision) or _OnDemand(bundle, bundle.precision, kept, executables)
+    return Engine(
+        predictors,
+        max_length=bundle.max_length,
+        pad_id=bundle.tokenizer.pad_id,
+        golden=_golden(bundle, own.predictor),
+        plan=plan,
+    )
 
 
 def _shapes(bundle: Bundle) -> tuple[EncoderConfig, int, int]:

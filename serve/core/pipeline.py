@@ -15,6 +15,7 @@ from ...data.taxonomy import Task
 from ..proto import classifier_pb2 as pb
 from ..wire.errors import DeadlineExceeded, InvalidRequest, ServeError
 from ..wire.limits import MAX_REQUEST_ID
+from .answers import check_threshold
 from .deadlines import ResponsePath
 from .engine import Engine
 from .models import Model, Models
@@ -96,8 +97,7 @@ class Pipeline:
                 field="evidence",
             )
         threshold = options.threshold if options.HasField("threshold") else None
-        if threshold is not None and not 0 <= threshold <= 1:  # also when NaN
-            raise InvalidRequest("The field `threshold` must lie between 0 and 1.", field="threshold")
+        check_threshold(threshold)
         if options.priority not in pb.Priority.values():
             raise InvalidRequest(
                 "The field `priority` must be PRIORITY_INTERACTIVE or PRIORITY_BULK.", field="priority"

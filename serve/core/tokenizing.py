@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -133,7 +134,8 @@ class TokenizerStage:
             while groups := self._take():
                 texts = [text for group in groups for text in group.texts]
                 spans = any(group.spans for group in groups)
-                outcomes = iter(await loop.run_in_executor(self._thread, self._encode, texts, spans))
+                encode = functools.partial(encode_texts, self._tokenizer, texts, self._max_length, spans=spans)
+                outcomes = iter(await loop.run_in_executor(self._thread, encode))
                 for group in groups:
                     own = list(itertools.islice(outcomes, len(group.texts)))
                     if not group.future.done():  # else the call was cancelled
@@ -152,16 +154,22 @@ class TokenizerStage:
                 chars += group.chars
         return groups
 
-    def _encode(self, texts: list[str], spans: bool) -> list[TokenizedText | ServeError]:
-        """Runs in the worker thread. After a failure texts are tried one by one, so that none fails another."""
-        try:
-            encode = self._tokenizer.encode_with_offsets if spans else self._tokenizer.encode
-            encoded = encode(texts, self._max_length)
-            spans_N = encoded.spans or [None] * len(texts)
-            rows = zip(encoded.ids, encoded.truncated, spans_N, strict=True)
-            return [TokenizedText(ids, bool(cut), spans_S2) for ids, cut, spans_S2 in rows]
-        except Exception as error:
-            if len(texts) > 1:
-                return [outcome for text in texts for outcome in self._encode([text], spans)]
-            log_failure("The tokenizer failed on a text", error)
-            return [InternalError("The server could not tokenize this text; its log says why.")]
+
+def encode_texts(
+    tokenizer: TokenizerProtocol, texts: Sequence[str], max_length: int, *, spans: bool = False
+) -> list[TokenizedText | ServeError]:
+    """The tokens of each text, with spans if `spans`; an InternalError for a text that the tokenizer fails on.
+
+    After a failure texts are tried one by one, so that none fails another.
+    """
+    try:
+        encode = tokenizer.encode_with_offsets if spans else tokenizer.encode
+        encoded = encode(texts, max_length)
+        spans_N = encoded.spans or [None] * len(texts)
+        rows = zip(encoded.ids, encoded.truncated, spans_N, strict=True)
+        return [TokenizedText(ids, bool(cut), spans_S2) for ids, cut, spans_S2 in rows]
+    except Exception as error:
+        if len(texts) > 1:
+            return [outcome for text in texts for outcome in encode_texts(tokenizer, [text], max_length, spans=spans)]
+        log_failure("The tokenizer failed on a text", error)
+        return [InternalError("The server could not tokenize this text; its log says why.")]
