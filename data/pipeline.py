@@ -355,7 +355,7 @@ class BatchIterator(Iterator[Batch]):
         source = grain.MapDataset.source(_StepSource(self._batches, self._next_step))
         if not self._num_workers:
             return iter(source.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=self._ahead)))
-        # Grain's workers read flags of absl, which only absl's own `app.run` parses.
+        # Grain's workers read flags of absl, which only `absl.app.run` parses.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         dataset = source.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))

@@ -1,6 +1,6 @@
 """Bundles: what is deployed. A directory of safetensors and JSON, checked in full when it is loaded.
 
-bundle.json          format version, precision, the size and SHA-256 of every other file, and a hash of all this
+bundle.json          format version, precision, the size and SHA-256 of every other file, and a hash over these
 encoder.json         the encoder's config
 taxonomy.json        tasks and labels, in the order of the logits
 calibration.json     temperature and thresholds of each task
@@ -59,24 +59,24 @@ _KIND = FolderKind(
     written_by="`classer train` writes bundles, to OUT/bundle.",
 )
 
-# Largest difference of a golden probability that is put down to another machine's arithmetic. INT8 rounds activations,
-# so that a last bit can move a whole step.
+# The largest accepted difference of a golden probability: machines differ in the last bits of their arithmetic. INT8
+# rounds activations, so that one last bit can move a value by a whole step.
 GOLDEN_TOLERANCE: Mapping[Precision, float] = {Precision.float32: 1e-3, Precision.int8: 3e-2}
 
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """A trained classifier with all that it needs to answer.
+    """A trained classifier with everything that inference needs.
 
     Attributes:
       encoder: the encoder's config.
       taxonomy: tasks and labels, in the order of the logits.
       tokenizer: text → ids.
       weights: named arrays (see `quantize`).
-      precision: what the weights are.
+      precision: of the weights, float32 or int8.
       calibration: by task name.
       max_length: tokens that a text is cut to, special tokens included.
-      golden_texts: a few texts, whose probabilities are stored and checked at every load.
+      golden_texts: a few texts; their probabilities are stored, and checked at every load.
       card: the model card, Markdown.
       licences: files to keep beside the weights.
       version: a short hash of the content, which the manifest repeats; empty before it is saved.
@@ -100,11 +100,11 @@ class Bundle:
         """Puts the weights on the default device, ready to compile programs.
 
         Args:
-          compute_dtype: what activations are, between the products.
-          focus: what each layer keeps; None is all.
+          compute_dtype: of activations, float32 or bfloat16.
+          focus: the share of tokens that each layer keeps; None keeps all.
 
         Raises:
-          InputError: the model was not trained for focus.
+          InputError: `focus` drops tokens, but the model was not trained for focus.
         """
         return Predictor(self.encoder, self.taxonomy.num_labels, self.weights, self.precision, compute_dtype, focus)
 
@@ -115,7 +115,7 @@ class Bundle:
 
 
 def save_bundle(bundle: Bundle, path: Path) -> Bundle:
-    """Writes a bundle to a new folder: whole, or not at all.
+    """Writes a bundle to a new folder, atomically.
 
     Args:
       bundle: what to write.
@@ -157,7 +157,8 @@ def load_bundle(path: Path) -> Bundle:
     """Reads a bundle after checking every file's checksum, every weight's shape and the golden probabilities.
 
     Raises:
-      InputError: no bundle, written by a newer Classer, damaged, incomplete, or it computes something else here.
+      InputError: not a bundle, written by a newer Classer, damaged or incomplete, or its golden probabilities differ
+        on this machine.
     """
     manifest = _read_manifest(path)
     precision = Precision(manifest["precision"])
@@ -173,7 +174,7 @@ def load_bundle(path: Path) -> Bundle:
     except (OSError, SafetensorError) as e:
         raise InputError(f"{path / _WEIGHTS} cannot be read: {e}") from None
     if manifest["format_version"] == 1 and encoder.gated:
-        # Those gates choose before a layer what they choose in the middle of it now; the dense classifier is the same.
+        # Gates of format 1 chose tokens before a layer, today's choose after its attention. Dense, the two are equal.
         encoder = dataclasses.replace(encoder, gated=False)
         weights = {name: value for name, value in weights.items() if not name.startswith("encoder.gate_")}
     _check_weights(weights, encoder, taxonomy, precision, path / _WEIGHTS)
@@ -203,8 +204,8 @@ GOLDEN_LENGTH = 64  # golden texts are cut to this many tokens: one small progra
 def quantize_bundle(bundle: Bundle) -> Bundle:
     """The INT8 version of a float32 bundle, not yet saved.
 
-    The empty text is no golden text any more. A classifier has seen none like it, and where it is undecided, the last
-    bits of another machine's arithmetic may move an INT8 answer by a tenth.
+    The empty text is dropped from the golden texts: classifiers were not trained on it, and where they are undecided,
+    the last bits of another machine's arithmetic may move an INT8 probability by a tenth.
 
     Raises:
       InputError: it is INT8 already.
@@ -237,7 +238,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 def _check_weights(
     weights: Weights, encoder: EncoderConfig, taxonomy: Taxonomy, precision: Precision, source: Path
 ) -> None:
-    """Names, shapes and dtypes are those of the model that the configs describe."""
+    """Raises InputError unless names, shapes and dtypes are those of the model that the configs describe."""
     model = TextClassifier(encoder, taxonomy.num_labels)
     init = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32), jnp.ones((1,), jnp.int32))
     expected = {
@@ -264,7 +265,7 @@ def _check_weights(
 
 
 def _read_calibration(file: Path, taxonomy: Taxonomy) -> dict[str, Calibration]:
-    """By task name, for every task of the taxonomy."""
+    """The calibration of every task of the taxonomy, by name."""
     data = read_json(file)
     calibration = {}
     for task in taxonomy.tasks:

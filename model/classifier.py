@@ -1,4 +1,4 @@
-"""Encoder + label table: what is trained, quantised and served.
+"""The classifier: encoder, mean pooling, and one label table over the whole taxonomy.
 
 Axes: B batch, S sequence, D model width, L all labels of the taxonomy.
 """
@@ -20,19 +20,19 @@ from .precision import Precision
 
 
 def mean_pool(hidden_BSD: jax.Array, weights_BS: jax.Array) -> jax.Array:
-    """The weighted mean of each row's tokens, float32 (B, D); zeros for a row without any weight.
+    """The weighted mean of each row's tokens, float32 (B, D); zeros for a row whose weights are all 0.
 
-    Weights are 0 for padding, whose activations may be anything finite, and at most 1.
+    Weights are at most 1, and 0 for padding, whose activations may have any finite value.
     """
     total_BD = (hidden_BSD.astype(jnp.float32) * weights_BS[..., None]).sum(axis=1)
     return total_BD / jnp.maximum(weights_BS.sum(axis=1), 1.0)[:, None]
 
 
 class Evidence(NamedTuple):
-    """The tokens that the last layer kept, in order; see `encoder.Encoded`.
+    """The tokens that the last layer kept, in order; see `encoder.EncoderOutput`.
 
     Attributes:
-      kept_BK: whether a place holds a token; beyond a row's own it does not.
+      kept_BK: whether a place holds a token; places beyond a row's own tokens do not.
       positions_BK: int32 places in the row of token ids.
       scores_BK: float32, the gates' scores.
     """
@@ -43,9 +43,9 @@ class Evidence(NamedTuple):
 
 
 class LabelHead(nn.Module):
-    """One table over every label of the taxonomy: a task's logits are its slice of the row.
+    """A linear layer over every label of the taxonomy; a task's logits are a slice of its outputs.
 
-    Which activation a slice takes (softmax or sigmoids) is the task's business: see `decode` and the losses.
+    The task's kind decides between softmax and sigmoids: see `decode` and the losses.
     """
 
     num_labels: int
@@ -62,7 +62,7 @@ class LabelHead(nn.Module):
 class TextClassifier(nn.Module):
     """Token ids and lengths → logits over all labels of the taxonomy, float32 (B, L).
 
-    Attributes are those of `Encoder`, and the number of labels.
+    The attributes are those of `Encoder`, and the number of labels.
     """
 
     config: EncoderConfig
@@ -97,7 +97,7 @@ class TextClassifier(nn.Module):
         return self.head(pooled_BD), pooled_BD
 
     def explain(self, tokens_BS: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, Evidence]:
-        """The logits, and the tokens that they were computed from in the end."""
+        """The logits, and the tokens that the last layer kept."""
         encoded = self.encoder(tokens_BS, lengths_B)
         logits_BL = self.head(mean_pool(encoded.hidden_BKD, encoded.weights_BK))
         return logits_BL, Evidence(encoded.weights_BK > 0, encoded.positions_BK, encoded.scores_BK)

@@ -1,4 +1,4 @@
-"""What an encoder is, in a few typed choices."""
+"""The configuration of an encoder: its sizes, and the choices that make it BERT, ModernBERT or native."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """Shape and choices of an encoder. The defaults are those of the BERT family, `native` gives Classer's own.
+    """Sizes and architecture of an encoder. The defaults are the BERT family's; `native` makes Classer's own.
 
     BERT (Devlin et al. 2019, https://arxiv.org/abs/1810.04805): learned positions, LayerNorm after each sum, biases,
     GELU by the error function. ModernBERT (Warner et al. 2024, https://arxiv.org/abs/2412.13663): rotary positions,
@@ -32,11 +32,11 @@ class EncoderConfig:
       norm_eps: added to the variance or the mean square in norms.
       norm: LayerNorm or RMSNorm.
       pre_norm: norms before attention and feed-forward, and one after the last layer; else after each residual sum.
-      biases: whether linear layers and LayerNorm have them.
+      biases: whether linear layers and LayerNorm have biases.
       activation: GELU, or a gated linear unit: GeGLU or SwiGLU.
       rope_base: θ of rotary positions; None for a learned table.
-      local_window: in local layers a token attends to so many on each side; 0 where all layers are global.
-      global_every: of so many layers the first is global, the others local (if there is a window).
+      local_window: how many tokens on each side a token attends to in local layers; 0 makes all layers global.
+      global_every: the period of global layers: layers 0, n, 2n, … are global, the others local (if there is a window).
       local_rope_base: θ in local layers.
       gated: whether each layer has a gate for Focused Attention.
     """
@@ -79,7 +79,7 @@ class EncoderConfig:
         return self.d_model // self.num_heads
 
     def is_local(self, layer: jax.Array | int) -> jax.Array | bool:
-        """Whether a layer attends within its window only; of an index in a program, the program says."""
+        """Whether a layer attends within its window only: a bool, or an array for a traced index."""
         return self.local_window > 0 and layer % self.global_every > 0
 
     def to_json(self) -> dict[str, Any]:
@@ -97,7 +97,7 @@ class EncoderConfig:
             raise InputError(f"{source}: the encoder's config is incomplete ({e}).") from None
 
 
-# name → num_layers, d_model, num_heads, d_ff. Heads are 32 wide where small, so that there are enough of them.
+# name → num_layers, d_model, num_heads, d_ff. Small encoders have heads 32 wide, so that there are enough of them.
 NATIVE_SIZES = {
     "classer-5m": (6, 128, 4, 352),
     "classer-22m": (6, 384, 12, 1024),
@@ -121,7 +121,7 @@ def native(size: str, *, vocab_size: int, max_positions: int = 1024) -> EncoderC
     """The native architecture in one of `NATIVE_SIZES`: RMSNorm before, SwiGLU, rotary positions, no biases, gates.
 
     Args:
-      size: its name, which counts parameters with a vocabulary of 30,522 tokens (BERT's).
+      size: a name of `NATIVE_SIZES`; the number in it counts parameters with BERT's vocabulary of 30,522 tokens.
       vocab_size: of the tokenizer.
       max_positions: the longest text, in tokens; it costs no parameters.
 
@@ -138,8 +138,9 @@ def native_like(other: EncoderConfig, d_ff: int | None = None) -> EncoderConfig:
     """The native architecture in the depth and width of another encoder, without gates.
 
     Args:
-      other: for instance a BERT.
-      d_ff: by default two thirds of the other's, to whole 32s: its three kernels then have as many parameters as two.
+      other: an encoder, such as a BERT.
+      d_ff: by default two thirds of the other's, rounded to a multiple of 32: SwiGLU's three kernels then have as many
+        parameters as the other's two.
     """
     d_ff = max(32, round(other.d_ff * 2 / 3 / 32) * 32) if d_ff is None else d_ff
     shape = (other.vocab_size, other.num_layers, other.d_model, other.num_heads, d_ff, other.max_positions)

@@ -3,9 +3,9 @@
 BERT normalises after each residual sum, u = a + f(a), a' = γ ⊙ LN(u) + β. The native architecture keeps a residual
 stream r that is only ever added to, and normalises what its sublayers read: RMSNorm(r) ⊙ s. Both meet when r is kept
 proportional to u ⊘ s, where s is the product of the γ's before: a sublayer's task is then to write
-ρ u ⊘ s − r, with ρ the stream's root mean square. Every kernel is fitted to that by ridge regression on the activations
-of some real texts, layer by layer, each on what the student's layers before it made of them, so that errors do not
-add up. Biases need no parameters: the activations' mean is far from zero, and a linear map makes a constant of it.
+ρ u ⊘ s − r, with ρ the stream's root mean square. Every kernel is fitted to that by ridge regression on activations of
+real texts, layer by layer, each on the outputs of the student's layers before it, so that errors do not accumulate.
+Biases need no parameters: the activations' mean is far from zero, so that a linear map can produce a constant.
 
 - GELU(x) ≈ x σ(1.702 x) (Hendrycks & Gimpel 2016, section 2) is SwiGLU with the gate's kernel × 1.702 and a value
   branch that is the constant 1 / 1.702. Of the hidden units the most active stay, 2/3 of them (Shazeer 2020): as many
@@ -35,7 +35,7 @@ from .quantize import Weights, unflatten
 
 GELU_SLOPE = 1.702
 RIDGE = 1e-4  # share of the mean square of the inputs
-# Scales below this share of their median are raised to it: what is divided by them must not explode.
+# Scales below this share of their median are raised to it, because activations are divided by them.
 LEAST_SCALE = 0.2
 
 
@@ -44,7 +44,7 @@ class Converted(NamedTuple):
 
     Attributes:
       config, weights: the encoder.
-      scale_ID, bias_ID: RMSNorm(the stream after layer i) ⊙ scale + bias is what the teacher's layer i answers.
+      scale_ID, bias_ID: RMSNorm(the stream after layer i) ⊙ scale + bias approximates the teacher's layer i.
     """
 
     config: EncoderConfig
@@ -60,8 +60,8 @@ def convert_encoder(
 
     Args:
       teacher, weights: the pretrained encoder, of the BERT family.
-      tokens_BS, lengths_B: real texts; some 20,000 tokens of them do.
-      d_ff: hidden units to keep; by default two thirds.
+      tokens_BS, lengths_B: real texts; about 20,000 tokens are enough.
+      d_ff: hidden units to keep; by default two thirds of the teacher's.
 
     Raises:
       InputError: the teacher has norms before its sublayers, or no biases: it is not of the BERT family.
@@ -95,7 +95,7 @@ def convert_encoder(
 
 
 class _Batch(NamedTuple):
-    """The texts that kernels are fitted on. All but attention sees their real tokens only, one row each."""
+    """The texts that kernels are fitted on. All computations but attention read their real tokens only, one a row."""
 
     shape: tuple[int, ...]
     lengths_B: np.ndarray
@@ -105,7 +105,7 @@ class _Batch(NamedTuple):
         return (np.arange(self.shape[1]) < self.lengths_B[:, None]).reshape(-1)
 
     def attend(self, config: EncoderConfig, weights: Weights, name: str, x_ND: np.ndarray) -> np.ndarray:
-        """What the attention of that name makes of the tokens."""
+        """The outputs of the attention of that name, for real tokens."""
         real_N = self.real_N
         padded_ND = np.zeros((len(real_N), config.d_model), np.float32)
         padded_ND[real_N] = x_ND
@@ -116,7 +116,7 @@ class _Batch(NamedTuple):
 
 
 class _TeacherLayer(NamedTuple):
-    """What one layer of the teacher computes on the way; `sum` is u = a + f(a), before the norm."""
+    """Intermediate activations of one layer of the teacher. A `sum` is u = a + f(a), before the norm."""
 
     qkv_NE: np.ndarray
     attention_sum_ND: np.ndarray
@@ -153,7 +153,7 @@ def _fit_layer(
     theirs: _TeacherLayer,
     batch: _Batch,
 ) -> np.ndarray:
-    """Fits one layer's kernels and adds them to `ours`; the residual stream after the layer."""
+    """Fits one layer's kernels and adds them to `ours`. Returns the residual stream after the layer."""
     name = f"encoder.layer_{i}"
     scale_D, _ = _affine(_rms_norm(r_ND), a_ND)
     x_ND = r_ND
@@ -195,7 +195,7 @@ def _embeddings(teacher: EncoderConfig, weights: Weights, length: int) -> np.nda
 
 
 def _stream_of(u_ND: np.ndarray, scale_D: np.ndarray, r_ND: np.ndarray) -> np.ndarray:
-    """Where the residual stream should be for the teacher's sum u: ρ u ⊘ s, as long for every token as for most."""
+    """The target of the residual stream for the teacher's sum u: ρ u ⊘ s, with the median length for every token."""
     spread_N1 = u_ND.std(axis=-1, keepdims=True)
     length = np.median(np.sqrt(np.square(r_ND).mean(axis=-1, keepdims=True)) * spread_N1)
     return length * u_ND / spread_N1 / scale_D
@@ -248,12 +248,12 @@ def _product(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _matmul(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """XLA's product, which runs on all cores and on whatever device there is."""
+    """The product by XLA, which uses all cores, or the accelerator."""
     return np.asarray(_product(x, y))
 
 
 def _apply(module: Any, weights: Weights, name: str, *inputs: Any) -> np.ndarray:
-    """Calls one module with those of the weights that stand under its name."""
+    """Calls one module with the weights below its name."""
     mine = {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
     params = unflatten(mine)
     return np.asarray(cast(jax.Array, jax.jit(module.apply)({"params": params}, *inputs)))

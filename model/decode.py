@@ -1,4 +1,4 @@
-"""From logits to probabilities to labels: the last step, the same in evaluation and in serving. NumPy only.
+"""Logits → probabilities → labels, the same in evaluation and in serving. NumPy only.
 
 Axes: N texts, L labels of one task.
 """
@@ -18,13 +18,13 @@ from ..data.taxonomy import Task, TaskKind
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """What was fitted on the dev set, to be applied to one task's logits.
+    """One task's temperature and thresholds, fitted on the dev set.
 
     Attributes:
-      temperature: what the logits are divided by (Guo et al. 2017, "On Calibration of Modern Neural Networks", §4.2);
-        above 1 makes the model less sure of itself. Positive and finite.
-      thresholds: multilabel only, one a label: the label is chosen when its probability reaches this. Where they are
-        None, no label can be chosen (see `choose`).
+      temperature: divides the logits (Guo et al. 2017, "On Calibration of Modern Neural Networks", §4.2); above 1 it
+        flattens the probabilities. Positive and finite.
+      thresholds: multilabel only, one a label: a label is chosen when its probability reaches its threshold. None
+        means that no label can be chosen (see `choose`).
 
     Raises:
       InputError: a temperature or threshold out of range.
@@ -68,12 +68,11 @@ def probabilities(task: Task, logits_NL: np.ndarray, calibration: Calibration) -
 
     Binary and multiclass: a softmax (each row sums to 1). Multilabel: a sigmoid a label. Hierarchical: a softmax among
     siblings, multiplied along the path from the top (a hierarchical softmax), so that the leaves of each row sum to 1
-    and a label is exactly as probable as all those below it together. Finite logits of any size give finite
-    probabilities; computed in float64. A NaN logit makes its own row NaN (one decision when multilabel) and touches no
-    other: the caller decides what to tell whom.
+    and a label's probability is the sum over the labels below it. Computed in float64: finite logits of any size give
+    finite probabilities. A NaN logit makes its own row NaN (one label of it when multilabel), and no other row.
 
     Args:
-      task: whose labels the columns are.
+      task: the columns are its labels.
       logits_NL: (N, L) any float dtype; N may be 0.
       calibration: the task's.
 
@@ -98,7 +97,7 @@ def probabilities(task: Task, logits_NL: np.ndarray, calibration: Calibration) -
 
 
 def _softmax_of_siblings(task: Task, scaled_NL: np.ndarray) -> np.ndarray:
-    """Each label's probability given that its parent holds."""
+    """Each label's probability given its parent."""
     order = np.argsort(task.group_L, kind="stable")
     starts = np.flatnonzero(np.diff(task.group_L[order], prepend=-1))
     groups_L = task.group_L
@@ -117,17 +116,17 @@ def _along_paths(task: Task, given_parent_NL: np.ndarray) -> np.ndarray:
 
 
 def choose(task: Task, probs_L: np.ndarray, calibration: Calibration, threshold: float | None = None) -> list[int]:
-    """The labels that hold, as positions within the task, in the task's order.
+    """The chosen labels, as positions within the task, in the task's order.
 
-    Binary and multiclass: the most probable one (the first of equals). Multilabel: all that reach their thresholds,
-    perhaps none. Hierarchical: the most probable leaf; with a threshold, the first label from it upwards that reaches
-    the threshold (none does: the top one), so that an unsure answer stops at an inner label.
+    Binary and multiclass: the most probable label (the first of equals). Multilabel: all that reach their thresholds,
+    perhaps none. Hierarchical: the most probable leaf; with a threshold, the first label from that leaf upwards that
+    reaches it, or else the topmost, so that an uncertain answer stops at an inner label.
 
     Args:
-      task: whose labels these are.
+      task: the probabilities are of its labels.
       probs_L: (L,) from `probabilities`.
       calibration: the task's.
-      threshold: hierarchical tasks: how sure an answer must be; None is not at all. Others ignore it.
+      threshold: the least probability of a hierarchical task's answer; None for none. Other kinds ignore it.
 
     Raises:
       ValueError: the number of probabilities or of thresholds is not the task's number of labels; a multilabel task has
@@ -155,7 +154,7 @@ def choose_all(
     count = len(calibration.thresholds)
     if count != len(task.labels):
         raise ValueError(f"Task '{task.name}' has {len(task.labels)} labels, its calibration {count} thresholds.")
-    # In the probabilities' own precision, so that a threshold fitted to one of them still admits it.
+    # In the dtype of the probabilities, so that a threshold equal to one of them admits it.
     return probs_NL >= np.asarray(calibration.thresholds, probs_NL.dtype)
 
 

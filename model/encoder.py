@@ -1,4 +1,4 @@
-"""The encoder: token ids in, one vector a token out; with a focus, for the tokens that are kept.
+"""The encoder: token ids → one vector for each token or, with a focus, for each token that is kept.
 
 Axes: B batch, S sequence, K kept sequence, N = B × S, D model width, I layers.
 Activations are two-dimensional (N, D) between attentions; `ops` says why.
@@ -14,13 +14,13 @@ import numpy as np
 from flax import linen as nn
 
 from .config import EncoderConfig
-from .focus import UNITS, Focus, FocusDraw, Tokens, all_tokens, kept_length
+from .focus import UNITS, Focus, FocusDraw, KeptTokens, all_tokens, kept_length
 from .layers import Dropout, Embeddings, EncoderLayer, Norm
 from .precision import Precision
 
 
-class Encoded(NamedTuple):
-    """What the encoder makes of a batch, for the tokens that the last layer kept (K; without focus K = S).
+class EncoderOutput(NamedTuple):
+    """The encoder's output for a batch: the tokens that the last layer kept (K; without a focus K = S).
 
     Attributes:
       hidden_BKD: activations.
@@ -37,19 +37,19 @@ class Encoded(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """Token ids and lengths → one vector a token.
+    """Token ids and lengths → one vector for each token that is kept.
 
     Attributes:
-      config: the shape.
-      dtype: what activations are computed in; parameters are float32 (or int8) whatever it says.
+      config: sizes and architecture.
+      dtype: of activations. It does not change how parameters are stored.
       precision: of the stored kernels and tables: float32, or int8 (see `quantize`).
       dropout: rate on embeddings, attention weights and sublayers; 0 when not training. Needs the RNG stream `dropout`.
-      focus: what the layers keep; None, or a full one, is the dense encoder.
-      scan: runs all layers but the first in one loop over stacked weights (see `stacking`), so that compiling takes no
-        longer for a deeper model. Such layers have one shape: not together with a focus that cuts.
-      remat: computes a layer's activations again in the backward pass instead of keeping them.
-      by_text: of long texts computes the attention of one after the other, which on a CPU is several times as fast: the
-        scores of a batch do not fit its caches. Not while training with dropout, nor together with `scan`.
+      focus: the share of tokens that each layer keeps; with None or a full one the encoder is dense.
+      scan: runs all layers but the first in one loop over stacked weights (see `stacking`), so that compile time does
+        not grow with depth. All layers then have one shape: a focus that drops tokens is a ValueError.
+      remat: recomputes a layer's activations in the backward pass instead of keeping them.
+      by_text: computes the attention of long texts one text at a time, which is several times as fast on a CPU, where
+        the scores of a batch do not fit the caches. Not for training with dropout, nor together with `scan`.
     """
 
     config: EncoderConfig
@@ -62,16 +62,16 @@ class Encoder(nn.Module):
     by_text: bool = False
 
     @nn.compact
-    def __call__(self, tokens_BS: jax.Array, lengths_B: jax.Array, draw: FocusDraw | None = None) -> Encoded:
+    def __call__(self, tokens_BS: jax.Array, lengths_B: jax.Array, draw: FocusDraw | None = None) -> EncoderOutput:
         """Encodes a padded batch.
 
         Args:
           tokens_BS: int32 token ids; S at most `config.max_positions`.
           lengths_B: int32 number of real tokens in each row; 0 for a filler row.
-          draw: masks tokens as a focus would drop them, for training; not together with `focus`.
+          draw: masks the tokens that a focus would drop, for training; not together with `focus`.
 
         Returns:
-          See `Encoded`. `hidden_BKD` at padding positions is finite and means nothing.
+          See `EncoderOutput`. At padding positions `hidden_BKD` is finite but meaningless.
         """
         c = self.config
         B, S = tokens_BS.shape
@@ -98,12 +98,12 @@ class Encoder(nn.Module):
             x_ND, tokens = self._scan_layers(x_ND, tokens, lengths_B, draw)
         if c.pre_norm:
             x_ND = Norm(c, name="final_norm")(x_ND)
-        return Encoded(x_ND.reshape(B, -1, c.d_model), tokens.weights_BK, tokens.positions_BK, tokens.scores_BK)
+        return EncoderOutput(x_ND.reshape(B, -1, c.d_model), tokens.weights_BK, tokens.positions_BK, tokens.scores_BK)
 
     def _scan_layers(
-        self, x_ND: jax.Array, tokens: Tokens, lengths_B: jax.Array, draw: FocusDraw | None
-    ) -> tuple[jax.Array, Tokens]:
-        """All layers but the first, as one loop."""
+        self, x_ND: jax.Array, tokens: KeptTokens, lengths_B: jax.Array, draw: FocusDraw | None
+    ) -> tuple[jax.Array, KeptTokens]:
+        """Runs all layers but the first as one loop."""
         indices = np.arange(1, self.config.num_layers)
         scanned = nn.scan(
             nn.remat(_ScannedLayer, prevent_cse=False) if self.remat else _ScannedLayer,
@@ -118,7 +118,7 @@ class Encoder(nn.Module):
 
 
 class _ScannedLayer(nn.Module):
-    """A layer as the body of the loop over layers."""
+    """A layer in the form of a loop body, for `nn.scan`."""
 
     config: EncoderConfig
     precision: Precision
@@ -126,7 +126,7 @@ class _ScannedLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carried: tuple[jax.Array, Tokens], index: jax.Array, lengths_B: jax.Array, draw: FocusDraw | None
-    ) -> tuple[tuple[jax.Array, Tokens], None]:
+        self, carried: tuple[jax.Array, KeptTokens], index: jax.Array, lengths_B: jax.Array, draw: FocusDraw | None
+    ) -> tuple[tuple[jax.Array, KeptTokens], None]:
         layer = EncoderLayer(self.config, self.precision, self.dropout, name="layer")
         return layer(*carried, lengths_B, draw, index), None

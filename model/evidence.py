@@ -1,4 +1,4 @@
-"""What a focused classifier kept of a text, as character spans with scores. NumPy only.
+"""Evidence: the parts of a text that a focused classifier kept, as character spans with scores. NumPy only.
 
 Axes: S tokens of a text, K kept tokens.
 """
@@ -15,7 +15,7 @@ class Kept(NamedTuple):
 
     Attributes:
       positions_K: int32 places among the text's tokens, ascending.
-      scores_K: float32, by the last gate that cut; the special tokens', which stay in any case, say nothing.
+      scores_K: float32, by the last gate that dropped tokens; meaningless for special tokens, which always stay.
     """
 
     positions_K: np.ndarray

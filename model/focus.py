@@ -1,12 +1,12 @@
 """Focused Attention: which tokens a layer keeps. docs/internals/focus.md has the idea, the maths and the figures.
 
-A *focus* is one share a layer; a layer keeps that share of each row's own tokens, by the scores that its gate gives
-them after its attention. Kept tokens stay in order and keep their positions; the others take no part in its
-feed-forward or in any layer after it. There are two ways to compute the same thing:
+A *focus* is a share for each layer. A layer keeps that share of each row's own tokens, those with the highest scores of
+its gate, which reads the activations after the layer's attention. Kept tokens stay in order and keep their positions;
+dropped ones take no part in the layer's feed-forward or in any later layer. There are two implementations:
 
-- `gather` puts the kept tokens into shorter rows of a static length, so that time falls: for serving.
-- `mask` leaves the others where they are, unseen by later layers, with shares that differ from row to row and may be
-  drawn at random, and softly, for gradients to reach the gate: for training.
+- `gather`, for serving, copies the kept tokens into shorter rows of a static length, so that computing takes less time.
+- `mask`, for training, leaves dropped tokens in place and hides them from later layers. Shares may differ from row to
+  row, and soft masks let gradients reach the gate.
 
 Axes: B batch, S sequence, K kept sequence.
 """
@@ -22,16 +22,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..data.errors import InputError
+from .config import EncoderConfig
 
 # Shares are counted in units of 1/1024: whole numbers, so that Python, NumPy and a device agree on every length.
 UNITS = 1024
-# No row is cut below this many tokens: the two special ones, and some to read.
+# No row is cut below this many tokens: the two special ones and a few others.
 MIN_KEPT = 8
-# A pyramid's layer keeps at least this share of what it reads.
+# A layer of a pyramid keeps at least this share of its input.
 STEEPEST = 0.5
-# Added to the score of a key that takes no part. Finite, so that a row of padding alone gives uniform weights, not NaN.
+# Added to the attention score of a masked key. Finite, so that a row of padding alone gives uniform weights, not NaN.
 MASKED_SCORE = -1e9
-# The score of a token that is always kept, and minus that of one that never is. Finite: their differences are not NaN.
+# The score of a token that is always kept; its negative, of one that never is. Finite: their differences are not NaN.
 SURE = 1e9
 
 
@@ -42,10 +43,10 @@ def is_gate(weight: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Focus:
-    """How much each layer keeps.
+    """The share of a row's tokens that each layer keeps.
 
     Attributes:
-      units: one number a layer, non-increasing, in 1/1024 of a row's own length; 1024 is all.
+      units: one share for each layer, non-increasing, in 1/1024 of a row's own length; 1024 keeps all.
     """
 
     units: tuple[int, ...]
@@ -62,14 +63,14 @@ class Focus:
 
     @classmethod
     def from_shares(cls, shares: Sequence[float]) -> Focus:
-        """One share in (0, 1] a layer, rounded to a unit."""
+        """From one share in (0, 1] for each layer, rounded to a unit."""
         return cls(tuple(max(1, round(share * UNITS)) for share in shares))
 
     @classmethod
     def pyramid(cls, focus: float, num_layers: int) -> Focus:
-        """Keeps `focus` of all tokens on the mean over layers, each layer a constant factor of what it reads.
+        """Keeps the share `focus` on average over layers; each layer keeps the same share of its input.
 
-        Where that factor would be less than a half, it is a half, and the first layer is cut by more.
+        That share is at least `STEEPEST`; where less is needed, the first layer drops more than the others.
 
         Raises:
           InputError: `focus` is not in (0, 1].
@@ -92,10 +93,10 @@ class Focus:
 
     @classmethod
     def parse(cls, text: str, num_layers: int) -> Focus:
-        """What a user names: one number, for a `pyramid`, or one share a layer with commas between: "1,0.5,0.3".
+        """Parses one number, for a `pyramid`, or one share for each layer with commas between, such as "1,0.5,0.3".
 
         Raises:
-          InputError: it is neither, or out of range.
+          InputError: the text is neither, or a share is out of range.
         """
         try:
             shares = [float(part) for part in text.split(",")]
@@ -111,7 +112,7 @@ class Focus:
         return cls.from_shares(shares)
 
     def __str__(self) -> str:
-        """As `parse` takes it."""
+        """The form that `parse` reads."""
         return ",".join(f"{share / UNITS:.4g}" for share in self.units)
 
     @property
@@ -123,15 +124,24 @@ class Focus:
         return sum(self.units) / len(self.units) / UNITS
 
     def budget(self, length: int) -> tuple[int, ...]:
-        """The kept length of each layer for rows of `length` tokens: static, non-increasing."""
+        """The number of tokens that each layer keeps of rows of `length` tokens: static, non-increasing."""
         return tuple(kept_length(length, share) for share in self.units)
 
 
+def check_focus(focus: Focus, encoder: EncoderConfig) -> None:
+    """Raises InputError if a focus drops tokens, but the encoder has no gates to choose them."""
+    if not focus.full and not encoder.gated:
+        raise InputError(
+            "This model was not trained for focus: its encoder has no gates. Train it with --focus-epochs, or leave "
+            "the focus at 1."
+        )
+
+
 class FocusDraw(NamedTuple):
-    """A focus for training: drawn anew for each row and step.
+    """A random focus for training, drawn for each row and step.
 
     Attributes:
-      units_BI: int32, what each row keeps in each of the I layers, in `focus.UNITS`, non-increasing along I.
+      units_BI: int32, the share that each row keeps in each of the I layers, in `focus.UNITS`, non-increasing along I.
       temperature: of the gates' sigmoid.
       hard_B: bool, the rows whose dropped tokens take no part at all.
     """
@@ -141,14 +151,14 @@ class FocusDraw(NamedTuple):
     hard_B: jax.Array
 
 
-class Tokens(NamedTuple):
-    """The tokens that are left.
+class KeptTokens(NamedTuple):
+    """The tokens that are left after some layer.
 
     Attributes:
-      weights_BK: float32, their weights in a mean: 0 for padding, 1 for a real token (of a soft row, between them).
+      weights_BK: float32, their weights in a mean: 0 for padding, 1 for a real token, between the two in a soft row.
       positions_BK: int32, their places in the text.
-      scores_BK: float32, by the last gate that cut.
-      bias_BK: float32, what is added to their attention scores as keys.
+      scores_BK: float32, by the last gate that dropped tokens.
+      bias_BK: float32, added to their attention scores as keys.
     """
 
     weights_BK: jax.Array
@@ -157,27 +167,27 @@ class Tokens(NamedTuple):
     bias_BK: jax.Array
 
 
-def all_tokens(lengths_B: jax.Array, length: int) -> Tokens:
-    """Every token of rows of `length`, before anything is cut."""
+def all_tokens(lengths_B: jax.Array, length: int) -> KeptTokens:
+    """All tokens of rows of `length`, before any layer dropped some."""
     shape = (lengths_B.shape[0], length)  # which may be symbolic, where `len` may not
     positions_BS = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), shape)
     real_BS = positions_BS < lengths_B[:, None]
     bias_BS = jnp.where(real_BS, 0.0, MASKED_SCORE)
-    return Tokens(real_BS.astype(jnp.float32), positions_BS, jnp.zeros(shape, jnp.float32), bias_BS)
+    return KeptTokens(real_BS.astype(jnp.float32), positions_BS, jnp.zeros(shape, jnp.float32), bias_BS)
 
 
 def gather(
-    x_ND: jax.Array, tokens: Tokens, gate_BS: jax.Array, lengths_B: jax.Array, units: int, length: int
-) -> tuple[jax.Array, Tokens]:
-    """Each row's best tokens, in rows of `length`: what is served.
+    x_ND: jax.Array, tokens: KeptTokens, gate_BS: jax.Array, lengths_B: jax.Array, units: int, length: int
+) -> tuple[jax.Array, KeptTokens]:
+    """Copies each row's tokens of highest score into rows of `length`, for serving.
 
     Args:
       x_ND: activations.
-      tokens: what is left so far.
+      tokens: those left so far.
       gate_BS: the gate's scores of them.
-      lengths_B: the rows' own lengths, before anything was cut.
-      units: the share of those to keep.
-      length: K, static, what the longest row keeps.
+      lengths_B: the rows' own lengths, before any layer dropped tokens.
+      units: the share of those lengths to keep.
+      length: K, static: how many tokens a row that fills the bucket keeps.
     """
     B, S = gate_BS.shape
     left_B = tokens.weights_BK.sum(axis=1).astype(jnp.int32)
@@ -185,7 +195,7 @@ def gather(
     kept_B = kept_lengths(lengths_B, units)
     indices_BK = select(scores_BS, kept_B, length)
     kept_BK = jnp.arange(length) < kept_B[:, None]
-    gathered = Tokens(
+    gathered = KeptTokens(
         weights_BK=kept_BK.astype(jnp.float32),
         positions_BK=jnp.take_along_axis(tokens.positions_BK, indices_BK, axis=1),
         scores_BK=jnp.take_along_axis(scores_BS, indices_BK, axis=1),
@@ -194,8 +204,10 @@ def gather(
     return x_ND[(jnp.arange(B)[:, None] * S + indices_BK).reshape(-1)], gathered
 
 
-def mask(tokens: Tokens, gate_BS: jax.Array, lengths_B: jax.Array, draw: FocusDraw, layer: jax.Array | int) -> Tokens:
-    """The same tokens left, with a budget for each row, in rows of the same length: what is trained."""
+def mask(
+    tokens: KeptTokens, gate_BS: jax.Array, lengths_B: jax.Array, draw: FocusDraw, layer: jax.Array | int
+) -> KeptTokens:
+    """Masks the tokens that `gather` would drop, with a budget for each row, for training."""
     # In a hard row a token that was dropped stays so.
     scores_BS = jnp.where(tokens.weights_BK > 0, token_scores(gate_BS, lengths_B), -SURE)
     kept_B = kept_lengths(lengths_B, draw.units_BI[:, layer])
@@ -213,12 +225,12 @@ def kept_length(length: int, units: int) -> int:
 
 
 def kept_lengths(lengths_B: jax.Array, units: jax.Array | int) -> jax.Array:
-    """`kept_length` of arrays: int32 (B,)."""
+    """`kept_length` for arrays: int32 (B,)."""
     return jnp.minimum(lengths_B, jnp.maximum(MIN_KEPT, -(-lengths_B * units // UNITS)))
 
 
 def token_scores(gate_BS: jax.Array, lengths_B: jax.Array) -> jax.Array:
-    """The gate's scores, with the first and the last token of each row ([CLS], [SEP]) sure to stay, padding to go."""
+    """The gate's scores, replaced by `SURE` for each row's first and last token ([CLS], [SEP]), -`SURE` for padding."""
     position_S = jnp.arange(gate_BS.shape[1])
     last_B1 = lengths_B[:, None] - 1
     special_BS = (position_S == 0) | (position_S == last_B1)
@@ -234,7 +246,7 @@ def select(scores_BS: jax.Array, kept_B: jax.Array, length: int) -> jax.Array:
       length: K, the static length of the rows to gather.
 
     Returns:
-      indices_BK, int32; beyond a row's own number they are S - 1 and mean nothing. Of equal scores the earlier token
+      indices_BK, int32; beyond a row's own number they are S - 1 and meaningless. Of equal scores the earlier token
       stays.
     """
     _, indices_BK = lax.top_k(scores_BS, length)

@@ -12,11 +12,11 @@ from flax import linen as nn
 
 from . import focus, ops, sharding
 from .config import EncoderConfig
-from .focus import MASKED_SCORE, FocusDraw, Tokens
+from .focus import MASKED_SCORE, FocusDraw, KeptTokens
 from .precision import Precision
 from .quantize import int8_product
 
-# Up to so many tokens XLA's CPU programs keep the scores of a batch in the caches by themselves.
+# Up to this length in tokens, XLA's CPU programs keep the attention scores of a whole batch in the caches.
 MAX_TOGETHER = 256
 
 kernel_init = nn.initializers.truncated_normal(stddev=0.02)
@@ -95,7 +95,7 @@ class Norm(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """Token embeddings, and where the config has them those of positions and segments; normalised."""
+    """The normalised sum of token embeddings and, where the config has them, position and segment embeddings."""
 
     config: EncoderConfig
     dtype: jnp.dtype
@@ -115,7 +115,7 @@ class Embeddings(nn.Module):
 
 
 class Dropout(nn.Module):
-    """`ops.dropout` of the RNG stream `dropout`; nothing at rate 0."""
+    """`ops.dropout` with keys of the RNG stream `dropout`; the identity at rate 0."""
 
     rate: float
 
@@ -127,7 +127,7 @@ class Dropout(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, section 3.2).
 
-    Attributes are those of `Encoder`.
+    The attributes are those of `Encoder`.
     """
 
     config: EncoderConfig
@@ -141,7 +141,7 @@ class Attention(nn.Module):
     ) -> jax.Array:
         c = self.config
         B, S = bias_BS.shape
-        # One product for query, key and value: fewer, larger products are faster on every device.
+        # One product for query, key and value: one large product is faster than three on every device.
         qkv = Dense(3 * c.d_model, self.precision, c.biases, parts=3, name="qkv")
         query, key, value = (
             x_ND.reshape(B, S, c.num_heads, c.head_dim).transpose(0, 2, 1, 3) for x_ND in qkv.split(qkv(x_ND))
@@ -172,7 +172,7 @@ class Attention(nn.Module):
         positions_BS: jax.Array,
         is_local: jax.Array | bool,
     ) -> jax.Array:
-        """softmax(QKᵀ / √K + bias) V, all of them and the result (B, H, S, K)."""
+        """softmax(QKᵀ / √K + bias) V. Queries, keys, values and the result are (B, H, S, K)."""
         c = self.config
         scores_BHST = jnp.einsum("BHSK,BHTK->BHST", query, key, preferred_element_type=jnp.float32)
         scores_BHST = scores_BHST * c.head_dim**-0.5 + bias_BS[:, None, None, :]
@@ -193,7 +193,7 @@ def rotate(x_BHSK: jax.Array, positions_BS: jax.Array, base: jax.Array | float) 
 
     Args:
       x_BHSK: queries or keys; K is even.
-      positions_BS: places in the text, which tokens keep where others are left out.
+      positions_BS: places in the text; tokens keep theirs when others are dropped.
       base: θ.
     """
     half = x_BHSK.shape[-1] // 2
@@ -226,13 +226,13 @@ class FeedForward(nn.Module):
 class EncoderLayer(nn.Module):
     """Attention and feed-forward, each with dropout and a residual sum, and a norm before it or after the sum.
 
-    Between the two a gate may leave out tokens (`focus`): what it scores then knows of the whole text. The embeddings
-    are normalised, so that a first layer with norms before has none for its attention.
+    Between the two a gate may drop tokens (`focus`); the activations that it scores have attended to the whole text.
+    The embeddings are already normalised, so a pre-norm encoder's first layer has no norm before its attention.
 
     Attributes:
       config, precision, dropout, by_text: as those of `Encoder`.
       first: whether it is the first layer.
-      cut: the share to keep, in `focus.UNITS`, and the static length of what is kept; None keeps what is left.
+      cut: the share to keep, in `focus.UNITS`, and the static length of the rows that are left; None drops nothing.
     """
 
     config: EncoderConfig
@@ -244,8 +244,8 @@ class EncoderLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_ND: jax.Array, tokens: Tokens, lengths_B: jax.Array, draw: FocusDraw | None, index: jax.Array | int
-    ) -> tuple[jax.Array, Tokens]:
+        self, x_ND: jax.Array, tokens: KeptTokens, lengths_B: jax.Array, draw: FocusDraw | None, index: jax.Array | int
+    ) -> tuple[jax.Array, KeptTokens]:
         c = self.config
         x_ND = sharding.constrain(x_ND, "batch", None)
         dropout = Dropout(self.dropout)
@@ -262,9 +262,9 @@ class EncoderLayer(nn.Module):
         return feed_forward_norm(x_ND + dropout(feed_forward(x_ND))), tokens
 
     def _focused(
-        self, x_ND: jax.Array, tokens: Tokens, lengths_B: jax.Array, draw: FocusDraw | None, index: jax.Array | int
-    ) -> tuple[jax.Array, Tokens]:
-        """What the gate leaves; it is there, and computed, only where it is needed."""
+        self, x_ND: jax.Array, tokens: KeptTokens, lengths_B: jax.Array, draw: FocusDraw | None, index: jax.Array | int
+    ) -> tuple[jax.Array, KeptTokens]:
+        """Drops tokens by the gate's scores. The gate is computed only where tokens are dropped."""
         if not self.config.gated or (self.cut is None and draw is None and not self.is_initializing()):
             return x_ND, tokens
         gate_BS = Gate(name="gate")(x_ND).reshape(tokens.bias_BK.shape)
@@ -278,7 +278,7 @@ class EncoderLayer(nn.Module):
 class Gate(nn.Module):
     """Scores tokens for Focused Attention: a linear function of the normalised activations, in float32.
 
-    The factor √D makes a score move as fast as a unit of width-independent scale would under Adam.
+    The factor √D makes the effect of an Adam step on a score independent of the width.
     """
 
     @nn.compact

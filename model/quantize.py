@@ -96,12 +96,11 @@ def is_quantized(name: str) -> bool:
 
 
 def count_products(hlo: str) -> collections.Counter[str]:
-    """What the matrix products of a compiled program take and give, such as {"s8×s8→s32": 24, "f32×f32→f32": 13}.
+    """Counts a compiled program's matrix products by element types, such as {"s8×s8→s32": 24, "f32×f32→f32": 13}.
 
     Args:
-      hlo: optimised HLO (`Program.as_text`). Products are its `dot`s, also within fusions, and its calls of matrix
-        libraries. An operand counts as what enters the product itself: int8 weights that are converted to floats
-        before it are floats.
+      hlo: optimised HLO (`Program.as_text`). Its products are `dot`s, also within fusions, and calls of matrix
+        libraries. An operand's type is that at the product: int8 weights converted to floats before it count as floats.
     """
     types: dict[str, str] = {}
     counts: collections.Counter[str] = collections.Counter()

@@ -1,9 +1,9 @@
-"""How a model lies on many devices: logical axes of every parameter, one table from them to the axes of the mesh.
+"""Sharding of a model over many devices: logical axes of every parameter, and one table from these to mesh axes.
 
 The mesh has three axes. Along `data` and `fsdp` the rows of a batch are divided; along `fsdp` parameters and optimiser
 moments too, each gathered where it is used (Zhao et al. 2023, https://arxiv.org/abs/2304.11277); along `tensor` the
-heads, the feed-forward's hidden units and the labels (Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053). XLA puts
-in the collectives: it gets shardings of what goes in and comes out, and `constrain`'s hints between.
+heads, the feed-forward's hidden units and the labels (Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053). XLA
+inserts the collectives from the shardings of inputs and outputs and the constraints that `constrain` sets in between.
 
 Axes: B batch, N tokens, D model width, E outputs of several products side by side, F outputs of one, L labels, T tensor
 shards.
@@ -50,16 +50,16 @@ _AXES: dict[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """Which axes of the mesh divide each logical axis; none leaves it whole on every device.
+    """The axes of the mesh that divide each logical axis; without any, each device has the whole axis.
 
     Attributes:
       batch: rows of a batch, and their tokens.
-      vocab: rows of embedding tables; vocabularies seldom divide evenly.
+      vocab: rows of embedding tables. Whole, because vocabularies seldom divide evenly.
       embed: the model width of matrices.
       heads: attention heads: the outputs of `qkv`, the inputs of `out`.
       hidden: units of the feed-forward: the outputs of `up`, the inputs of `down`.
       pooled: the model width of the label table.
-      labels: of the label table at rest; their number seldom divides evenly.
+      labels: of the label table at rest. Whole, because their number seldom divides evenly.
       logits: labels in the product with the table and in the loss, filled up by `fill_labels`.
       layers: scanned layers.
       vector: norms, gates and the biases of the model width: too small to be worth a collective.
@@ -78,13 +78,18 @@ class Rules:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            self.spec((field.name,), what=f"the rule for '{field.name}'")
+            self.check_axis(field.name)
+
+    def check_axis(self, axis: str) -> None:
+        """Raises ValueError if the rule for a logical axis names an axis that the mesh does not have, or one twice."""
+        self.spec((axis,), what=f"the rule for '{axis}'")
 
     def spec(self, axes: Sequence[str | None], *, what: str) -> PartitionSpec:
         """The partition of an array with these logical axes; None is an axis that stays whole.
 
         Raises:
-          ValueError: an axis that the mesh has not, or one that would divide two axes of the array; names `what`.
+          ValueError: the mesh lacks an axis, or one axis of it would divide two axes of the array. The message names
+            `what`.
         """
         used: list[str] = []
         entries = []
@@ -116,7 +121,7 @@ def logical_axes(name: str) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A mesh of devices and the rules for laying a model on it. `make_layout` makes one."""
+    """A mesh of devices, and the rules for sharding a model over it. `make_layout` makes one."""
 
     mesh: Mesh
     rules: Rules = Rules()
@@ -127,20 +132,20 @@ class Layout:
 
     @property
     def batch(self) -> NamedSharding:
-        """Of arrays whose first axis is the batch."""
+        """The sharding of arrays whose first axis is the batch."""
         return NamedSharding(self.mesh, self.rules.spec(("batch",), what="a batch"))
 
     @property
     def batch_shards(self) -> int:
-        """A batch size must be a multiple of it."""
+        """The number of parts that a batch is divided into; a batch size must be a multiple of it."""
         return self._count("batch")
 
     def sharding(self, name: str, shape: tuple[int, ...]) -> NamedSharding:
-        """Where the parts of a parameter lie.
+        """The sharding of a parameter.
 
         Args:
           name: its name, such as "encoder.layer_0.feed_forward.up.kernel".
-          shape: of the whole.
+          shape: of the whole parameter.
 
         Raises:
           InputError: an axis of it cannot be divided evenly over the mesh.
@@ -158,13 +163,13 @@ class Layout:
         return NamedSharding(self.mesh, spec)
 
     def shardings(self, tree: Any) -> Any:
-        """The sharding of each leaf of parameters, or of a state that holds trees like them.
+        """The sharding of each leaf of a tree of parameters, or of a state that holds such trees.
 
-        A leaf is named by the dictionary keys on its way, so that an optimiser's moments lie as their parameters do; a
-        leaf without any (a count) is whole on every device.
+        A leaf's name is its path of dictionary keys, so that an optimiser's moments are sharded like their parameters.
+        A leaf without such keys (a count) is replicated.
 
         Args:
-          tree: of arrays, or of anything with a shape.
+          tree: its leaves have shapes.
         """
 
         def of(path: tuple, leaf: Any) -> NamedSharding:
@@ -174,24 +179,28 @@ class Layout:
         return jax.tree_util.tree_map_with_path(of, tree)
 
     def create(self, make: Callable[..., Tree], *arguments: Any) -> Tree:
-        """Calls a pure function, such as an initialiser; what it returns never is whole on any one device."""
+        """Calls a pure function, such as an initialiser, so that its result is sharded from the start."""
         return jax.jit(make, out_shardings=self.shardings(jax.eval_shape(make, *arguments)))(*arguments)
 
     def put(self, tree: Any) -> Any:
-        """Parameters from arrays of this host, which each process has whole."""
+        """Shards parameters from host arrays; every process has them whole."""
         return jax.tree.map(_put, tree, self.shardings(tree))
 
-    def rows(self, batch_size: int) -> np.ndarray:
-        """The rows of a batch that this process's devices take, ascending.
-
-        Raises:
-          InputError: the batch cannot be divided evenly.
-        """
+    def check_divides(self, batch_size: int) -> None:
+        """Raises InputError if a batch of this size cannot be divided evenly over the devices."""
         if batch_size % self.batch_shards:
             raise InputError(
                 f"A batch of {batch_size} cannot be divided evenly over {self.batch_shards} devices (data × fsdp); "
                 f"choose a batch size that is a multiple of {self.batch_shards}."
             )
+
+    def rows(self, batch_size: int) -> np.ndarray:
+        """The rows of a batch that this process's devices take, ascending.
+
+        Raises:
+          InputError: as `check_divides`.
+        """
+        self.check_divides(batch_size)
         parts = self.batch.addressable_devices_indices_map((batch_size,)).values()
         rows = np.zeros(batch_size, bool)
         for part in parts:
@@ -200,10 +209,10 @@ class Layout:
         return np.flatnonzero(rows)
 
     def put_batch(self, batch: Any, batch_size: int | None = None) -> Any:
-        """A batch, or any tree of host arrays with its rows first, divided over the devices.
+        """Divides a batch, or any tree of host arrays whose first axis is the batch, over the devices.
 
         Args:
-          batch: all rows of it; or, with `batch_size`, only those that `rows` names, in that order.
+          batch: all of its rows or, with `batch_size`, only those that `rows` names, in that order.
           batch_size: of the whole batch.
         """
         if batch_size is None:
@@ -223,7 +232,7 @@ class Layout:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """While a function is traced within, `constrain` and its kin speak of this layout."""
+        """Makes this the layout of `constrain` and the other functions here, for functions traced within."""
         token = _active.set(self)
         try:
             yield
@@ -240,7 +249,7 @@ _active: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout"
 def make_layout(
     devices: Sequence[Any] | None = None, *, fsdp: int = 1, tensor: int = 1, rules: Rules | None = None
 ) -> Layout:
-    """A layout over devices, of all processes by default; `data` is what `fsdp` × `tensor` leaves of them.
+    """A layout over devices, by default those of all processes; `data` is their number / (`fsdp` × `tensor`).
 
     Raises:
       InputError: fsdp × tensor does not divide the number of devices.
@@ -263,7 +272,7 @@ def is_divided() -> bool:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Says how an activation lies on the mesh, by logical axes; nothing where no layout is active."""
+    """Constrains an activation's sharding by its logical axes; does nothing if no layout is active."""
     layout = _active.get()
     if layout is None:
         return x
@@ -272,16 +281,16 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def gathered(x: jax.Array, name: str) -> jax.Array:
-    """A parameter as the products take it: whole but for heads and hidden units."""
+    """A parameter in the sharding of its product: divided along heads and hidden units only."""
     return constrain(x, *(axis if axis in ("heads", "hidden") else None for axis in logical_axes(name)))
 
 
 def interleave(x: jax.Array, name: str, parts: int) -> jax.Array:
-    """A parameter whose columns belong to several products side by side, as `deinterleave` wants it.
+    """Interleaves the shards of a parameter that holds several products side by side; see `deinterleave`.
 
-    Divided as it is, [query | key | value] would put all queries on one device and the keys they meet on another. Here
-    each device gets its own heads of all three: the T shards of the parts are interleaved. It is weights that move,
-    which are fewer than activations.
+    Divided as it is, [query | key | value] would put all queries on one device and their keys on another. With the T
+    shards of the parts interleaved, each device has the same heads of all three. This moves weights, which are smaller
+    than activations.
 
     Args:
       x: (…, E) with E = parts × F.
@@ -309,27 +318,27 @@ def deinterleave(y_NE: jax.Array, name: str, parts: int) -> list[jax.Array]:
 
 
 def divide_labels(kernel_DL: jax.Array, bias_L: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The label table as its product takes it, filled up by `fill_labels`: a device has all of its own labels.
+    """The label table in the sharding of its product: divided by labels, filled up by `fill_labels`.
 
-    At rest it is the width that is divided, evenly whatever the number of labels is, so that parameters, checkpoints
-    and bundles have no fillers. Shards of the width are gathered over `fsdp`, then exchanged for shards of the labels
-    (an all-to-all over `tensor`): the whole table never is on one device.
+    At rest the table is divided along its width, which divides evenly, so that parameters, checkpoints and bundles have
+    no fillers. Shards of the width are gathered over `fsdp`, then exchanged for shards of the labels (an all-to-all
+    over `tensor`): no device ever holds the whole table.
     """
     kernel_DL = fill_labels(constrain(kernel_DL, "logits", None))
     return constrain(kernel_DL, None, "logits"), constrain(fill_labels(bias_L), "logits")
 
 
 def fill_labels(x_L: jax.Array) -> jax.Array:
-    """Zeros after the last axis, which is labels, until these divide evenly; nothing where they do.
+    """Appends zeros to the last axis, the labels, until it divides evenly.
 
-    XLA can divide an axis unevenly too, but then its scatters (the sums over siblings) count what pads the last shard.
+    XLA can also divide an axis unevenly, but its scatters (the sums over siblings) then count the last shard's padding.
     """
     fill = -x_L.shape[-1] % _shards("logits")
     return jnp.pad(x_L, [(0, 0)] * (x_L.ndim - 1) + [(0, fill)]) if fill else x_L
 
 
 def to_host(x: Any) -> np.ndarray:
-    """The whole of an array, on every process; where it lies on devices of several, all must call this together."""
+    """The whole array on every process. If it is sharded over several processes, all must call this together."""
     if isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated:
         sharding = x.sharding
         assert isinstance(sharding, NamedSharding)

@@ -1,6 +1,6 @@
-"""One array for all layers, for `Encoder(scan=True)`, and one a layer, as everything else names them.
+"""Conversion between one array for each layer and one array for all layers, as `Encoder(scan=True)` takes them.
 
-The first layer is its own in both: with norms before it has one less.
+The first layer is separate in both forms: in a pre-norm encoder it has one norm less.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _STACKED = re.compile(r"encoder\.layers\.layer\.(.+)")
 
 
 def stack_layers(weights: Weights) -> Weights:
-    """`encoder.layer_1.x`, `encoder.layer_2.x`, … → `encoder.layers.layer.x`, a layer a row."""
+    """Stacks `encoder.layer_1.x`, `encoder.layer_2.x`, … as the rows of `encoder.layers.layer.x`."""
     stacked: Weights = {}
     rows: dict[str, dict[int, np.ndarray]] = {}
     for name, value in weights.items():
@@ -29,7 +29,7 @@ def stack_layers(weights: Weights) -> Weights:
 
 
 def unstack_layers(weights: Weights) -> Weights:
-    """Undoes `stack_layers`; weights that are not stacked stay as they are."""
+    """The inverse of `stack_layers`; weights that are not stacked stay as they are."""
     unstacked: Weights = {}
     for name, value in weights.items():
         if found := _STACKED.fullmatch(name):

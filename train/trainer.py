@@ -64,7 +64,7 @@ class Trainer:
         recipe = context.recipe
         self.context = context
         self.layout = context.layout
-        self.layout.rows(recipe.batch_size)  # raises where it cannot be divided
+        self.layout.check_divides(recipe.batch_size)
         self.model = TextClassifier(
             context.encoder,
             context.taxonomy.num_labels,

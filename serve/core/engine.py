@@ -319,7 +319,7 @@ class Engine:
         if golden is None:
             return max_error
         fitting = [i for i, ids in enumerate(golden.ids) if len(ids) <= bucket]
-        # INT8 may differ from float on the empty text (see `bundle.quantize`): used only if no other text fits.
+        # INT8 may differ from float on the empty text (see `bundle.quantize_bundle`): used only if no other text fits.
         fitting = [i for i in fitting if len(golden.ids[i]) > EMPTY] or fitting
         for start in range(0, len(fitting), size):
             some = fitting[start : start + size]

@@ -88,7 +88,7 @@ class Report:
       flops: of the matrix products of one run, over all devices, from the jaxpr; rematerialisation included.
       model_flops: the same without rematerialisation.
       products: matrix products by their types, as often as they run.
-      collectives: what devices exchange, as `tools.hlo.Traffic` says.
+      collectives: data exchanged between devices; see `aot.hlo.Traffic`.
       faults: why the program should not be run; empty if it may.
     """
 
@@ -208,7 +208,7 @@ def compile_train(a: AotArguments, topology: Topology) -> Report:
     from classer.model.sharding import make_layout
 
     layout = make_layout(devices_of(topology), fsdp=a.fsdp or topology.num_devices // a.tensor, tensor=a.tensor)
-    layout.rows(a.batch_size)  # refuses a batch that cannot be divided
+    layout.check_divides(a.batch_size)
     config = native(a.preset, vocab_size=a.vocab_size, max_positions=max(a.length, 512))
 
     def model(remat: bool) -> TextClassifier:

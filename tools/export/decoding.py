@@ -47,7 +47,7 @@ def tree_of(task: Task) -> Tree:
     return Tree(members_GM, place_L, np.stack(columns, axis=1).astype(np.int64))
 
 
-def probabilities(
+def traced_probabilities(
     taxonomy: Taxonomy, calibration: Mapping[str, Calibration], logits_BL: jax.Array | np.ndarray
 ) -> jax.Array:
     """Probabilities of all labels of all tasks, float32 (B, all labels), in the taxonomy's order."""

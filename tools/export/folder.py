@@ -47,7 +47,7 @@ _KIND = FolderKind(
 
 
 @dataclasses.dataclass(frozen=True)
-class Golden:
+class GoldenText:
     """A text with what is to come out for it.
 
     Attributes:
@@ -90,10 +90,10 @@ class Export:
     taxonomy: Taxonomy
     calibration: Mapping[str, Calibration]
     tokenizer: WordPieceTokenizer
-    golden: tuple[Golden, ...]
+    golden: tuple[GoldenText, ...]
 
 
-def write_shared(folder: Path, bundle: Bundle, golden: Sequence[Golden], readme: str) -> None:
+def write_shared(folder: Path, bundle: Bundle, golden: Sequence[GoldenText], readme: str) -> None:
     """Writes what all formats share, all but the manifest, into an existing folder."""
     bundle.tokenizer.save(folder / "tokenizer")
     write_json(folder / "taxonomy.json", bundle.taxonomy.to_json())
@@ -142,8 +142,8 @@ def read_export(path: Path) -> Export:
         raise InputError(f"{path}: what its files say does not fit together ({e!r}); export the bundle anew.") from None
 
 
-def _read_golden(file: Path, taxonomy: Taxonomy) -> tuple[Golden, ...]:
-    rows = tuple(Golden(row["text"], tuple(row["ids"]), tuple(row["probabilities"])) for row in read_json(file))
+def _read_golden(file: Path, taxonomy: Taxonomy) -> tuple[GoldenText, ...]:
+    rows = tuple(GoldenText(row["text"], tuple(row["ids"]), tuple(row["probabilities"])) for row in read_json(file))
     if not rows or any(len(row.probabilities) != taxonomy.num_labels for row in rows):
         raise InputError(f"{file} must hold texts, each with one probability for every label of the taxonomy.")
     if not all(np.isfinite(row.probabilities).all() for row in rows):

@@ -34,14 +34,14 @@ GATE_EPS = 1e-6
 
 
 class _Tokens(NamedTuple):
-    """The tokens that a layer reads, as `model.encoder._Tokens`; positions are None while they are 0 to S - 1."""
+    """The tokens that a layer reads, as `model.focus.KeptTokens`; positions are None while they are 0 to S - 1."""
 
     weights_BK: str
     bias_B11K: str
     positions_BK: str | None
 
 
-def build(bundle: Bundle, dtype: Precision, focus: Focus, *, compressed: bool = False) -> onnx.ModelProto:
+def build_model(bundle: Bundle, dtype: Precision, focus: Focus, *, compressed: bool = False) -> onnx.ModelProto:
     """The classifier's graph: input_ids and attention_mask (int64, batch × length) → logits and probabilities.
 
     Args:
@@ -327,7 +327,7 @@ class _Builder:
         g.op("Concat", *parts, name="probabilities", axis=1)
 
     def _probabilities(self, task: Task, scaled_BL: str) -> str:
-        """`decoding.probabilities` of one task."""
+        """`decoding.traced_probabilities` of one task."""
         g = self.g
         if task.kind is TaskKind.MULTILABEL:
             return g.op("Sigmoid", scaled_BL)

@@ -15,11 +15,11 @@ import numpy as np
 from classer.data.errors import InputError
 from classer.data.files import staged_folder
 from classer.model.bundle import Bundle
-from classer.model.focus import Focus
+from classer.model.focus import Focus, check_focus
 from classer.model.precision import Precision
 from classer.model.variants import variant_predictor
 
-from .folder import Export, Golden, read_export, write_manifest, write_shared
+from .folder import Export, GoldenText, read_export, write_manifest, write_shared
 from .formats import FORMATS, Format, Request, format_named
 
 # Largest difference of a probability from Classer's own float32 or INT8 programs. Half precisions round activations;
@@ -62,8 +62,7 @@ def make_request(
     parsed = Focus.parse(focus, bundle.encoder.num_layers)
     if not parsed.full and not kind.focused:
         raise InputError(f"{target} cannot express Focused Attention; export to onnx or stablehlo, or with --focus 1.")
-    if not parsed.full and not bundle.encoder.gated:
-        raise InputError("This model was not trained for focus: its encoder has no gates. Leave --focus at 1.")
+    check_focus(parsed, bundle.encoder)
     static = kind.static is True or (kind.static == "focused" and not parsed.full)
     if lengths and not static:
         raise InputError(f"{target} takes any length here; leave --lengths out.")
@@ -146,12 +145,12 @@ def verify(path: Path) -> Checked:
     return Checked(export, worst, load_seconds)
 
 
-def golden(request: Request, target: str) -> list[Golden]:
+def golden(request: Request, target: str) -> list[GoldenText]:
     """The texts that every check runs, with the answers of Classer's own programs; where only weights are INT8 in the
     format, of those that compute with these weights and unrounded activations.
 
     The texts are the bundle's own; and for float models the empty text, and one that is cut. INT8 of a text that the
-    model has never seen the like of rounds too wildly to compare: see `bundle.quantize`.
+    model has never seen the like of rounds too wildly to compare: see `bundle.quantize_bundle`.
     """
     bundle = request.bundle
     texts = [text for text in bundle.golden_texts if text]
@@ -166,7 +165,7 @@ def golden(request: Request, target: str) -> list[Golden]:
     by_task = [bundle.probabilities(task.name, logits_NL) for task in bundle.taxonomy.tasks]
     rows = np.concatenate(by_task, axis=1)
     return [
-        Golden(text, tuple(row_ids.tolist()), tuple(map(float, row)))
+        GoldenText(text, tuple(row_ids.tolist()), tuple(map(float, row)))
         for text, row_ids, row in zip(texts, ids, rows, strict=True)
     ]
 

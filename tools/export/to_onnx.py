@@ -25,7 +25,7 @@ def write(request: Request, folder: Path) -> None:
       onnx.checker.ValidationError: the graph is not valid ONNX.
     """
     activations = Precision.float32 if request.precision == Precision.int8 else request.precision
-    model = onnx_model.build(request.bundle, activations, request.focus)
+    model = onnx_model.build_model(request.bundle, activations, request.focus)
     apart = model.ByteSize() > graph.MAX_INLINE_BYTES
     onnx.save_model(model, folder / MODEL, save_as_external_data=apart, location=f"{MODEL}.data" if apart else None)
     onnx.checker.check_model(str(folder / MODEL), full_check=True)

@@ -24,7 +24,7 @@ MODEL = "model.xml"
 
 def write(request: Request, folder: Path) -> None:
     activations = Precision.float32 if request.precision == Precision.int8 else request.precision
-    graph = onnx_model.build(request.bundle, activations, request.focus, compressed=True)
+    graph = onnx_model.build_model(request.bundle, activations, request.focus, compressed=True)
     onnx.save_model(graph, folder / "model.onnx")
     openvino.save_model(openvino.Core().read_model(folder / "model.onnx"), folder / MODEL, compress_to_fp16=False)
     (folder / "model.onnx").unlink()

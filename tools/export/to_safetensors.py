@@ -21,7 +21,7 @@ from classer.model.predict import Predictor
 from classer.model.pretrained import load_encoder, save_encoder
 from classer.model.quantize import Weights
 
-from .decoding import probabilities
+from .decoding import traced_probabilities
 from .folder import Export
 from .formats import Request, check_installed
 from .runtime import Run, Runtime, TokenRuntime
@@ -81,7 +81,7 @@ def _load_transformers(export: Export) -> Run:
             hidden_BSD = model(torch.tensor(tokens_BS), attention_mask=torch.tensor(mask_BS)).last_hidden_state
         pooled_BD = np.asarray(mean_pool(hidden_BSD.numpy(), mask_BS.astype(np.float32)))
         logits_BL = pooled_BD @ head["weight"].T + head["bias"]
-        return np.asarray(probabilities(export.taxonomy, export.calibration, logits_BL))
+        return np.asarray(traced_probabilities(export.taxonomy, export.calibration, logits_BL))
 
     return run
 
@@ -94,7 +94,7 @@ def _load_classer(export: Export) -> Run:
 
     def run(tokens_BS: np.ndarray, lengths_B: np.ndarray) -> np.ndarray:
         logits_BL = predictor.compile(*tokens_BS.shape)(tokens_BS, lengths_B)
-        return np.asarray(probabilities(export.taxonomy, export.calibration, logits_BL))
+        return np.asarray(traced_probabilities(export.taxonomy, export.calibration, logits_BL))
 
     return run
 

@@ -19,7 +19,7 @@ from classer.model.classifier import TextClassifier
 from classer.model.precision import Precision
 from classer.model.quantize import Weights, unflatten
 
-from .decoding import probabilities
+from .decoding import traced_probabilities
 from .folder import Export
 from .formats import Request
 from .runtime import Runtime, TokenRuntime
@@ -40,7 +40,7 @@ def forward(request: Request) -> Any:
 
     def classify(weights: Weights, tokens_BS: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits_BL = cast(jax.Array, model.apply({"params": unflatten(weights)}, tokens_BS, lengths_B))
-        return logits_BL, probabilities(bundle.taxonomy, bundle.calibration, logits_BL)
+        return logits_BL, traced_probabilities(bundle.taxonomy, bundle.calibration, logits_BL)
 
     return classify
 

@@ -88,7 +88,7 @@ class Launch:
 
 def where(job: TrainJob, *, logs: str, stop: str) -> str:
     """Where a job writes its logs and checkpoints, and how to stop and resume it."""
-    parts = []  # as `loop.fit` trains them
+    parts = []  # in the order of training
     if job.curriculum is not None or job.recipe.curriculum:
         parts.append(job.out / "stages" / "*")
     elif job.recipe.epochs:

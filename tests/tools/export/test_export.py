@@ -195,7 +195,7 @@ def test_trees_are_decoded_as_they_are_served() -> None:
     logits_NL = rng.normal(size=(50, len(TREE.labels))).astype(np.float32) * 8
     taxonomy, calibration = Taxonomy((TREE,)), Calibration(1.7)
     ours_NL = probabilities(TREE, logits_NL, calibration)
-    theirs_NL = decoding.probabilities(taxonomy, {"place": calibration}, logits_NL)
+    theirs_NL = decoding.traced_probabilities(taxonomy, {"place": calibration}, logits_NL)
     np.testing.assert_allclose(theirs_NL, ours_NL, atol=1e-6)
 
 
