@@ -127,7 +127,7 @@ class LocalModel:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The label names of the only task: the columns of `predict_proba`.
+        """The label names of the only task, which are the columns of `predict_proba`.
 
         Raises:
           InvalidRequest: there are several tasks; see `labels_of`.

@@ -54,7 +54,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [json.loads(line)["text"] for line in (folder / "held_out.jsonl").read_text().splitlines()]
     (folder / "unlabelled.csv").write_text("".join(f"{text}\n" for text in ["text", *texts]))
     shutil.copy(folder / "unlabelled.csv", folder / "new.csv")
-    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    write_toy_data(folder / "texts.jsonl", TaskKind.MULTICLASS, 400)  # conversion holds 256 out
     (folder / "tasks").mkdir()
     for task in (dataclasses.replace(TREE, name="support"), *TOY_TASKS[:2]):
         write_task(folder / "tasks", task, train=120, dev=30, test=30)
