@@ -25,7 +25,7 @@ from .tables import read_rows
 from .taxonomy import Task, Taxonomy
 
 # Probabilities of an exclusive task may miss 1 by so much: rounding, and labels too improbable to be written.
-TOLERANCE = 0.02
+SUM_TOLERANCE = 0.02
 # Less than this is not written.
 SMALLEST = 1e-4
 
@@ -69,7 +69,7 @@ def _checked(task: Task, probs: Any, source: str) -> dict[str, float]:
     if not task.kind.exclusive:
         return {label: float(value) for label, value in probs.items()}
     total = math.fsum(probs.values())
-    if abs(total - 1) > TOLERANCE:
+    if abs(total - 1) > SUM_TOLERANCE:
         raise InputError(
             f"{source}: the probabilities of the {task.kind} task '{task.name}' sum to {total:.3f}; they must sum to 1"
             + (" (of hierarchical tasks give the leaves alone)." if task.parent_L.max() >= 0 else ".")

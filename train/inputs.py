@@ -12,7 +12,7 @@ from ..data.taxonomy import Taxonomy
 from ..data.tokenizer import WordPieceTokenizer
 from .config import TrainJob
 from .datasets import Dataset, load_dataset
-from .prepared import check_tokenizer, is_prepared, load_splits, open_prepared, text_of
+from .prepared import check_tokenizer, decoded_text, is_prepared, load_splits, open_prepared
 from .tokenized import TokenizedSplit, tokenize
 
 GOLDEN_TEXTS = 8
@@ -70,7 +70,7 @@ def load_inputs(
     splits = load_splits(job, data, say)
     dev = splits["dev"].values()
     turns = [split.ids[turn] for turn in range(GOLDEN_TEXTS) for split in dev if turn < len(split.ids)]
-    golden = [text_of(ids, tokenizer) for ids in turns[:GOLDEN_TEXTS]]
+    golden = [decoded_text(ids, tokenizer) for ids in turns[:GOLDEN_TEXTS]]
     return Inputs(data.taxonomy, splits, golden, len(data), shards=data)
 
 

@@ -3,8 +3,8 @@
 A training text is contaminated if it
 - equals an evaluation text in its `comparable` form,
 - resembles one: their estimated Jaccard similarity reaches the threshold of near-duplicates, or
-- contains most of one: at least half of the sampled runs of `WINDOW` characters of an evaluation text that is at least
-  so long (as Brown et al. 2020, https://arxiv.org/abs/2005.14165, appendix C, with 13 words; characters, because not
+- contains most of one: at least half of the sampled runs of `WINDOW_CHARS` characters of an evaluation text that is at
+  least so long (as Brown et al. 2020, https://arxiv.org/abs/2005.14165, appendix C, with 13 words; characters, because not
   every script has words).
 
 Labels and tasks do not matter: what a model has read it may recognise.
@@ -25,7 +25,7 @@ from ..splits import comparable
 from .minhash import Sketches, chunks, similarity, sketch, window_hashes
 from .steps import Dropped, SourceRow, hash_text
 
-WINDOW = 64
+WINDOW_CHARS = 64
 STRIDE = 8  # of the evaluation texts' windows every eighth is kept; training texts are searched at every character
 MOST = 0.5
 
@@ -60,7 +60,7 @@ class EvaluationIndex:
         sketches = sketch(plain, rows)
         num_bands = sketches.bands_NB.shape[1]
         bands, band_text = _sorted(sketches.bands_NB.ravel(), np.repeat(np.arange(len(plain)), num_bands))
-        long = [i for i, text in enumerate(plain) if len(text) >= WINDOW]
+        long = [i for i, text in enumerate(plain) if len(text) >= WINDOW_CHARS]
         windows, owners = _windows([plain[i] for i in long], STRIDE)
         owners = np.asarray(long, np.int64)[owners]
         counts_E = np.bincount(owners, minlength=len(plain))
@@ -126,7 +126,7 @@ class EvaluationIndex:
         """Row → (evaluation text, share of it that the row contains), where that is most of it."""
         if not len(self.windows):
             return {}
-        long = [i for i, text in enumerate(plain) if len(text) >= WINDOW]
+        long = [i for i, text in enumerate(plain) if len(text) >= WINDOW_CHARS]
         windows, owners = _windows([plain[i] for i in long], 1)
         filter_, shift = self._window_filter
         maybe = np.flatnonzero(filter_[windows >> shift])
@@ -147,10 +147,10 @@ class EvaluationIndex:
 
 
 def _windows(texts: Sequence[str], stride: int) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes of the windows of texts of at least `WINDOW` characters, and which text each is of."""
+    """Hashes of the windows of texts of at least `WINDOW_CHARS` characters, and which text each is of."""
     found, owners, first = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)], 0
     for chunk in chunks(texts):
-        hashes, starts = window_hashes(chunk, WINDOW)
+        hashes, starts = window_hashes(chunk, WINDOW_CHARS)
         counts = np.diff(np.append(starts, len(hashes)))
         chosen = (np.arange(len(hashes)) - np.repeat(starts, counts)) % stride == 0
         found.append(hashes[chosen])

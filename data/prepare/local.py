@@ -24,7 +24,7 @@ from ..tokenizer import WordPieceTokenizer
 from .contamination import EvaluationIndex
 from .minhash import NUM_PERMUTATIONS, Sketches, bucket_links, sketch
 from .output import SPLITS, Shard, already_made, clear, finish, write_shard
-from .plan import Plan, read_manifest
+from .plan import PreparePlan, read_manifest
 from .sources import Reject, read_evaluation, read_source
 from .steps import (
     Dropped,
@@ -33,7 +33,7 @@ from .steps import (
     TokenizedRow,
     exact_key,
     num_shards_for,
-    shard_of,
+    shard_number,
     split_of,
     task_from_counts,
     tokenize_rows,
@@ -48,13 +48,13 @@ _KEYED = np.dtype([("key", "V18"), ("row", "<u8")])
 _BANDED = np.dtype([("band", "<u8"), ("row", "<u8")])
 
 
-class Progress(Protocol):
+class ProgressCallback(Protocol):
     """A stage begins: its name, what it counts, and how many there are (None if unknown) → how to count them."""
 
     def __call__(self, stage: str, unit: str, total: int | None) -> contextlib.AbstractContextManager[Any]: ...
 
 
-def prepare(plan: Plan, *, workers: int = 1, progress: Progress) -> tuple[dict[str, Any], bool]:
+def prepare(plan: PreparePlan, *, workers: int = 1, progress: ProgressCallback) -> tuple[dict[str, Any], bool]:
     """Makes the shards that the plan asks for.
 
     Args:
@@ -66,7 +66,7 @@ def prepare(plan: Plan, *, workers: int = 1, progress: Progress) -> tuple[dict[s
       The manifest, and whether it was made now (False: it had been, of the same inputs).
 
     Raises:
-      InputError: see `Plan.make`, `output.already_made` and `sources.read_source`; or no usable row is left.
+      InputError: see `PreparePlan.make`, `output.already_made` and `sources.read_source`; or no usable row is left.
     """
     inputs, made = begin(plan, progress)
     if made:
@@ -82,8 +82,8 @@ def prepare(plan: Plan, *, workers: int = 1, progress: Progress) -> tuple[dict[s
         ), True
 
 
-def begin(plan: Plan, progress: Progress) -> tuple[dict[str, Any], bool]:
-    """Clears what a run that was broken off has left; (`Plan.inputs_json`, whether all is there already)."""
+def begin(plan: PreparePlan, progress: ProgressCallback) -> tuple[dict[str, Any], bool]:
+    """Clears what a run that was broken off has left; (`PreparePlan.inputs_json`, whether all is there already)."""
     total = sum(path.stat().st_size for path in (*(s.path for s in plan.sources), *plan.evaluation))
     with progress("checksums", "B", total) as bar:
         inputs = plan.inputs_json(bar.update)
@@ -95,7 +95,7 @@ def begin(plan: Plan, progress: Progress) -> tuple[dict[str, Any], bool]:
     return inputs, False
 
 
-def evaluation_index(plan: Plan) -> EvaluationIndex:
+def evaluation_index(plan: PreparePlan) -> EvaluationIndex:
     texts = read_evaluation(plan.evaluation, plan.columns)
     return EvaluationIndex.build(texts, plan.band_rows, plan.config.near_duplicates)
 
@@ -132,7 +132,7 @@ class _Spill:
 class _Passes:
     """The passes of one preparation, in the order of `prepare`; rows are numbered in the order of their ranks."""
 
-    def __init__(self, plan: Plan, workers: int, progress: Progress) -> None:
+    def __init__(self, plan: PreparePlan, workers: int, progress: ProgressCallback) -> None:
         self._plan, self._progress = plan, progress
         self._spill = _Spill(plan.work)
         self._read = self._rejected = self._num_rows = 0
@@ -267,7 +267,7 @@ class _Passes:
         with self._progress("tokenising", "texts", kept.total()) as bar:
             for _, rows in self._workers.map(_tokenize, self._chunks()):
                 for row in rows:
-                    name = f"{row.split}-{shard_of(row.key, num_shards[row.split])}"
+                    name = f"{row.split}-{shard_number(row.key, num_shards[row.split])}"
                     self._spill.add(name, _pack(row))
                 bar.update(len(rows))
         self._spill.flush()
@@ -334,7 +334,7 @@ def _read_sketches(file: int, rows: np.ndarray) -> np.ndarray:
 class _Tools:
     """What a worker needs to compare and to tokenise, made when it is first needed."""
 
-    plan: Plan
+    plan: PreparePlan
     index: EvaluationIndex | None = None
     tokenizer: WordPieceTokenizer | None = None
 
@@ -357,7 +357,7 @@ def _tokenize(tools: _Tools, tasks: list[Any], rows: list[SourceRow]) -> list[To
 class _Workers:
     """Runs a function on chunks of rows, here or in other processes; results come in the order of the chunks."""
 
-    def __init__(self, plan: Plan, count: int) -> None:
+    def __init__(self, plan: PreparePlan, count: int) -> None:
         self._count = count
         self._tools = _Tools(plan)
         self._pool = multiprocessing.get_context("spawn").Pool(count, _set_tools, (plan,)) if count > 1 else None
@@ -386,7 +386,7 @@ class _Workers:
 _TOOLS: _Tools | None = None
 
 
-def _set_tools(plan: Plan) -> None:
+def _set_tools(plan: PreparePlan) -> None:
     global _TOOLS
     _TOOLS = _Tools(plan)
 

@@ -22,7 +22,7 @@ from ..files import atomic_write
 from ..records import write_array_records
 from ..taxonomy import Task
 from ..tokenizer import WordPieceTokenizer
-from .plan import Plan, read_manifest
+from .plan import PreparePlan, read_manifest
 from .sources import Reject
 from .steps import Dropped, LabelCounts, TokenizedRow, length_stats, place_of
 
@@ -57,7 +57,7 @@ def write_shard(out: Path, split: str, index: int, num_shards: int, rows: Sequen
     return Shard(split, index, len(rows), sum(row.truncated for row in rows), file, lengths_file, tasks_file)
 
 
-def already_made(plan: Plan, inputs: dict[str, Any], progress: Callable[[int], object]) -> bool:
+def already_made(plan: PreparePlan, inputs: dict[str, Any], progress: Callable[[int], object]) -> bool:
     """Whether `out` holds what this plan would make, whole.
 
     Raises:
@@ -84,7 +84,7 @@ def already_made(plan: Plan, inputs: dict[str, Any], progress: Callable[[int], o
 
 
 def finish(
-    plan: Plan,
+    plan: PreparePlan,
     inputs: dict[str, Any],
     tasks: Sequence[Task],
     label_counts: Sequence[LabelCounts],
@@ -136,13 +136,13 @@ def _split_json(out: Path, shards: Sequence[Shard]) -> dict[str, Any]:
     }
 
 
-def _rejects_json(plan: Plan, rejects: Iterable[Reject]) -> Iterator[str]:
+def _rejects_json(plan: PreparePlan, rejects: Iterable[Reject]) -> Iterator[str]:
     for reject in rejects:
         fields = {"file": str(plan.sources[reject.file].path), "row": reject.row, "reason": reject.reason}
         yield json.dumps(fields, ensure_ascii=False)
 
 
-def _drops_json(plan: Plan, dropped: Iterable[Dropped]) -> Iterator[str]:
+def _drops_json(plan: PreparePlan, dropped: Iterable[Dropped]) -> Iterator[str]:
     for drop in dropped:
         file, row = place_of(drop.rank)
         fields = {"file": str(plan.sources[file].path), "row": row, "reason": drop.reason}
@@ -159,7 +159,7 @@ def _write_lines(path: Path, lines: Iterable[str]) -> None:
         file.writelines(f"{line}\n" for line in lines)
 
 
-def clear(plan: Plan) -> None:
+def clear(plan: PreparePlan) -> None:
     """Removes what a run that was broken off has left in `out`; its work folder tells that there was one."""
     if plan.work.exists():
         for path in plan.out.iterdir():

@@ -54,7 +54,7 @@ class PrepareConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class PreparePlan:
     """One preparation.
 
     Attributes:
@@ -74,7 +74,7 @@ class Plan:
     @classmethod
     def make(
         cls, config: PrepareConfig, inputs: Sequence[Path], evaluation: Sequence[Path], tokenizer: Path, out: Path
-    ) -> Plan:
+    ) -> PreparePlan:
         """Finds the files.
 
         Raises:

@@ -115,7 +115,7 @@ def split_of(text_hash: bytes, dev_fraction: float) -> str:
     return "dev" if int.from_bytes(text_hash[:8], "big") < dev_fraction * 2**64 else "train"
 
 
-def shard_of(text_hash: bytes, num_shards: int) -> int:
+def shard_number(text_hash: bytes, num_shards: int) -> int:
     """By other bits of the hash than `split_of`."""
     return int.from_bytes(text_hash[8:16], "big") % num_shards
 

@@ -24,7 +24,7 @@ from ...model.focus import Focus
 from ...model.predict import Executables
 from ..core.answers import AnswerDecoder, check_threshold, not_finite
 from ..core.engine import Engine
-from ..core.models import AUTO, ModelSettings, make_engine, name_of
+from ..core.models import AUTO, ModelSettings, default_model_name, make_engine
 from ..core.tokenizing import TokenizedText, encode_texts, length_error
 from ..core.work import Scored
 from ..proto import classifier_pb2 as pb
@@ -89,7 +89,7 @@ class LocalModel:
         self._settings = ModelSettings((_focus_text(focus),), precision)
         self._bundle = load_bundle(path)
         self.path = path
-        self.name = name_of(path)
+        self.name = default_model_name(path)
         self.version = self._bundle.version
         self.max_length = self._bundle.max_length
         self.tasks = tuple(

@@ -306,14 +306,14 @@ class Models:
         asyncio.get_running_loop().call_later(0.1, lambda: asyncio.get_running_loop().run_in_executor(None, _trim))
 
 
-def name_of(folder: Path) -> str:
+def default_model_name(folder: Path) -> str:
     """The name of a bundle's model: the folder's, or that of its parent where it is only called bundle…."""
     absolute = folder.absolute()
     return absolute.parent.name if absolute.name.startswith("bundle") else absolute.name
 
 
 def named_folders(sources: Sequence[str]) -> dict[str, Path]:
-    """Bundles by name, from FOLDER (see `name_of`) or NAME=FOLDER each.
+    """Bundles by name, from FOLDER (see `default_model_name`) or NAME=FOLDER each.
 
     Raises:
       InputError: no name, one that is out of its limits, or one that stands for two folders.
@@ -325,7 +325,7 @@ def named_folders(sources: Sequence[str]) -> dict[str, Path]:
             name, path = given, Path(rest)
         else:
             path = Path(source)
-            name = name_of(path)
+            name = default_model_name(path)
         if not _NAME.fullmatch(name):
             raise InputError(
                 f"'{source}' would be served as '{name}'; a name is 1 to 64 letters, digits, dots, dashes and "

@@ -10,9 +10,9 @@ import threading
 from pathlib import Path
 
 import jax
-from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import SERVICE_NAME as HEALTH_NAME
 from grpc_health.v1.health import aio as health_aio  # pyright: ignore[reportAttributeAccessIssue]
+from grpc_health.v1.health_pb2 import HealthCheckResponse as Health
 from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 from grpc_reflection.v1alpha import reflection
 from tqdm import tqdm
@@ -37,7 +37,6 @@ from .service import ClassifierService
 
 CLASSIFIER_NAME = pb.DESCRIPTOR.services_by_name["Classifier"].full_name
 ADMIN_NAME = pb.DESCRIPTOR.services_by_name["ModelAdmin"].full_name
-Health = health_pb2.HealthCheckResponse
 # The interpreter's switch interval: how long the event loop may hold up the device's thread. Python's default is 5 ms,
 # which is much beside a batch of some tens of milliseconds.
 SWITCH_SECONDS = 0.0005

@@ -15,7 +15,7 @@ from scipy.sparse import csr_array
 
 from classer.data.pipeline import Batch, TrainExamples, epoch_batches, stage_batches
 from classer.data.prepare.local import prepare
-from classer.data.prepare.plan import Plan, PrepareConfig
+from classer.data.prepare.plan import PrepareConfig, PreparePlan
 from classer.data.shards import Shards
 from classer.data.tokenizer import WordPieceTokenizer
 from classer.tests.helpers import no_progress
@@ -53,7 +53,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
     WordPieceTokenizer(folder / "vocab.txt").save(folder / "tokenizer")
     config = PrepareConfig(dev_fraction=0, near_duplicates=0, records_per_shard=60)
     inputs = [folder / "kinds.jsonl", folder / "tags.jsonl"]
-    prepare(Plan.make(config, inputs, [], folder / "tokenizer", folder / "out"), progress=no_progress)
+    prepare(PreparePlan.make(config, inputs, [], folder / "tokenizer", folder / "out"), progress=no_progress)
     made = Shards(folder / "out")
     assert len(made) == 230
     return made

@@ -20,7 +20,7 @@ from classer.data.errors import InputError
 from classer.data.pipeline import Batch, Batches, epoch_batches, stage_batches
 from classer.data.plans import ShufflePlan
 from classer.data.prepare.local import prepare
-from classer.data.prepare.plan import Plan, PrepareConfig
+from classer.data.prepare.plan import PrepareConfig, PreparePlan
 from classer.data.shards import Shards
 from classer.data.tokenizer import WordPieceTokenizer
 from classer.tests.helpers import VOCAB, no_progress
@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     WordPieceTokenizer(folder / "vocab.txt").save(folder / "tokenizer")
     config = PrepareConfig(dev_fraction=0, near_duplicates=0, records_per_shard=60)
     inputs = [folder / "tags.jsonl", folder / "kinds.jsonl"]
-    prepare(Plan.make(config, inputs, [], folder / "tokenizer", folder / "out"), progress=no_progress)
+    prepare(PreparePlan.make(config, inputs, [], folder / "tokenizer", folder / "out"), progress=no_progress)
     return folder / "out"
 
 

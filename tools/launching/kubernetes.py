@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from classer.data.errors import InputError
-from classer.tools.launching.job import Launch, where
+from classer.tools.launching.job import SECONDS_TO_SAVE, Launch, where
 from classer.train.process_info import COORDINATOR, STOPPED_CODE
 
 if TYPE_CHECKING:
     from classer.train.config import TrainJob
 
 PORT = 8476
-SECONDS_TO_SAVE = 120
 USER_ERROR = 2  # the exit code of what would only fail again
 # That of a pod which had to go (a drained node, say) and saved: were it 0, Kubernetes would take its work for done.
 STOPPED = 128 + signal.SIGTERM

@@ -16,7 +16,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from classer.data.errors import InputError
 from classer.data.prepare.local import prepare
-from classer.data.prepare.plan import Plan, PrepareConfig, read_manifest
+from classer.data.prepare.plan import PrepareConfig, PreparePlan, read_manifest
 from classer.data.prepare.steps import split_of
 from classer.data.records import decode_record
 from classer.data.tokenizer import WordPieceTokenizer
@@ -56,9 +56,9 @@ def corpus(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def plan_of(corpus: Path, out: str = "out", **settings: Any) -> Plan:
+def plan_of(corpus: Path, out: str = "out", **settings: Any) -> PreparePlan:
     config = PrepareConfig(**({"dev_fraction": 0.2, "records_per_shard": 50, "max_length": 24} | settings))
-    return Plan.make(config, [corpus / "in"], [corpus / "held_out.jsonl"], corpus / "tokenizer", corpus / out)
+    return PreparePlan.make(config, [corpus / "in"], [corpus / "held_out.jsonl"], corpus / "tokenizer", corpus / out)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -213,7 +213,7 @@ def test_task_folders_bring_their_evaluation_sets_and_their_labels(tmp_path: Pat
     )
     (folder / "test.jsonl").write_text(json.dumps(rows[3]) + "\n")
     config = PrepareConfig(dev_fraction=0, near_duplicates=0)
-    plan = Plan.make(config, [folder, corpus / "in"], [], corpus / "tokenizer", tmp_path / "out")
+    plan = PreparePlan.make(config, [folder, corpus / "in"], [], corpus / "tokenizer", tmp_path / "out")
     manifest, _ = prepare(plan, progress=silent)
     topic, other = manifest["tasks"]
     assert [label["name"] for label in topic["labels"]] == ["b", "a", "never"]
@@ -242,7 +242,7 @@ def test_datasets_saved_by_hugging_face(tmp_path: Path, corpus: Path) -> None:
         (saved / split / "state.json").write_text(json.dumps(state))
     (saved / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "test"]}))
     config = PrepareConfig(dev_fraction=0, near_duplicates=0)
-    plan = Plan.make(config, [saved], [], corpus / "tokenizer", tmp_path / "out")
+    plan = PreparePlan.make(config, [saved], [], corpus / "tokenizer", tmp_path / "out")
     assert [path.parent.name for path in plan.evaluation] == ["test"]
     manifest, _ = prepare(plan, progress=silent)
     (task,) = manifest["tasks"]
@@ -262,7 +262,7 @@ def test_datasets_saved_by_hugging_face(tmp_path: Path, corpus: Path) -> None:
 def test_inputs_that_cannot_be_used(corpus: Path, inputs: list[str], evaluation: list[str], said: str) -> None:
     (corpus / "empty").mkdir()
     with pytest.raises(InputError, match=said):
-        Plan.make(
+        PreparePlan.make(
             PrepareConfig(),
             [corpus / name for name in inputs],
             [corpus / name for name in evaluation],
@@ -273,6 +273,6 @@ def test_inputs_that_cannot_be_used(corpus: Path, inputs: list[str], evaluation:
 
 def test_when_no_row_is_usable_the_first_reason_is_said(tmp_path: Path, corpus: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"text": "no label"}\n')
-    plan = Plan.make(PrepareConfig(), [tmp_path / "bad.jsonl"], [], corpus / "tokenizer", tmp_path / "out")
+    plan = PreparePlan.make(PrepareConfig(), [tmp_path / "bad.jsonl"], [], corpus / "tokenizer", tmp_path / "out")
     with pytest.raises(InputError, match=r"None of the 1 rows can be used: .*no column 'label'"):
         prepare(plan, progress=silent)
