@@ -4,8 +4,8 @@ A training text is contaminated if it
 - equals an evaluation text in its `comparable` form,
 - resembles one: their estimated Jaccard similarity reaches the threshold of near-duplicates, or
 - contains most of one: at least half of the sampled runs of `WINDOW_CHARS` characters of an evaluation text that is at
-  least so long (as Brown et al. 2020, https://arxiv.org/abs/2005.14165, appendix C, with 13 words; characters, because not
-  every script has words).
+  least so long (as Brown et al. 2020, https://arxiv.org/abs/2005.14165, appendix C, with 13 words; characters, because
+  not every script has words).
 
 Labels and tasks do not matter: what a model has read it may recognise.
 """
