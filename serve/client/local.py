@@ -316,7 +316,7 @@ class LocalModel:
             if self._closed:
                 raise NotPossible(f"The model '{self.name}' is closed; load it again.")
             if parsed not in self._engines:
-                self._engines[parsed] = make_engine(self._bundle, parsed, self._settings.precision, self._executables)
+                self._engines[parsed] = make_engine(self._bundle, parsed, self._settings, self._executables)
             return self._engines[parsed]
 
     def _decoded(self, texts: Iterable[str], request: _Request, method: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
