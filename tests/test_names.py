@@ -12,7 +12,7 @@ OUTSIDE = {"tools/bench", "tools/dev", "serve/proto"}  # not of the library, or 
 
 # Names that several modules define in the same sense.
 SHARED = {
-    "load": "the `Format` protocol of an export",
+    "load": "`classer.load`, and the `Format` protocol of an export",
     "usage": "the `Format` protocol of an export",
     "write": "the `Format` protocol of an export",
     "MODEL": "the file of an export's program",
