@@ -1,8 +1,8 @@
-"""The same preparation as a pipeline of Apache Beam, for inputs that one machine would take too long for.
+"""The preparation of `local` as an Apache Beam pipeline, for inputs that are too large for one machine.
 
-The steps are the functions that `local` calls, and the shards, rejects and manifest are the same bytes. Beam moves rows
-between workers; what the workers leave in the output folder (shards, and small JSON files) the driver gathers in the
-end, so that all of them must reach that folder, and the inputs, under the same paths.
+The steps call the same functions as `local`, and the shards, rejects and manifest are identical byte for byte. Beam
+moves rows between workers. The workers write shards and small JSON files to the output folder, and the driver collects
+them at the end. So the inputs and that folder must have the same paths on all workers and on the driver.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ except ImportError:
         "--runner", "apache-beam (without --runner the same runs in this process)", "prepare"
     ) from None
 
-# Beam's default on one machine, DirectRunner, would download a runner of its own.
+# Beam's default, DirectRunner, would download another runner.
 IN_PROCESS = "apache_beam.runners.portability.fn_api_runner.fn_runner.FnApiRunner"
 
 
 def beam_options(runner: str) -> PipelineOptions:
-    """Beam's pipeline options from the name of a runner and its options, such as "FlinkRunner --parallelism=8".
+    """Parses a runner's name and options, such as "FlinkRunner --parallelism=8", into Beam's pipeline options.
 
     "DirectRunner" is Beam's runner in this process.
     """
@@ -63,12 +63,12 @@ def beam_options(runner: str) -> PipelineOptions:
 
 
 def prepare(plan: Plan, *, runner: str, progress: Progress) -> tuple[dict[str, Any], bool]:
-    """As `local.prepare`.
+    """Like `local.prepare`, as a Beam pipeline.
 
     Args:
-      plan: what and where to.
+      plan: inputs, config and output folder.
       runner: see `beam_options`.
-      progress: told of the stages before and after the pipeline; the runner has its own ways to show those in it.
+      progress: called for the stages before and after the pipeline; the runner itself reports those inside it.
 
     Raises:
       InputError: as `local.prepare`.
@@ -86,7 +86,7 @@ def prepare(plan: Plan, *, runner: str, progress: Progress) -> tuple[dict[str, A
 
 
 def build(pipeline: beam.Pipeline, plan: Plan) -> None:
-    """Adds all steps to a pipeline; its results are files in `plan.out`."""
+    """Adds all steps to a pipeline, which writes its results to `plan.out`."""
     config = plan.config
     read = (
         pipeline
@@ -278,7 +278,7 @@ def _write_left_out(keyed: tuple[int, Iterable[Reject | Dropped]], plan: Plan) -
 
 
 def _write_part(plan: Plan, name: str, value: Any) -> None:
-    # Shared, since Beam may run a bundle of elements in several workers.
+    # Shared, because Beam may process bundles in several workers.
     with atomic_write(plan.work / "parts" / f"{name}.json", shared=True) as part:
         part.write_text(json.dumps(value), encoding="utf-8")
 

@@ -1,6 +1,6 @@
-"""What a preparation leaves: shards, their lengths, rejects, drops, the tokenizer and the manifest.
+"""The output of a preparation: shards, their lengths, rejects, drops, the tokenizer and the manifest.
 
-The manifest is written last, in one step: a folder with a manifest is whole.
+The manifest is written last and atomically, so a folder with a manifest is complete.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SPLITS = ("train", "dev")
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A finished shard: its files, and the number of its texts that were cut."""
+    """A finished shard: its files, and the number of truncated texts."""
 
     split: str
     index: int
@@ -47,7 +47,7 @@ def shard_name(split: str, index: int, num_shards: int) -> str:
 
 
 def write_shard(out: Path, split: str, index: int, num_shards: int, rows: Sequence[TokenizedRow]) -> Shard:
-    """Writes a shard in the order of its rows' keys: their order here does not matter."""
+    """Writes a shard, ordered by its rows' keys; the order of the argument has no effect."""
     rows = sorted(rows, key=lambda row: row.key)
     name = shard_name(split, index, num_shards)
     file, lengths_file, tasks_file = f"{name}.array_record", f"{name}.lengths.npy", f"{name}.tasks.npy"
@@ -58,10 +58,10 @@ def write_shard(out: Path, split: str, index: int, num_shards: int, rows: Sequen
 
 
 def already_made(plan: Plan, inputs: dict[str, Any], progress: Callable[[int], object]) -> bool:
-    """Whether `out` holds what this plan would make, whole.
+    """Whether `out` already holds the complete result of this plan.
 
     Raises:
-      InputError: it holds what another plan made, or what has been damaged since.
+      InputError: it holds unrelated files, or another plan's result, or one of the files is missing or changed.
     """
     if not (plan.out / "manifest.json").exists():
         there = sorted(path.name for path in plan.out.iterdir()) if plan.out.exists() else []
@@ -93,7 +93,7 @@ def finish(
     rejects: Iterable[Reject],
     dropped: Iterable[Dropped],
 ) -> dict[str, Any]:
-    """Writes all but the shards, checks that the counts add up, and returns the manifest."""
+    """Writes all files other than the shards, checks that the counts add up, and returns the manifest."""
     out = plan.out
     shards = sorted(shards, key=lambda shard: (SPLITS.index(shard.split), shard.index))
     kept = sum(shard.records for shard in shards)
@@ -160,12 +160,12 @@ def _write_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 def clear(plan: Plan) -> None:
-    """Removes what a run that was broken off has left in `out`; its work folder tells that there was one."""
+    """Removes the files of an interrupted run from `out`. A work folder shows that there was one."""
     if plan.work.exists():
         for path in plan.out.iterdir():
             if re.fullmatch(r"(train|dev)-\d{5}-of-\d{5}\.(array_record|lengths\.npy|tasks\.npy)", path.name):
                 path.unlink()
-        # The folder itself stays: without it the files of a run that is killed here would count as somebody else's.
+        # The folder itself stays: if this run is killed here, it marks the remaining files as an interrupted run's.
         for path in plan.work.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     plan.work.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What `.ci/run` asks of the ahead-of-time compilers: a small preset for H100 and TPU, and that the check can fail."""
+"""The CI check of ahead-of-time compilation: a small preset for H100 and TPU, and negative controls."""
 
 from __future__ import annotations
 
@@ -39,7 +39,11 @@ def main() -> int:
 
 
 def widened_products(topology: Topology) -> dict[str, int]:
-    """The negative control: int8 operands that are floats before they are multiplied."""
+    """A negative control: the products of a program whose int8 operands are converted to bfloat16 first.
+
+    Raises:
+      RuntimeError: no product was found.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -60,7 +64,7 @@ def widened_products(topology: Topology) -> dict[str, int]:
 
 
 def said_of_a_bad_sharding(topology: Topology) -> str:
-    """The other negative control: XLA can only go from the one of these shardings to the other by a whole copy."""
+    """A negative control: the compiler's output for a change of sharding that XLA can only make by a whole copy."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import NamedSharding

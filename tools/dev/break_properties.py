@@ -171,8 +171,8 @@ BREAKS = (
     Break(
         "INT8 products stay s8 × s8 → s32",
         "model/quantize.py",
-        "fwd_bits=8",
-        "fwd_bits=None",
+        "lax.dot_general(int8_ND, kernel_DF,",
+        "lax.dot_general(int8_ND.astype(jnp.int32), kernel_DF.astype(jnp.int32),",
         "tests/model/test_quantize.py",
     ),
     Break(
