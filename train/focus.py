@@ -31,6 +31,7 @@ from ..model.precision import Precision
 from ..model.predict import Predictor
 from ..model.quantize import Weights
 from .config import Recipe
+from .distributed import is_quiet
 from .tokenized import TokenizedSplit
 
 # Share of the steps with soft gates, and their temperature at both ends; it falls geometrically, and stays.
@@ -108,7 +109,9 @@ def _answers(predictor: Predictor, taxonomy: Taxonomy, task: Task, split: Tokeni
     """The classifier's probabilities of what can be given as an answer, sparse (N, L); read from the file if it is."""
     if file.is_file():
         return sparse.load_npz(file)
-    with tqdm(total=len(split.ids), desc=f"Dense answers, {task.name}", unit="text", mininterval=1) as bar:
+    with tqdm(
+        total=len(split.ids), desc=f"Dense answers, {task.name}", unit="text", mininterval=1, disable=is_quiet()
+    ) as bar:
         logits_NL = predictor.logits(split.ids, columns=taxonomy.slice_of(task.name), progress=bar.update)
     probs_NL = np.where(task.leaves_L, probabilities(task, logits_NL, Calibration()), 0.0)
     if len(task.labels) > MANY_LABELS:

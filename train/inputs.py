@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from ..data.errors import InputError
 from ..data.examples import Example
 from ..data.shards import Shards
-from ..data.taxonomy import Taxonomy
+from ..data.taxonomy import Task, Taxonomy
 from ..data.tokenizer import WordPieceTokenizer
 from .config import TrainJob
 from .datasets import Dataset, load_dataset
@@ -44,14 +44,17 @@ class Inputs:
 
 
 def open_data(
-    job: TrainJob, say: Callable[[str], object], examples: Mapping[str, Sequence[Example]] | None = None
+    job: TrainJob,
+    say: Callable[[str], object],
+    examples: Mapping[str, Sequence[Example]] | None = None,
+    task: Task | None = None,
 ) -> Dataset | Shards:
     """A job's examples, or the shards to read them from. Raises as `load_dataset` and `open_prepared`."""
     if examples is None and is_prepared(job):
         return open_prepared(job)
     if job.input_workers:
         raise InputError(f"{job.data} is no prepared data, of which alone workers make batches; see `classer prepare`.")
-    return load_dataset(job, say, examples)
+    return load_dataset(job, say, examples, task)
 
 
 def load_inputs(

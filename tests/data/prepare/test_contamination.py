@@ -1,4 +1,4 @@
-"""Which training texts count as contaminated."""
+"""Training texts that count as contaminated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole preparations: what is kept and why the rest is not, the same bytes each time, in this process and on Beam."""
+"""Complete preparations: rows kept and dropped, reasons, and equal bytes on each run, in this process and on Beam."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def text_of(rng: np.random.Generator) -> str:
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    """Two files of one task with everything planted, an evaluation set, and a tokenizer."""
+    """Two files of one task with rejects, duplicates and contamination, an evaluation set, and a tokenizer."""
     rng = np.random.default_rng(0)
     texts = [text_of(rng) for _ in range(300)]
     rows: list[Any] = [{"text": text, "label": f"label {i % 3}"} for i, text in enumerate(texts)]
@@ -174,11 +174,11 @@ def test_a_run_that_is_killed_while_it_clears_up_is_made_anew(corpus: Path, monk
             r"c\.csv\.gz is no complete gzip file; after line \d+:",
         ),
     ],
-    # A gzip file holds the second in which it was made; by its bytes two workers would know it by two names.
+    # Explicit, because gzip bytes contain the time: ids made from them would differ between pytest workers.
     ids=["open quotation", "cut gzip"],
 )
 def test_a_file_that_cannot_be_read_to_its_end_ends_the_run(corpus: Path, name: str, content: bytes, said: str) -> None:
-    """How many rows it would have lost nobody can tell. Once it is mended the same command goes through."""
+    """The number of lost rows would be unknown. Once the file is repaired, the same command succeeds."""
     (corpus / "in" / name).write_bytes(content)
     with pytest.raises(InputError, match=said):
         prepare(plan_of(corpus), progress=silent)
