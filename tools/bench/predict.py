@@ -2,8 +2,8 @@
 
     python tools/bench/predict.py runs/banking77/bundle --rows 1000000
 
-The rows are drawn from the real texts of a folder of data sets. One run goes through; another is killed three times and
-goes on each time, and its output is compared with the first one's. 20,000 rows take minutes on two cores.
+The rows are drawn from the real texts of a folder of data sets. One run is not interrupted; another is killed three
+times and continued each time, and both outputs are compared. 20,000 rows take minutes on two cores.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ class PredictBenchmarkArguments:
       rows: how many.
       max_chars: texts that are longer are left out.
       task: name of the bundle's task; needed only if it has several.
-      precision: what is computed in; by default what is fastest, as measured before the runs.
+      precision: the precision of the computation; by default the fastest, measured before the runs.
       bare_rows: how many rows the bare program is measured on.
-      seed: of the drawing.
-      out: a file for the figures in JSON.
+      seed: seed of the draw.
+      out: a JSON file for the results.
     """
 
     bundle: BundleArgument
@@ -66,7 +66,7 @@ class PredictBenchmarkArguments:
 
 
 def main(a: PredictBenchmarkArguments) -> None:
-    """Measures, prints, and fails where the outputs differ."""
+    """Measures and prints. Raises InputError if the outputs differ."""
     beside = Path(__file__).resolve().parents[3] / "shared" / "datasets"
     datasets = a.data or Path(os.environ.get("CLASSER_DATASETS") or beside)
     if not datasets.is_dir():
@@ -120,10 +120,10 @@ def bare_program(a: PredictBenchmarkArguments, texts: Sequence[str]) -> tuple[st
     for precision in (a.precision,) if a.precision else VARIANTS:
         model = BundleModel(a.bundle, BulkOptions(a.task), precision)
         ids = [row for start in range(0, len(texts), BATCH) for row in model.prepare(texts[start : start + BATCH]).ids]
-        model.logits(ids[:BATCH])  # compiles
+        model.outputs(ids[:BATCH])  # compiles
         begin = time.perf_counter()
         for start in range(0, len(ids), BATCH):
-            model.logits(ids[start : start + BATCH])
+            model.outputs(ids[start : start + BATCH])
         rates[precision] = len(ids) / (time.perf_counter() - begin)
     best = max(rates, key=lambda precision: rates[precision])
     return best, rates[best]

@@ -104,7 +104,7 @@ def help_of(*command: str) -> str:
 
 def commands() -> dict[str, str]:
     """The summary of each command of `classer --help`, by name, in its order."""
-    return dict(re.findall(r"^  ([a-z][a-z-]*) +(\S.*)$", help_of(), flags=re.MULTILINE))
+    return dict(re.findall(r"^  ([a-z][a-z-]*) +([A-Z].*)$", help_of(), flags=re.MULTILINE))
 
 
 def subcommands(text: str) -> list[str]:
