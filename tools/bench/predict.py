@@ -1,4 +1,4 @@
-"""`classer predict` on many short texts: rows a second beside the bare program's, memory, and kills.
+"""`classer predict` on many short texts: rows per second against the bare program, memory, and resumption after kills.
 
     python tools/bench/predict.py runs/banking77/bundle --rows 1000000
 
@@ -45,7 +45,7 @@ class PredictBenchmarkArguments:
     Attributes:
       bundle: the bundle that predicts.
       data: the folder of data sets; by default $CLASSER_DATASETS, or `shared/datasets` beside the repository.
-      rows: how many.
+      rows: number of rows.
       max_chars: texts that are longer are left out.
       task: name of the bundle's task; needed only if it has several.
       precision: the precision of the computation; by default the fastest, measured before the runs.
@@ -115,7 +115,7 @@ def write_rows(file: Path, texts: Sequence[str], count: int, seed: int) -> list[
 
 
 def bare_program(a: PredictBenchmarkArguments, texts: Sequence[str]) -> tuple[str, float]:
-    """The precision to run in, and the rows a second of the compiled programs alone: no reading, tokens or writing."""
+    """The fastest precision, and its rows per second without reading, tokenising and writing."""
     rates: dict[str, float] = {}
     for precision in (a.precision,) if a.precision else VARIANTS:
         model = BundleModel(a.bundle, BulkOptions(a.task), precision)
@@ -130,7 +130,7 @@ def bare_program(a: PredictBenchmarkArguments, texts: Sequence[str]) -> tuple[st
 
 
 def uninterrupted(command: Sequence[str], out: Path, rows: int) -> dict[str, Any]:
-    """Rows a second from the first finished chunk to the last, and memory on the way."""
+    """Rows per second from the first finished chunk to the last, and memory during the run."""
     seen: list[tuple[float, int, float]] = []
     begin = time.perf_counter()
     with started(command, out) as process:
@@ -149,7 +149,7 @@ def uninterrupted(command: Sequence[str], out: Path, rows: int) -> dict[str, Any
 
 
 def killed(command: Sequence[str], out: Path, rows: int) -> dict[str, Any]:
-    """Kills the run three times on its way, then lets it end."""
+    """Kills the run three times, then lets it finish."""
     lost = []
     for kill in range(1, KILLS + 1):
         with started(command, out) as process:
@@ -177,7 +177,7 @@ def started(command: Sequence[str], out: Path) -> Iterator[subprocess.Popen[byte
 
 
 def finished_rows(out: Path) -> int:
-    """The rows of the chunks that `classer predict` has finished: their number is in the names of the files."""
+    """The number of rows in finished chunks, from the names of their files."""
     return sum(int(path.name.split(".")[2]) for path in out.with_name(out.name + ".part").glob("*.rows"))
 
 

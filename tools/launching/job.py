@@ -1,4 +1,4 @@
-"""The description of a job that launches on this machine, under Slurm and on Kubernetes share."""
+"""Description of a distributed job, for the launchers on this machine, under Slurm and on Kubernetes."""
 
 from __future__ import annotations
 

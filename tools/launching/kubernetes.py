@@ -1,4 +1,4 @@
-"""A job on Kubernetes: a headless service and an Indexed Job, one pod a process."""
+"""A job on Kubernetes: a headless service and an Indexed Job, one pod per process."""
 
 from __future__ import annotations
 

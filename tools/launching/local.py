@@ -27,7 +27,7 @@ GRACE = 600.0  # seconds that workers get to save after a stop
 
 
 def describe_processes(launch: Launch, command: Sequence[str], out: Path) -> str:
-    """What `run_processes` would run; of one process what runs in this one."""
+    """Describes the processes that `run_processes` would start."""
     alone = launch.processes == 1
     variables = process_environment(launch, rank=0) if alone else _worker_environment(launch, rank=None, port=None)
     words = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
