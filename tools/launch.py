@@ -1,10 +1,10 @@
-"""Launches a training job on this machine, under Slurm or on Kubernetes, in one process or in many.
+"""Launches a training job on this machine, under Slurm or on Kubernetes, in one or several processes.
 
 python tools/launch.py --preset banking77 --data FOLDER --out runs/banking77 --processes 2 --devices-per-process 4
 
-It takes what `classer train` takes (see `classer train --help`) and runs the same job in every process. The same
-command goes on with a job that was stopped or died, also with another number of processes, and leaves a finished one as
-it is.
+It accepts all options of `classer train` (see `classer train --help`) and runs the same job in every process. The same
+command resumes a job that was stopped or died, also with another number of processes. It leaves a finished job
+unchanged.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
 
 class LaunchTarget(NamedTuple):
-    """Where a job can run.
+    """A place to run jobs.
 
     Attributes:
-      describe: what `--dry-run` prints, from the launch, the command and the job's folder.
-      start: runs or submits the job; returns an exit code.
+      describe: builds the output of `--dry-run` from the launch, the command and the job's folder.
+      start: runs or submits the job and returns an exit code.
     """
 
     describe: Callable[[Launch, Sequence[str], Path], str]
@@ -52,17 +52,18 @@ TARGETS = {
 class LaunchArguments(Launch):
     """
     Attributes:
-      dry_run: print what would be run, and run nothing.
+      dry_run: print the command, batch script or manifests without running anything.
     """
 
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
 
 def launch(argv: Sequence[str]) -> None:
-    """Checks the job, and runs or submits it; raises SystemExit with the exit code of a local job.
+    """Checks the job and runs or submits it.
 
     Raises:
-      InputError: the job cannot be run as it is described.
+      InputError: an option of the job or of the launch is invalid, or the scheduler refuses the job.
+      SystemExit: with the exit code of the job on this machine, or of the submission.
     """
     arguments, training = tyro.cli(
         LaunchArguments, prog="launch.py", args=list(argv), description=__doc__, return_unknown_args=True

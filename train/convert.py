@@ -1,8 +1,9 @@
-"""Conversion: a pretrained encoder becomes one of the native architecture, by `model.convert` and then by healing.
+"""Conversion of a pretrained encoder to the native architecture: `model.convert`, followed by healing.
 
-Healing is layer-by-layer distillation on unlabelled texts: after each layer the student's stream, normalised, scaled
-and shifted, is held against what the teacher's layer answers (hidden states as in TinyBERT, Jiao et al. 2019,
-https://arxiv.org/abs/1909.10351). The scales and shifts of all layers but the last are of no use later and left out.
+Healing is layer-by-layer distillation on unlabelled texts: after each layer, a readout (norm, scale and shift) of the
+student's residual stream is trained to match the teacher's hidden states (as in TinyBERT, Jiao et al. 2019,
+https://arxiv.org/abs/1909.10351). Readouts are discarded after training, except the last layer's scale, which is the
+encoder's final norm.
 
 Axes: B batch, S sequence, N = B × S, D model width, I layers.
 """
@@ -45,9 +46,9 @@ from .runlog import RunLog
 from .step import TrainState, init_state, learning_rate_schedule, make_optimizer
 
 HELD_OUT = 256  # texts
-FITTED_TOKENS = 16_000  # for the closed form
+FITTED_TOKENS = 16_000  # for the closed-form fit
 MIN_TOKENS = 10_000
-# What the last layer's error weighs; the layers before it have the rest between them.
+# The weight of the last layer's error in the loss; the earlier layers share the rest equally.
 LAST_LAYER_SHARE = 0.5
 CHECKPOINTS = "checkpoints"
 STEPS_BETWEEN_CHECKPOINTS = 200
@@ -58,17 +59,17 @@ class ConvertJob:
     """One conversion.
 
     Attributes:
-      data: files of texts (CSV, TSV, JSONL or Parquet); labels are not read.
+      data: files of texts (CSV, TSV, JSONL or Parquet); labels are ignored.
       out: a new folder for the encoder and the run's log.
       encoder: the pretrained encoder, of the BERT family: a folder, or a name on the Hugging Face hub.
       text_column: the column or field that holds the text.
-      tokens: how many tokens to train on, padding left out; texts come again if there are fewer.
-      max_length: tokens that a text is cut to.
-      batch_size: texts a step.
-      learning_rate: its peak, after the warm-up; it then falls to 0 along a cosine.
-      compute_dtype: of activations and products.
-      seed: of the shuffles.
-      resume: go on with the conversion in `out` from its last checkpoint.
+      tokens: number of tokens to train on, without padding; texts are repeated if there are fewer.
+      max_length: maximum tokens of a text; longer texts are truncated.
+      batch_size: texts per step.
+      learning_rate: peak learning rate, after the warm-up; it then decays to 0 along a cosine.
+      compute_dtype: dtype of activations and products.
+      seed: random seed of the shuffles.
+      resume: resume the conversion in `out` from its last checkpoint.
     """
 
     data: tuple[Path, ...]
@@ -95,7 +96,7 @@ class ConvertJob:
 
 
 class Similarity(NamedTuple):
-    """The mean cosine between student and teacher on held-out texts: of tokens, and of the texts' mean vectors."""
+    """Mean cosine similarity of student and teacher on held-out texts, over tokens and over the texts' mean vectors."""
 
     tokens: float
     texts: float
@@ -105,7 +106,14 @@ class Similarity(NamedTuple):
 
 
 def run_convert(job: ConvertJob, say: Callable[[str], object] = print) -> Similarity:
-    """Runs a job; `job.out` is then an encoder folder, to name as `--encoder`, with `metrics.jsonl` beside it.
+    """Converts an encoder and writes it to `job.out`, an encoder folder for `--encoder`, with `metrics.jsonl` in it.
+
+    Args:
+      job: the conversion.
+      say: receives progress messages.
+
+    Returns:
+      The similarity of the healed encoder to its teacher on held-out texts.
 
     Raises:
       InputError: the data, the encoder or the folder cannot be used, or training diverged.
@@ -153,14 +161,18 @@ def run_convert(job: ConvertJob, say: Callable[[str], object] = print) -> Simila
         f"{hours:.2f} hours.\n\nOn {len(held_out)} held-out texts: {after}.\n",
         encoding="utf-8",
     )
-    save_encoder(job.out, fitted.config, weights)  # last: its weights mark the encoder as finished
+    save_encoder(job.out, fitted.config, weights)  # last, as its weights file marks the encoder as finished
     return after
 
 
 def _read(
     job: ConvertJob, tokenizer: WordPieceTokenizer, say: Callable[[str], object]
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Token ids of texts to train on and of texts held out, both in random order."""
+    """Token ids of the training texts and of the held-out texts, both in random order.
+
+    Raises:
+      InputError: a file cannot be read, or there are too few texts.
+    """
     texts = [text for file in job.data for text in read_texts(file, text_column=job.text_column)]
     if len(texts) <= HELD_OUT:
         raise InputError(f"{len(texts)} texts are too few; {HELD_OUT} are held out, and the others trained on.")
@@ -175,7 +187,11 @@ def _read(
 def _heal(
     job: ConvertJob, teacher: EncoderConfig, weights: Weights, fitted: Converted, train: list[np.ndarray], pad_id: int
 ) -> tuple[Any, int]:
-    """Trains the student's parameters; they and the tokens seen."""
+    """Trains the student; returns its parameters and the number of tokens seen.
+
+    Raises:
+      InputError: the loss is not finite.
+    """
     epoch_tokens = sum(map(len, train))
     epochs = max(1, round(job.tokens / epoch_tokens))
     unlabelled = csr_array((len(train), 0), dtype=np.float32)
@@ -224,11 +240,11 @@ def make_healing_step(
     optimizer: optax.GradientTransformation,
     dtype: jnp.dtype,
 ) -> Callable[[TrainState, np.ndarray, np.ndarray], tuple[TrainState, jax.Array]]:
-    """Builds the step: (state, tokens_BS, lengths_B) → the state after it, and each layer's error (I,).
+    """Builds the training step: (state, tokens_BS, lengths_B) → the new state and each layer's error, float32 (I,).
 
-    A layer's error is the mean square of the difference between student and teacher over real tokens, as a share of the
-    teacher's variance over them. The teacher's weights are an argument of the compiled step: they are no part of the
-    state, and of no checkpoint.
+    A layer's error is the mean squared difference between student and teacher over real tokens, divided by the
+    teacher's variance. The teacher's weights are an argument of the compiled step; they are not part of the state or of
+    checkpoints.
     """
     theirs = jax.device_put(unflatten(_bare(weights)))
 
@@ -264,7 +280,7 @@ def make_healing_step(
 def _layer_outputs(
     config: EncoderConfig, params: Any, tokens_BS: jax.Array, lengths_B: jax.Array, dtype: jnp.dtype
 ) -> list[jax.Array]:
-    """The activations (N, D) after each layer."""
+    """The residual stream after each layer, (N, D)."""
     _, captured = Encoder(config, dtype).apply(
         {"params": params},
         tokens_BS,

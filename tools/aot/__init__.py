@@ -1,1 +1,1 @@
-"""Ahead-of-time compilation for accelerators that are not attached: memory, collectives and time of a step."""
+"""Ahead-of-time compilation for accelerators that are not attached: memory, collectives and step time."""

@@ -1,4 +1,4 @@
-"""Accelerators as `classer aot` and `tools/dev/plan_scale.py` know them: memory, speed, price, each with its source."""
+"""Memory and speed of the accelerators in `classer aot` and `tools/dev/plan_scale.py`, with sources."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Accelerator:
     """One device.
 
     Attributes:
-      name: for people.
+      name: the vendor's name.
       memory: bytes of HBM.
-      bf16, int8: dense operations a second.
-      link: bytes a second that a device sends and receives: within a host on GPUs, between chips on TPUs.
-      port: the same between hosts.
-      source: where these figures come from.
+      bf16, int8: peak dense operations per second.
+      link: bytes per second in each direction, within a host on GPUs, between chips on TPUs.
+      port: bytes per second in each direction, between hosts.
+      source: the source of these figures.
     """
 
     name: str
@@ -56,7 +56,7 @@ ACCELERATORS = {
     "v5p": Accelerator("TPU v5p", 95 * GIB, 459e12, 918e12, 600e9, 600e9, _TPU),
     "v6e": Accelerator("TPU v6e", 32 * GIB, 918e12, 1836e12, 448e9, 448e9, _TPU),
 }
-# Dense bfloat16 operations a second by a GPU's model, the longer names first; NVIDIA's datasheets, half of sparse.
+# Dense bfloat16 operations per second by GPU model, longer names first; NVIDIA's datasheets, half of sparse.
 _BF16 = {
     "B200": 2250e12,
     "GH200": ACCELERATORS["h100"].bf16,
@@ -72,23 +72,27 @@ _BF16 = {
 
 
 def bf16_peak(device_kind: str) -> float | None:
-    """Dense bfloat16 operations a second of a GPU, by what JAX calls it, "NVIDIA A100-SXM4-80GB"; None if unknown."""
+    """Peak dense bfloat16 operations per second of a GPU; None if unknown.
+
+    Args:
+      device_kind: JAX's `device_kind`, such as "NVIDIA A100-SXM4-80GB".
+    """
     return next((peak for name, peak in _BF16.items() if re.search(rf"\b{name}\b", device_kind)), None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A number of devices of one kind, joined in a grid: "h100:8x8" is eight hosts of eight, "v5p:4x4x4" a cube."""
+    """A grid of devices of one kind: "h100:8x8" is eight hosts with eight GPUs each, "v5p:4x4x4" is a cube."""
 
     kind: str
     shape: tuple[int, ...]
 
     @classmethod
     def parse(cls, text: str) -> Topology:
-        """Reads "KIND:AxBxC".
+        """Parses "KIND:AxBxC".
 
         Raises:
-          InputError: no such kind, or no such grid of it.
+          InputError: unknown kind, or a grid that the kind does not have.
         """
         found = re.fullmatch(r"(\w+):(\d+(?:x\d+){0,2})", text)
         if not found or found[1] not in ACCELERATORS:
@@ -107,20 +111,20 @@ class Topology:
 
     @property
     def per_host(self) -> int:
-        """Devices between which the fast links are; of TPUs all."""
+        """Number of devices that fast links connect; for TPUs all devices."""
         return self.shape[-1] if self.kind == "h100" else self.num_devices
 
     def moving(self, kind: str, size: int, group: int, hosts: int) -> float:
-        """The least seconds that a collective takes.
+        """Lower bound of a collective's time in seconds.
 
-        Between hosts the devices of a group that share a host bring an array in together, each by its own port, as
-        NCCL's rings do; within a host, and between TPUs, all goes through each device's own links.
+        Between hosts, the devices of a group on the same host transfer an array together, each through its own port, as
+        in NCCL's rings. Within a host, and between TPUs, all data goes through each device's own links.
 
         Args:
-          kind: such as "all-gather"; a sum of all moves twice what it works on.
+          kind: the collective, such as "all-gather"; "all-reduce" moves twice the size of its arrays.
           size: bytes of the arrays.
-          group: devices that work on one array together.
-          hosts: of how many hosts these are.
+          group: number of devices in a group.
+          hosts: number of hosts that a group spans.
         """
         one = self.accelerator
         speed = one.link if hosts == 1 else min(one.link, group / hosts * one.port)

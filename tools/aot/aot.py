@@ -1,8 +1,8 @@
-"""The command `classer aot`: compiles training and inference for accelerators that are not there, on a CPU.
+"""The command `classer aot`: compiles training and inference on a CPU for accelerators that are not attached.
 
-It tells whether a job fits, what it computes and what it moves, and fails where a sharding makes XLA copy whole arrays
-or where int8 products have become others. It needs the compilers for TPU and CUDA, in an environment of their own:
-`make aot` makes `.venv-aot`.
+It reports memory, FLOPs and traffic. It fails if a program does not fit into memory, if a sharding makes XLA copy whole
+arrays, or if int8 products are compiled to other types. It needs the compilers for TPU and CUDA, which have an
+environment of their own: `make aot` creates `.venv-aot`.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ class AotArguments:
       preset: the native size to compile.
       topology: devices as KIND:GRID: h100:8, h100:8x8 (hosts × GPUs), v5e:8x8, v5p:4x4x4, v6e:16x16.
       programs: the training step, the INT8 inference program, or both.
-      batch_size: texts a training step, over all devices.
-      length: tokens a text.
-      labels: of the whole taxonomy.
-      vocab_size: of the tokenizer.
-      fsdp: devices that parameters are divided over; 0 is all.
-      tensor: devices that heads, hidden units and labels are divided over.
-      compute_dtype: of activations and products in training.
-      serve_batch: texts a batch of the inference program, on one device.
-      texts: how many texts the job trains on, for the time that it takes.
-      json: a file for the figures.
+      batch_size: texts per training step, over all devices.
+      length: tokens per text.
+      labels: number of labels of the taxonomy.
+      vocab_size: vocabulary size of the tokenizer.
+      fsdp: number of devices that parameters are sharded over; 0 is all.
+      tensor: number of devices that heads, hidden units and labels are sharded over.
+      compute_dtype: dtype of activations and products in training.
+      serve_batch: texts per batch of the inference program, on one device.
+      texts: number of texts that the job trains on, to estimate its time.
+      json: a file to write the reports to, as JSON.
     """
 
     preset: Literal[tuple(NATIVE_SIZES)] = "classer-1b"  # type: ignore[valid-type]
@@ -77,19 +77,25 @@ class AotArguments:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What compiling one program showed. Bytes are those of one device.
+    """The analysis of one compiled program. Bytes are those of one device.
 
     Attributes:
       program: "train" or "serve".
-      topology, devices, preset, mesh, batch_size, length, parameters: what was compiled.
-      seconds: that it took.
-      arguments, temporaries, outputs: bytes; outputs that take over the memory of arguments are not counted.
+      topology: the topology, in the syntax of `Topology.parse`.
+      devices: number of devices of the mesh.
+      preset: the native size.
+      mesh: mesh axis → size.
+      batch_size: texts per batch, over all devices.
+      length: tokens per text.
+      parameters: number of parameters.
+      seconds: compilation time.
+      arguments, temporaries, outputs: bytes; outputs that alias arguments are not counted.
       memory: bytes of HBM.
-      flops: of the matrix products of one run, over all devices, from the jaxpr; rematerialisation included.
+      flops: FLOPs of the matrix products of one run, over all devices, from the jaxpr; includes rematerialisation.
       model_flops: the same without rematerialisation.
-      products: matrix products by their types, as often as they run.
+      products: matrix products by their types → number of executions in one run.
       collectives: data exchanged between devices; see `aot.hlo.Traffic`.
-      faults: why the program should not be run; empty if it may.
+      faults: the reasons not to run the program; empty if there are none.
     """
 
     program: str
@@ -117,23 +123,23 @@ class Report:
 
     @property
     def moving(self) -> float:
-        """The least seconds of a step that a device's links are busy."""
+        """Lower bound of the seconds per step that a device spends on communication."""
         topology = Topology.parse(self.topology)
         return sum(topology.moving(one.kind, one.bytes, one.group, one.hosts) for one in self.collectives)
 
     @property
     def computing(self) -> float:
-        """Seconds of a step at `UTILISATION` of the peak."""
+        """Seconds of computation per step at `UTILISATION` of the peak."""
         return self.model_flops / (self.devices * Topology.parse(self.topology).accelerator.bf16 * UTILISATION)
 
     @property
     def step(self) -> float:
-        """Seconds a step: the longer of the two, as the one can go on during the other."""
+        """Seconds per step: the larger of computation and communication, which can overlap."""
         return max(self.moving, self.computing)
 
     @classmethod
     def parse(cls, fields: dict[str, Any]) -> Report:
-        """From what `--json` wrote."""
+        """Reads a report from its JSON object, as written by `--json`."""
         collectives = tuple(Traffic(**one) for one in fields["collectives"])
         return cls(**{**fields, "collectives": collectives, "faults": tuple(fields["faults"])})
 
@@ -147,7 +153,7 @@ def aot(argv: Sequence[str]) -> None:
     for program in ("train", "serve") if a.programs == "both" else (a.programs,):
         print(f"Compiling {a.preset}, {program}, for {topology} …", file=sys.stderr, flush=True)
         reports.append(compile_train(a, topology) if program == "train" else compile_serve(a, topology))
-        print(describe(reports[-1], a.texts), flush=True)
+        print(describe_report(reports[-1], a.texts), flush=True)
     if a.json is not None:
         a.json.write_text(json.dumps([dataclasses.asdict(report) for report in reports], indent=1) + "\n")
     faults = [fault for report in reports for fault in report.faults]
@@ -156,7 +162,7 @@ def aot(argv: Sequence[str]) -> None:
 
 
 def prepare_process(topology: Topology) -> None:
-    """Sets what the compilers read from the environment; to be called before JAX is imported.
+    """Sets the environment variables of the compilers; to be called before JAX is imported.
 
     Raises:
       InputError: the compiler for this topology is not installed.
@@ -168,12 +174,12 @@ def prepare_process(topology: Topology) -> None:
             f"environment of its own: `make aot`, then .venv-aot/bin/classer aot."
         )
     for name, value in {
-        "JAX_PLATFORMS": "cpu",  # no device is looked for
-        "TPU_SKIP_MDS_QUERY": "1",  # no metadata server
+        "JAX_PLATFORMS": "cpu",  # no search for accelerators
+        "TPU_SKIP_MDS_QUERY": "1",  # no query of the metadata server
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else one process of the machine
-        # Warnings must be seen: one of them is a fault.
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # otherwise libtpu allows one process per machine
+        # Warnings must be printed: `REMATERIALISED` is one, and counts as a fault.
         "TF_CPP_MIN_LOG_LEVEL": "1",
         "TPU_MIN_LOG_LEVEL": "1",
         "TPU_STDERR_LOG_LEVEL": "1",
@@ -200,7 +206,7 @@ def devices_of(topology: Topology) -> Sequence[Any]:
 
 
 def compile_train(a: AotArguments, topology: Topology) -> Report:
-    """The training step as `classer train` runs it: scanned layers, rematerialised, float32 AdamW, sharded."""
+    """Compiles the training step of `classer train`: sharded, with scanned and rematerialised layers, float32 AdamW."""
     import jax
     import jax.numpy as jnp
 
@@ -227,7 +233,7 @@ def compile_train(a: AotArguments, topology: Topology) -> Report:
 
 
 def train_program(model: Any, batch_size: int, length: int, layout: Layout) -> tuple[Callable, Any, Any]:
-    """(step, abstract state, abstract batch): the step of train/step.py over arrays that lie as `layout` says."""
+    """(step, abstract state, abstract batch): the step of train/step.py, with arrays sharded by `layout`."""
     import jax
     import jax.numpy as jnp
 
@@ -269,13 +275,13 @@ def train_program(model: Any, batch_size: int, length: int, layout: Layout) -> t
 
 
 def compile_serve(a: AotArguments, topology: Topology) -> Report:
-    """The INT8 program that a server runs on each device: dense, whole on one device of the topology."""
+    """Compiles the INT8 program of a server: dense (no focus), on one device of the topology."""
     import jax
 
     from classer.model.config import EncoderConfig
     from classer.model.sharding import make_layout
 
-    # A server's replicas share nothing: one device's program is the whole.
+    # A server's replicas are independent, so that one device's program is enough.
     layout = make_layout(devices_of(topology)[:1])
     config: EncoderConfig = native(a.preset, vocab_size=a.vocab_size, max_positions=max(a.length, 512))
     forward, arguments = serve_program(config, a.labels, a.serve_batch, a.length)
@@ -294,7 +300,7 @@ def compile_serve(a: AotArguments, topology: Topology) -> Report:
 
 
 def serve_program(config: Any, num_labels: int, batch_size: int, length: int) -> tuple[Callable, Any]:
-    """(forward, its abstract arguments): what `Predictor` compiles for an INT8 bundle."""
+    """(forward, abstract arguments): the function that `Predictor` compiles for an INT8 bundle."""
     import jax
     import jax.numpy as jnp
 
@@ -361,8 +367,8 @@ def _report(
     )
 
 
-def describe(report: Report, texts: int) -> str:
-    """A report for people, with the time that training on so many texts would take."""
+def describe_report(report: Report, texts: int) -> str:
+    """A report as text; for training it includes an estimate of the time for `texts` texts."""
     accelerator = Topology.parse(report.topology).accelerator
     peak = accelerator.bf16 if report.program == "train" else accelerator.int8
     mesh = " × ".join(f"{axis} {size}" for axis, size in report.mesh.items())
@@ -392,7 +398,7 @@ def describe(report: Report, texts: int) -> str:
 
 @contextlib.contextmanager
 def captured_stderr() -> Iterator[Callable[[], str]]:
-    """What libraries write to stderr in C++; given out afterwards, whatever happens."""
+    """Captures file descriptor 2, which C++ libraries write to; the yielded function returns the text afterwards."""
     text = ""
     sys.stderr.flush()
     real = os.dup(2)

@@ -1,4 +1,4 @@
-"""What `.ci/run` asks of the ahead-of-time compilers: a small preset for H100 and TPU, and that the check can fail."""
+"""The CI check of ahead-of-time compilation: a small preset for H100 and TPU, and negative controls."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from classer.tools.aot.aot import (
     captured_stderr,
     compile_serve,
     compile_train,
-    describe,
+    describe_report,
     devices_of,
     prepare_process,
 )
@@ -25,7 +25,7 @@ def main() -> int:
         a = AotArguments(preset="classer-5m", topology=name, batch_size=64, length=64, labels=1000)
         for compile_program in (compile_train, compile_serve):
             report = compile_program(a, topology)
-            print(describe(report, a.texts), flush=True)
+            print(describe_report(report, a.texts), flush=True)
             faults += report.faults
             if compile_program is compile_train and not report.collectives:
                 faults.append(f"No collectives are seen in the sharded step for {name}.")
@@ -39,7 +39,11 @@ def main() -> int:
 
 
 def widened_products(topology: Topology) -> dict[str, int]:
-    """The negative control: int8 operands that are floats before they are multiplied."""
+    """A negative control: the products of a program whose int8 operands are converted to bfloat16 first.
+
+    Raises:
+      RuntimeError: no product was found.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -60,7 +64,7 @@ def widened_products(topology: Topology) -> dict[str, int]:
 
 
 def said_of_a_bad_sharding(topology: Topology) -> str:
-    """The other negative control: XLA can only go from the one of these shardings to the other by a whole copy."""
+    """A negative control: the compiler's output for a change of sharding that XLA can only make by a whole copy."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import NamedSharding

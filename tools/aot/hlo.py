@@ -1,6 +1,6 @@
-"""What a compiled program does, read from its optimised HLO text and from its jaxpr.
+"""Products, collectives and FLOPs of a compiled program, from its optimised HLO text and its jaxpr.
 
-XLA's own cost analysis counts the body of a loop once; here every computation counts as often as it runs.
+XLA's own cost analysis counts the body of a loop once; here every computation is counted once per execution.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONDITION = re.compile(r"condition=%?([\w.-]+)")
 _CONSTANT = re.compile(r"(\d+)\)")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
-# Groups are listed, or are rows of an array of all devices: [groups,size]<=[sides]T(axes), or mesh['x'=2,'y'=4] {'y'},
-# where device_ids=([sides]T(axes)) may come before the braces.
+# Groups are lists, or rows of an array of all devices: [groups,size]<=[sides]T(axes), or mesh['x'=2,'y'=4] {'y'}, with
+# an optional device_ids=([sides]T(axes)) before the braces.
 _LISTED = re.compile(r"replica_groups=\{(\{[\d,{}]*\})\}")
 _ROWS = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _AXES = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}")
@@ -36,7 +36,17 @@ _MATMUL = re.compile(r'custom_call_target="[^"]*(?:gemm|matmul)', re.IGNORECASE)
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One instruction, and how often a run of the program executes it (a loop of unknown length counts once)."""
+    """One instruction of a module.
+
+    Attributes:
+      name: the instruction's name.
+      computation: the name of its computation.
+      types: element type and shape of each result.
+      operation: the operation, such as "dot".
+      rest: the text after the operation's opening parenthesis.
+      operand_types: element types of the operands that the computation defines.
+      times: number of executions in one run of the program; the body of a loop of unknown length counts once.
+    """
 
     name: str
     computation: str
@@ -48,7 +58,7 @@ class Instruction:
 
 
 def instructions(hlo: str) -> list[Instruction]:
-    """All instructions of an optimised module; names are resolved within their computation."""
+    """All instructions of an optimised module; operands are resolved within their computation."""
     computations: dict[str, list[tuple[str, str, str, str]]] = {}
     entry = current = ""
     for line in hlo.splitlines():
@@ -83,7 +93,10 @@ def _count(name: str, factor: int, computations: dict, times: collections.Counte
 
 
 def _trips(loop: str, computations: dict) -> int:
-    """What the loop says itself; else, as TPUs' loops do not, the bound that its condition compares a count with."""
+    """Number of iterations of a loop; 1 if unknown.
+
+    It is in the loop's attributes, or, as on TPUs, the bound with which the condition compares the counter.
+    """
     if found := _TRIPS.search(loop):
         return int(found[1])
     condition = computations.get(found[1], ()) if (found := _CONDITION.search(loop)) else ()
@@ -99,10 +112,10 @@ def _size(types: Iterable[tuple[str, tuple[int, ...]]]) -> int:
 
 
 def products(program: list[Instruction]) -> collections.Counter[str]:
-    """What matrix products take and give, such as {"s8×s8→s32": 132}: `dot`, `convolution`, calls of libraries.
+    """Number of matrix products by type, such as {"s8×s8→s32": 132}: `dot`, `convolution` and library calls.
 
-    The result tells: where int8 operands are converted to floats within a fused product, operands alone may still read
-    s8. Custom calls of Triton and cuDNN, which hold whole fusions, are not looked into.
+    The result type is part of the key: if a fused product converts int8 operands to floats, the operand types may still
+    be s8. Custom calls of Triton and cuDNN, which hold whole fusions, are not analysed.
     """
     counts: collections.Counter[str] = collections.Counter()
     for one in program:
@@ -114,14 +127,14 @@ def products(program: list[Instruction]) -> collections.Counter[str]:
 
 @dataclasses.dataclass
 class Traffic:
-    """Collectives of one kind, among groups of one form, in one run of a program.
+    """Collectives of one kind, among groups of one size, in one run of a program.
 
     Attributes:
-      kind: such as "all-gather".
-      group: devices that work on one array together.
-      hosts: of how many hosts they are.
-      count: how many.
-      bytes: of the arrays that they work on.
+      kind: the collective, such as "all-gather".
+      group: number of devices in a group.
+      hosts: number of hosts that a group spans.
+      count: number of collectives.
+      bytes: total bytes of their arrays.
     """
 
     kind: str
@@ -132,11 +145,12 @@ class Traffic:
 
 
 def collectives(program: list[Instruction], num_devices: int, devices_per_host: int) -> list[Traffic]:
-    """The collectives of a device, by kind and form of the groups.
+    """The collectives of a device, by kind, size of the groups, and hosts.
 
-    Bytes are those of the whole array that a group of devices gathers, sums or scatters: about what each device
-    receives in a gather or sends in a scatter; a sum of all moves twice as much. TPUs' programs divide a collective
-    over several fusions, which name the same channel, and hide a scatter in one called "all-reduce-scatter".
+    Bytes are those of the whole array that a group gathers, reduces or scatters. This is about the number of bytes that
+    each device receives in a gather or sends in a scatter; an all-reduce moves twice as much. TPU programs split a
+    collective over several fusions with the same channel, and have a reduce-scatter in a computation that is named
+    "all-reduce-scatter".
     """
     found: dict[tuple[str, int, int], Traffic] = {}
     seen = set()
@@ -151,7 +165,7 @@ def collectives(program: list[Instruction], num_devices: int, devices_per_host: 
         group = _first_group(one.rest, num_devices)
         results = [(k, shape) for k, shape in one.types if shape or k != "u32"]  # u32[] are handles
         if one.operation.endswith("-start") and kind != "all-reduce":
-            results = results[len(results) // 2 :]  # what is started names its operands first; of a sum only results
+            results = results[len(results) // 2 :]  # "-start" lists operands, then results; all-reduce only results
         size = _size(results)
         if kind == "reduce-scatter":
             size *= len(group)
@@ -165,7 +179,7 @@ def collectives(program: list[Instruction], num_devices: int, devices_per_host: 
 
 
 def _first_group(rest: str, num_devices: int) -> list[int]:
-    """The devices that work on a collective's first array together; without groups all do."""
+    """The devices of a collective's first group; all devices if it has no groups."""
     if (listed := _LISTED.search(rest)) and (first := re.findall(r"\d+", listed[1].split("}")[0])):
         return list(map(int, first))
     if rows := _ROWS.search(rest):
@@ -180,15 +194,15 @@ def _first_group(rest: str, num_devices: int) -> list[int]:
 
 
 def _ordered(sides: str, axes: str | None) -> np.ndarray:
-    """All devices as [sides]T(axes) lays them out, such as "16,4" and "1,0"."""
+    """All device ids in the layout [sides]T(axes), such as "16,4" and "1,0"."""
     shape = list(map(int, sides.split(",")))
     return np.arange(math.prod(shape)).reshape(shape).transpose(list(map(int, axes.split(","))) if axes else None)
 
 
 def count_flops(jaxpr: Any) -> int:
-    """FLOPs of all matrix products of a jaxpr, over all devices: 2 · M · N · K each, times the trips of scans.
+    """FLOPs of all matrix products of a jaxpr, over all devices: 2 · M · N · K each, times the iterations of scans.
 
-    Of a `cond` the branch with the most counts. What rematerialisation computes twice is in the jaxpr twice.
+    A `cond` counts as its most expensive branch. Rematerialised products are in the jaxpr twice and are counted twice.
     """
     total = 0
     for equation in jaxpr.eqns:

@@ -28,7 +28,6 @@ import pyarrow.parquet as pq
 import tyro
 
 from classer.data.errors import InputError
-from classer.model.variants import VARIANTS
 from classer.tools.bulk.models import BulkOptions, BundleModel
 from classer.tools.cli.arguments import BundleArgument
 from classer.tools.cli.load_runner import resident_mb
@@ -48,7 +47,7 @@ class PredictBenchmarkArguments:
       rows: number of rows.
       max_chars: texts that are longer are left out.
       task: name of the bundle's task; needed only if it has several.
-      precision: the precision of the computation; by default the fastest, measured before the runs.
+      precision: the value of --precision.
       bare_rows: how many rows the bare program is measured on.
       seed: seed of the draw.
       out: a JSON file for the results.
@@ -59,7 +58,7 @@ class PredictBenchmarkArguments:
     rows: int = 1_000_000
     max_chars: int = 80
     task: str | None = None
-    precision: str | None = None
+    precision: str = "auto"
     bare_rows: int = 20_000
     seed: int = 0
     out: Path | None = None
@@ -76,11 +75,11 @@ def main(a: PredictBenchmarkArguments) -> None:
         folder = Path(name)
         texts = short_texts(datasets, a.max_chars)
         drawn = write_rows(folder / "in.parquet", texts, a.rows, a.seed)
-        precision, bare = bare_program(a, drawn[: a.bare_rows])
+        bare = bare_program(a, drawn[: a.bare_rows])
         command = [sys.executable, "-m", "classer.tools.cli.main", "predict", str(a.bundle)]
-        command += ["--data", str(folder / "in.parquet"), "--precision", precision]
+        command += ["--data", str(folder / "in.parquet"), "--precision", a.precision]
         command += ["--task", a.task] if a.task else []
-        figures: dict[str, Any] = {"rows": a.rows, "distinct": len(texts), "precision": precision, "bare": bare}
+        figures: dict[str, Any] = {"rows": a.rows, "distinct": len(texts), "precision": a.precision, "bare": bare}
         figures |= uninterrupted(command, folder / "whole.parquet", a.rows)
         figures |= killed(command, folder / "killed.parquet", a.rows)
         same = (folder / "whole.parquet").read_bytes() == (folder / "killed.parquet").read_bytes()
@@ -114,19 +113,15 @@ def write_rows(file: Path, texts: Sequence[str], count: int, seed: int) -> list[
     return first
 
 
-def bare_program(a: PredictBenchmarkArguments, texts: Sequence[str]) -> tuple[str, float]:
-    """The fastest precision, and its rows per second without reading, tokenising and writing."""
-    rates: dict[str, float] = {}
-    for precision in (a.precision,) if a.precision else VARIANTS:
-        model = BundleModel(a.bundle, BulkOptions(a.task), precision)
-        ids = [row for start in range(0, len(texts), BATCH) for row in model.prepare(texts[start : start + BATCH]).ids]
-        model.outputs(ids[:BATCH])  # compiles
-        begin = time.perf_counter()
-        for start in range(0, len(ids), BATCH):
-            model.outputs(ids[start : start + BATCH])
-        rates[precision] = len(ids) / (time.perf_counter() - begin)
-    best = max(rates, key=lambda precision: rates[precision])
-    return best, rates[best]
+def bare_program(a: PredictBenchmarkArguments, texts: Sequence[str]) -> float:
+    """Rows per second of the compiled programs alone, without reading, tokenising and writing."""
+    model = BundleModel(a.bundle, BulkOptions(a.task), a.precision)
+    ids = [row for start in range(0, len(texts), BATCH) for row in model.prepare(texts[start : start + BATCH]).ids]
+    model.outputs(ids[:BATCH])  # compiles
+    begin = time.perf_counter()
+    for start in range(0, len(ids), BATCH):
+        model.outputs(ids[start : start + BATCH])
+    return len(ids) / (time.perf_counter() - begin)
 
 
 def uninterrupted(command: Sequence[str], out: Path, rows: int) -> dict[str, Any]:

@@ -98,7 +98,7 @@ class BundleModel:
         from classer.model.focus import Focus
         from classer.serve.core.answers import AnswerDecoder
         from classer.serve.core.engine import PROGRAM_LENGTHS
-        from classer.serve.core.models import make_engine
+        from classer.serve.core.models import AUTO, ModelSettings, make_engine
 
         bundle = load_bundle(path)
         names = [task.name for task in bundle.taxonomy.tasks]
@@ -109,7 +109,9 @@ class BundleModel:
         focus = Focus.parse(options.focus or "1", bundle.encoder.num_layers)
         decided = {bucket: precision_of(bucket, None) for bucket in (*PROGRAM_LENGTHS, bundle.max_length)}
         plan = {bucket: found for bucket, found in decided.items() if found is not None}
-        self._make_engine = functools.partial(make_engine, bundle, focus, precision, [])
+        # A precision that the user named is used even where it differs from the bundle's own outputs.
+        settings = ModelSettings(precision=precision, golden=precision == AUTO)
+        self._make_engine = functools.partial(make_engine, bundle, focus, settings, [])
         self._engine = self._make_engine(plan)
         self._options, self._precision_of = options, precision_of
         self._batch_size: dict[int, int] = {}  # by bucket, of those that are ready

@@ -1,5 +1,5 @@
-"""Exports: a bundle's classifier for other runtimes, checked in the runtime before anybody sees it.
+"""Exports of a bundle's classifier to other runtimes. Each export is verified in its runtime before it is published.
 
-`formats` lists the formats; each has a module `to_…` that writes and loads it. `folder` is what all exports share:
-manifest, labels, tokenizer, golden answers. `run` writes, checks and renames; `commands` is the command line.
+`formats` lists the formats; each has a module `to_…` that writes and loads it. `folder` holds the files that all
+formats share: manifest, labels, tokenizer and golden answers. `run` writes, verifies and renames an export.
 """

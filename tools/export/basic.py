@@ -1,6 +1,6 @@
-"""JAX functions in StableHLO's basic operators only, for readers older than JAX.
+"""Rewriting of JAX functions into StableHLO's basic operators, for consumers that are older than JAX.
 
-JAX lowers `erf` and `top_k` to composites, which TensorFlow 2.21 does not know.
+JAX lowers `erf` and `top_k` to composites, which TensorFlow 2.21 cannot read.
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-# What stands for a primitive: its operands and parameters → its results.
+# The replacement of a primitive: its operands and parameters → its results.
 Replacement = Callable[..., Sequence[Any]]
 
 
 def in_basic_operators(
     function: Callable[..., Any], *, like: Sequence[Any] | None = None, more: Mapping[str, Replacement] | None = None
 ) -> Callable[..., Any]:
-    """The same function, in which other operators stand for those that not every reader knows.
+    """An equivalent function in which primitives outside the basic operators are replaced.
 
     Args:
-      function: takes arrays, or trees of them.
-      like: what it is traced on, where it is called with arguments of other types, which `more` must know to handle.
-      more: what stands for further primitives, by their names.
+      function: takes arrays, or pytrees of arrays.
+      like: arguments to trace with, if the types differ from those of the call; the replacements in `more` must handle
+        the difference. By default the arguments of the call.
+      more: replacements of further primitives, by the primitive's name.
     """
     replaced = {**_REPLACED, **(more or {})}
 
@@ -47,7 +48,7 @@ def _evaluate(
         inner = params.get("jaxpr", params.get("call_jaxpr"))
         if primitive.name in replaced:
             outputs = replaced[primitive.name](*inputs, **params)
-        elif isinstance(inner, ClosedJaxpr):  # a function that was called, with or without a gradient of its own
+        elif isinstance(inner, ClosedJaxpr):  # a nested call: jit, custom_jvp or custom_vjp
             outputs = _evaluate(inner.jaxpr, inner.consts, inputs, replaced)
         else:
             outputs = primitive.bind(*inputs, **primitive.get_bind_params(params))
@@ -56,7 +57,7 @@ def _evaluate(
     return [v.val if isinstance(v, Literal) else values[v] for v in jaxpr.outvars]
 
 
-# x · P(x²) / Q(x²), the rational approximation of XLA and Eigen for float32; ±1 beyond ±3.7439 to the last bit.
+# x · P(x²) / Q(x²), the rational approximation of XLA and Eigen for float32; beyond ±3.7439 erf rounds to ±1.
 _ERF_P = (2.2905065861350646e-4, 3.4082910107109506e-3, 5.0955695062380861e-2, 1.8520832239976145e-1, 1.128379143519084)
 _ERF_Q = (
     *(-1.1791602954361697e-7, 2.3547966471313185e-5, 1.0179625278914885e-3, 1.4070470171167667e-2),
@@ -70,7 +71,7 @@ def _erf(x: jax.Array, **_: Any) -> list[jax.Array]:
 
 
 def _top_k(x: jax.Array, *, k: int, **_: Any) -> list[jax.Array]:
-    """By a stable sort, so that of equal values the earlier stays."""
+    """`top_k` by a stable sort: among equal values the one with the lower index comes first."""
     places = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
     negated, order = lax.sort((-x, places), dimension=-1, is_stable=True, num_keys=1)
     return [-lax.slice_in_dim(negated, 0, k, axis=-1), lax.slice_in_dim(order, 0, k, axis=-1)]

@@ -1,4 +1,4 @@
-"""Logits → calibrated probabilities in programs that leave Python: what `model.decode.probabilities` does.
+"""Calibrated probabilities from logits in traceable JAX, equivalent to `model.decode.probabilities`.
 
 Axes: B texts, L labels of one task, G sets of siblings, M the most members of one, P the longest path of a tree.
 """
@@ -18,12 +18,14 @@ from classer.model.focus import MASKED_SCORE
 
 
 class Tree(NamedTuple):
-    """A hierarchical task as indices, so that gathers, one softmax and one product decode it.
+    """Index arrays that decode a hierarchical task with gathers, one softmax and one product.
 
     Attributes:
-      members_GM: int64, the labels of each set of siblings, filled up with L: a column to append, of `MASKED_SCORE`.
-      place_L: int64, where each label stands in the flattened `members_GM`.
-      path_LP: int64, each label and those above it, filled up with L: a column to append, of ones.
+      members_GM: int64, the labels of each set of siblings, padded with L. L indexes a column of `MASKED_SCORE` that is
+        appended to the logits.
+      place_L: int64, each label's index in the flattened `members_GM`.
+      path_LP: int64, each label followed by its ancestors, padded with L. L indexes a column of ones that is appended
+        to the conditional probabilities.
     """
 
     members_GM: np.ndarray

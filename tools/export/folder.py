@@ -1,11 +1,11 @@
-"""What every export holds beside its model, and the manifest that vouches for all of it.
+"""The files that every export holds beside its model, and the manifest with their checksums.
 
-export.json        format, versions, precision, focus, the size and SHA-256 of every other file, a hash of all this
+export.json        format, versions, precision, focus, the size and SHA-256 of every other file, a hash of the manifest
 taxonomy.json      tasks and labels, in the order of the columns of logits and probabilities
 calibration.json   temperature and thresholds of each task
-tokenizer/         vocab.txt and its settings
-golden.json        texts, their token ids, and the probabilities that Classer's own programs give
-README.md          how to load it; LICENSE and NOTICE of the pretrained encoder stand beside it
+tokenizer/         vocab.txt and the tokenizer's settings
+golden.json        texts, their token ids, and the probabilities that Classer's own programs compute for them
+README.md          how to load the export; LICENSE and NOTICE of the pretrained encoder are copied beside it
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from classer.model.decode import Calibration
 from classer.model.manifest import FolderKind, read_json, write_json
 from classer.model.precision import Precision
 
-MANIFEST = "export.json"
+EXPORT_MANIFEST = "export.json"
 _KIND = FolderKind(
     noun="export",
     format="classer-export",
     format_version=1,
-    manifest=MANIFEST,
+    manifest=EXPORT_MANIFEST,
     needed=(
         "taxonomy.json",
         "calibration.json",
@@ -48,12 +48,12 @@ _KIND = FolderKind(
 
 @dataclasses.dataclass(frozen=True)
 class GoldenText:
-    """A text with what is to come out for it.
+    """A text with its expected token ids and probabilities.
 
     Attributes:
       text: the text.
-      ids: its token ids, cut to the export's `max_length`.
-      probabilities: of all labels of the taxonomy, in its order.
+      ids: its token ids, truncated to the export's `max_length`.
+      probabilities: the probability of each label, in the order of the taxonomy.
     """
 
     text: str
@@ -68,14 +68,14 @@ class Export:
     Attributes:
       path: the folder.
       target: the name of the format (`formats.FORMATS`).
-      precision: of the model: float32, float16, bfloat16 or int8.
-      focus: what each layer keeps, as `Focus.parse` takes it.
-      max_length: tokens that a text is cut to, special tokens included.
-      lengths: the sequence lengths that there are programs for, ascending; empty where the length is open.
-      bundle: version of the bundle it was made from.
-      created: the day it was made (UTC).
-      versions: of Classer and of the packages that made it.
-      taxonomy, calibration, tokenizer, golden: what stands in the files.
+      precision: the model's precision: float32, float16, bfloat16 or int8.
+      focus: the share of tokens that each layer keeps, in the syntax of `Focus.parse`.
+      max_length: maximum tokens of a text, special tokens included; longer texts are truncated.
+      lengths: the sequence lengths that have a program, ascending; empty if the length is dynamic.
+      bundle: version of the source bundle.
+      created: the day of the export (UTC).
+      versions: versions of Classer and of the packages that wrote the export.
+      taxonomy, calibration, tokenizer, golden: the contents of the files of these names.
     """
 
     path: Path
@@ -94,7 +94,7 @@ class Export:
 
 
 def write_shared(folder: Path, bundle: Bundle, golden: Sequence[GoldenText], readme: str) -> None:
-    """Writes what all formats share, all but the manifest, into an existing folder."""
+    """Writes the files that all formats share, except the manifest, into an existing folder."""
     bundle.tokenizer.save(folder / "tokenizer")
     write_json(folder / "taxonomy.json", bundle.taxonomy.to_json())
     write_json(folder / "calibration.json", {name: c.to_json() for name, c in bundle.calibration.items()})
@@ -105,21 +105,26 @@ def write_shared(folder: Path, bundle: Bundle, golden: Sequence[GoldenText], rea
 
 
 def write_manifest(folder: Path, fields: Mapping[str, Any]) -> None:
-    """Writes the manifest, last: `fields` are those of `Export` that stand in no file of their own."""
+    """Writes the manifest; to be called last, as it holds the checksums of all other files.
+
+    Args:
+      folder: the export's folder.
+      fields: the fields of `Export` that no other file holds.
+    """
     created = datetime.datetime.now(datetime.UTC).date().isoformat()
     versions = {"classer": __version__, **fields["versions"]}
     _KIND.write(folder, {**fields, "created": created, "versions": versions})
 
 
 def read_export(path: Path) -> Export:
-    """Reads an export's folder after checking every file's checksum; the model itself is not opened.
+    """Reads an export's folder after checking every file's checksum. Does not open the model.
 
     Raises:
-      InputError: no export, written by a newer Classer, damaged, changed or incomplete.
+      InputError: the folder is no export, was written by a newer Classer, or is damaged, changed or incomplete.
     """
     manifest = _KIND.read(path)
     unknown = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
-    if unknown := sorted(unknown - manifest["files"].keys() - {MANIFEST}):
+    if unknown := sorted(unknown - manifest["files"].keys() - {EXPORT_MANIFEST}):
         raise InputError(f"{path} was changed: it holds {unknown[0]}, which its manifest does not name.")
     taxonomy = Taxonomy.from_json(read_json(path / "taxonomy.json"), source=str(path / "taxonomy.json"))
     calibration = read_json(path / "calibration.json")

@@ -1,4 +1,4 @@
-"""The formats that a bundle can be exported to, by name. Their modules and runtimes are imported when they are used."""
+"""The formats that a bundle can be exported to, by name. Their modules and runtimes are imported on first use."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from classer.model.precision import Precision
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is to be written.
+    """The content of an export, independent of its format.
 
     Attributes:
-      bundle: the bundle.
+      bundle: the bundle to export.
       precision: float32, float16, bfloat16 or int8.
-      focus: what each layer keeps.
-      max_length: tokens that a text is cut to.
-      lengths: sequence lengths of a format whose lengths are static; empty for one whose length is open.
+      focus: the share of tokens that each layer keeps.
+      max_length: maximum tokens of a text; longer texts are truncated.
+      lengths: the sequence lengths to write programs for; empty if the length is dynamic.
     """
 
     bundle: Bundle
@@ -35,17 +35,18 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """A format: its module has `write(request, folder)`, `load(export) -> Runtime` and `usage(request) -> str`.
+    """An export format. Its module has `write(request, folder)`, `load(export) -> Runtime` and `usage(request) -> str`.
 
     Attributes:
-      module: its name in this package.
-      precisions: of models it can hold, the default for a float32 bundle first; int8 is for INT8 bundles.
-      needs: packages that writing and checking take.
-      extra: of Classer, which brings them.
-      focused: whether Focused Attention can be expressed.
-      static: whether it is bound to sequence lengths: always, when focused (`"focused"`), or never.
-      guaranteed_days: for how long what is written can be read, where its maker says so.
-      weights_only: INT8 is of the weights; how activations are rounded, if at all, is the runtime's affair.
+      module: the module's name in this package.
+      precisions: supported precisions, the default for a float32 bundle first; int8 is for INT8 bundles.
+      needs: packages required to write and verify the format.
+      extra: the extra of Classer that installs these packages.
+      focused: whether the format can express Focused Attention.
+      static: whether sequence lengths are static: always (`True`), with a focus only (`"focused"`), or never (`False`).
+      guaranteed_days: days for which the format's maintainer guarantees that a file can be read; None without a
+        guarantee.
+      weights_only: INT8 applies to the weights only; the runtime decides whether and how activations are quantised.
     """
 
     module: str
@@ -58,7 +59,11 @@ class Format:
     weights_only: bool = False
 
     def load_module(self) -> ModuleType:
-        """Raises InputError where a package it needs is missing."""
+        """Imports the format's module.
+
+        Raises:
+          InputError: a required package is not installed.
+        """
         check_installed(self.needs, self.extra)
         return importlib.import_module(f"{__package__}.{self.module}")
 

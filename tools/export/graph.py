@@ -1,4 +1,4 @@
-"""Building an ONNX graph node by node: names, constants and operators, nothing about classifiers.
+"""A builder of ONNX graphs: names, constants and operators. It is independent of classifiers.
 
 Operators are those of the default ONNX domain at `OPSET`, so that any conforming runtime runs the graph.
 """
@@ -13,10 +13,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-# LayerNormalization came with 17, Gelu with 20; runtimes of 2024 know both. IR 9 is the oldest that may hold it.
+# LayerNormalization needs opset 17, Gelu opset 20; runtimes from 2024 on support both. Opset 20 needs at least IR 9.
 OPSET = 20
 IR_VERSION = 9
-# A protobuf message ends at 2 GB; beyond this, weights stand in a file of their own.
+# A protobuf message is limited to 2 GB; models above this limit keep their weights in a separate file.
 MAX_INLINE_BYTES = 1 << 30
 
 ELEMENT_TYPES: dict[str, int] = {
@@ -32,7 +32,7 @@ ELEMENT_TYPES: dict[str, int] = {
 
 
 class Graph:
-    """A graph under construction. Values are known by their names, which `op` and `constant` hand out."""
+    """A graph under construction. Values are identified by their names, which `op` and `constant` return."""
 
     def __init__(self) -> None:
         self._nodes: list[onnx.NodeProto] = []
@@ -42,15 +42,15 @@ class Graph:
         self._count = 0
 
     def scope(self, name: str) -> None:
-        """What the names of the operators that follow begin with: the layer they belong to."""
+        """Sets the prefix of the following operators' names, usually the layer; "" for none."""
         self._scope = f"{name}/" if name else ""
 
     def op(self, kind: str, *inputs: str, name: str | None = None, **attributes: Any) -> str:
-        """Adds an operator of one output and returns the output's name (`name`, or one of its own)."""
+        """Adds an operator with one output and returns the output's name: `name`, or a generated one."""
         return self.ops(kind, *inputs, names=(name,), **attributes)[0]
 
     def ops(self, kind: str, *inputs: str, names: Sequence[str | None], **attributes: Any) -> list[str]:
-        """Adds an operator of several outputs, as many as there are `names`; None for a name of its own."""
+        """Adds an operator with one output for each of `names` and returns the outputs' names; None generates one."""
         self._count += 1
         node_name = f"{self._scope}{kind}_{self._count}"
         outputs = [name or f"{node_name}:{i}" for i, name in enumerate(names)]
@@ -58,7 +58,7 @@ class Graph:
         return outputs
 
     def constant(self, value: Any, dtype: str | None = None, name: str | None = None) -> str:
-        """Adds a constant, once for all uses of the same one where it has no name."""
+        """Adds a constant and returns its name; equal constants without a name are stored once."""
         array = np.asarray(value)
         if dtype is not None:
             array = array.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
@@ -80,7 +80,7 @@ class Graph:
         return self.op("Concat", *parts, axis=axis)
 
     def reshape(self, x: str, *shape: int | str) -> str:
-        """Reshapes; numbers as `Reshape` takes them (0 keeps an axis, -1 is what is left), names are int64 (1,)."""
+        """Reshapes `x`. Sizes are numbers as in `Reshape` (0 keeps an axis, -1 is inferred) or names of int64 (1,)."""
         if all(isinstance(size, int) for size in shape):
             return self.op("Reshape", x, self.constant(shape, "int64"))
         parts = [self.constant([size], "int64") if isinstance(size, int) else size for size in shape]
@@ -101,8 +101,8 @@ class Graph:
         """The finished model.
 
         Args:
-          inputs, outputs: name → element type and shape; a name in a shape is a dimension that may vary.
-          metadata: what the model says of itself.
+          inputs, outputs: name → element type and shape; a string in a shape names a dynamic dimension.
+          metadata: the model's metadata properties.
         """
         given, made = (
             [
@@ -115,5 +115,5 @@ class Graph:
         opsets = [helper.make_opsetid("", OPSET)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="classer")
         helper.set_model_props(model, metadata)
-        # With the shapes named in the file, runtimes see which tensors are alike, and fuse more.
+        # With the shapes stored in the file, runtimes see which tensors have equal shapes, and fuse more operators.
         return onnx.shape_inference.infer_shapes(model) if model.ByteSize() <= MAX_INLINE_BYTES else model

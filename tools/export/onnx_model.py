@@ -1,11 +1,11 @@
-"""A classifier as an ONNX graph, from the same weights and in the same order as `model/encoder.py` and `layers.py`.
+"""A classifier as an ONNX graph, with the same weights and the same order as `model/encoder.py` and `layers.py`.
 
-Batch and length stay open. INT8 is our own: int8 kernels with one scale a channel from the bundle, activations
-quantised on the fly with one scale a token, products in int32 (MatMulInteger). Half precisions are as in our programs:
-weights and activations in the dtype, norms, scores, softmax and pooling in float32.
+Batch and length are dynamic. INT8 matches Classer's own programs: int8 kernels with one scale per channel from the
+bundle, activations quantised at run time with one scale per token, int32 products (MatMulInteger). Half precisions
+match too: weights and activations in the dtype; norms, scores, softmax and pooling in float32.
 
-Between attention and the selection of tokens, the tokens of all texts stand in one axis: quantisation is by token, and
-ONNX Runtime fuses the residual sum of three axes with its norm into something slower than the two.
+Outside attention and the selection of tokens, the tokens of all texts share one axis (N). Quantisation is per token,
+and ONNX Runtime fuses a residual sum of three axes with its norm into an operator that is slower than the two.
 
 Axes: B batch, S sequence, K kept sequence, N = B × K, D model width, F outputs, H heads, L labels of all tasks.
 """
@@ -25,16 +25,16 @@ from classer.model.precision import Precision
 from .decoding import tree_of
 from .graph import Graph
 
-# AQT maps a token's largest magnitude to 127.5 and rounds it down to 127. QuantizeLinear would saturate -127.5 at -128;
-# a hair below 127.5 both round to 127 in magnitude, and no other value is the wiser.
+# AQT maps a token's largest magnitude to 127.5 and rounds it down to 127. QuantizeLinear would saturate -127.5 at -128.
+# A bound slightly below 127.5 rounds both ends to a magnitude of 127 and leaves all other values unchanged.
 INT8_BOUND = 127.49995
-INT8_ZERO = 128  # activations are written as uint8 around it: runtimes have fast kernels for uint8 × int8
+INT8_ZERO = 128  # the zero point of activations, which are uint8: runtimes have fast kernels for uint8 × int8
 SMALLEST_BOUND = 1e-30
 GATE_EPS = 1e-6
 
 
 class _Tokens(NamedTuple):
-    """The tokens that a layer reads, as `model.focus.KeptTokens`; positions are None while they are 0 to S - 1."""
+    """The tokens that a layer reads, like `model.focus.KeptTokens`; positions are None while they are 0 to S - 1."""
 
     weights_BK: str
     bias_B11K: str
@@ -46,10 +46,10 @@ def build_model(bundle: Bundle, dtype: Precision, focus: Focus, *, compressed: b
 
     Args:
       bundle: float32 or INT8.
-      dtype: of activations between the products: float32, float16 or bfloat16.
-      focus: what each layer keeps.
-      compressed: INT8 kernels as DequantizeLinear before float products, for runtimes that quantise activations
-        themselves where they see this; instead of MatMulInteger.
+      dtype: dtype of activations between the products: float32, float16 or bfloat16.
+      focus: the share of tokens that each layer keeps.
+      compressed: writes INT8 kernels as DequantizeLinear before float products instead of MatMulInteger, for runtimes
+        that recognise this pattern and quantise activations themselves.
     """
     return _Builder(bundle, dtype, focus, compressed).build()
 
@@ -97,7 +97,7 @@ class _Builder:
         return self.g.constant(self.weights[name], dtype, name)
 
     def _bias(self, mask_BK: str) -> str:
-        """What is added to the scores of keys: 0, or where the mask is 0 a large negative number; (B, 1, 1, K)."""
+        """The attention bias of keys, float32 (B, 1, 1, K): 0, and `MASKED_SCORE` where the mask is 0."""
         g = self.g
         bias_BK = g.op("Mul", g.op("Sub", g.constant(1, "float32"), mask_BK), g.constant(MASKED_SCORE, "float32"))
         return g.unsqueeze(bias_BK, 1, 2)
@@ -118,7 +118,7 @@ class _Builder:
         return self._to_compute(self._layer_or_rms_norm(x_ND, "encoder.embeddings.norm"))
 
     def _by_text(self, x_ND: str, *inner: int) -> str:
-        """(N, …) → (B, K, …): by default the model's width."""
+        """(N, …) → (B, K, *inner); `inner` defaults to the model width D."""
         return self.g.reshape(x_ND, self.batch, -1, *(inner or (self.config.d_model,)))
 
     def _lookup(self, table: str, ids: str) -> str:
@@ -149,7 +149,7 @@ class _Builder:
         return g.op("Sqrt", g.op("Add", mean, g.constant(eps, "float32")))
 
     def _layer(self, x_ND: str, tokens: _Tokens, i: int) -> tuple[str, _Tokens]:
-        """`layers.EncoderLayer`."""
+        """One layer, as in `layers.EncoderLayer`."""
         g, c, name = self.g, self.config, f"encoder.layer_{i}"
         normed_ND = self._norm(x_ND, f"{name}.attention_norm") if c.pre_norm and i else x_ND
         x_ND = g.op("Add", x_ND, self._attention(normed_ND, tokens, i))
@@ -185,7 +185,7 @@ class _Builder:
         return self._dense(g.reshape(mixed_BSHK, -1, c.d_model), f"{name}.out")
 
     def _positions(self, positions_BK: str | None) -> str:
-        """Places in the text, float32 (1 or B, K)."""
+        """Positions of the tokens in their text, float32 (1 or B, K)."""
         g = self.g
         if positions_BK is not None:
             return g.cast(positions_BK, "float32")
@@ -193,7 +193,7 @@ class _Builder:
         return g.unsqueeze(g.cast(places_S, "float32"), 0)
 
     def _angles(self, positions_BK: str | None, base: float) -> tuple[str, str]:
-        """Cosine and sine of the angles of `layers.rotate`, (1 or B, 1, K, head width / 2); once for like layers."""
+        """Cosine and sine of the angles in `layers.rotate`, each float32 (1 or B, 1, K, head width / 2)."""
         g, half = self.g, self.config.head_dim // 2
         frequencies = np.float32(base) ** (-np.arange(half, dtype=np.float32) / half)
         places_BK1 = g.unsqueeze(self._positions(positions_BK), 2)
@@ -230,8 +230,8 @@ class _Builder:
     def _dense(self, x_ND: str, name: str, scale_first: float = 1.0) -> str:
         """A linear layer, float or INT8.
 
-        `scale_first` multiplies the first third of its outputs: attention's 1 / √K, which costs nothing when it is in
-        the query's weights or scales.
+        `scale_first` multiplies the first third of the outputs. It folds attention's 1 / √(head width) into the query's
+        weights or scales, where it costs nothing.
         """
         g = self.g
         kernel_DF = self.weights[f"{name}.kernel"]
@@ -252,15 +252,15 @@ class _Builder:
         return g.op("Add", y_NF, g.constant(self.weights[f"{name}.bias"] * factor_F, self.dtype, f"{name}.bias"))
 
     def _int8_product(self, x_ND: str, kernel_DF: str, scale_F: str) -> str:
-        """MatMulInteger with one scale a token, by its largest magnitude.
+        """A product by MatMulInteger, with activations quantised by one scale per token from its largest magnitude.
 
-        ONNX Runtime fuses a product with its outputs' scales where a scalar that is not a constant stands beside them:
-        hence the one.
+        ONNX Runtime fuses the product with the scales of its outputs only if a scalar that is not a constant multiplies
+        them: hence `self.one`, which is always 1.
         """
         g = self.g
         last = g.constant([-1], "int64")
         high, low = (g.op(kind, x_ND, last, keepdims=1) for kind in ("ReduceMax", "ReduceMin"))
-        # An all-zero token, which no text has, is to give zeros and not NaN.
+        # The lower bound makes a token of zeros, which no text has, give zeros instead of NaN.
         largest_N1 = g.op("Max", high, g.op("Neg", low), g.constant(SMALLEST_BOUND, "float32"))
         scale_N1 = g.op("Mul", largest_N1, g.constant(1 / INT8_BOUND, "float32"))
         scale_N = g.reshape(scale_N1, -1)
@@ -271,7 +271,7 @@ class _Builder:
         return g.op("Mul", g.op("Mul", sums_NF, g.op("Mul", self.one, scale_F)), scale_N1)
 
     def _gather(self, x_ND: str, tokens: _Tokens, i: int) -> tuple[str, _Tokens]:
-        """Each row's best tokens, as `focus.gather`; ties go to the earlier token in both."""
+        """The highest-scored tokens of each row, as in `focus.gather`; both resolve ties to the earlier token."""
         g, units, x_BSD = self.g, self.focus.units[i], self._by_text(x_ND)
         columns = g.dimension(x_BSD, 1)
         scores_BS = self._gate(x_BSD, tokens, i)
@@ -289,7 +289,7 @@ class _Builder:
         return g.reshape(x_BKD, -1, self.config.d_model), _Tokens(weights_BK, self._bias(weights_BK), positions_BK)
 
     def _gate(self, x_BSD: str, tokens: _Tokens, i: int) -> str:
-        """`layers.Gate` and `focus.token_scores`."""
+        """The scores of tokens (B, S), as in `layers.Gate` and `focus.token_scores`."""
         g, x_BSD = self.g, self._to_float(x_BSD)
         direction_D1 = self.weights[f"encoder.layer_{i}.gate.direction"][:, None] * self.config.d_model**0.5
         normed_BSD = g.op("Div", x_BSD, self._root_mean_square(x_BSD, GATE_EPS))
@@ -304,7 +304,7 @@ class _Builder:
         return g.op("Where", g.op("Greater", place_S, last_B1), g.constant(-SURE, "float32"), scores_BS)
 
     def _kept_length(self, length: str, units: int) -> str:
-        """`focus.kept_length` of an int64 tensor."""
+        """`focus.kept_length` on an int64 tensor."""
         g = self.g
         raised = g.op("Add", g.op("Mul", length, g.constant(units, "int64")), g.constant(UNITS - 1, "int64"))
         share = g.op("Div", raised, g.constant(UNITS, "int64"))
@@ -327,7 +327,7 @@ class _Builder:
         g.op("Concat", *parts, name="probabilities", axis=1)
 
     def _probabilities(self, task: Task, scaled_BL: str) -> str:
-        """`decoding.traced_probabilities` of one task."""
+        """The probabilities of one task, as in `decoding.traced_probabilities`."""
         g = self.g
         if task.kind is TaskKind.MULTILABEL:
             return g.op("Sigmoid", scaled_BL)

@@ -1,4 +1,4 @@
-"""Exporting and checking: what is written is loaded in its runtime and compared before it gets its name."""
+"""Export and verification. An export is loaded in its runtime and compared with Classer before it gets its name."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from classer.model.variants import variant_predictor
 from .folder import Export, GoldenText, read_export, write_manifest, write_shared
 from .formats import FORMATS, Format, Request, format_named
 
-# Largest difference of a probability from Classer's own float32 or INT8 programs. Half precisions round activations;
-# INT8 does so in whole steps, and where two runtimes' last bits differ, one of them may round up.
+# Largest accepted difference of a probability from Classer's own float32 or INT8 programs. Half precisions round
+# activations. INT8 rounds them to whole steps, so that a difference in the last bit may become a whole step.
 TOLERANCE = {
     Precision.float32: 1e-4,
     Precision.float16: 1e-2,
@@ -35,12 +35,12 @@ Say = Callable[[str], object]
 
 
 class Checked(NamedTuple):
-    """What a check found.
+    """The result of a verification.
 
     Attributes:
-      export: what was checked.
+      export: the verified export.
       difference: the largest absolute difference of a golden probability.
-      load_seconds: what loading the model in its runtime took.
+      load_seconds: seconds to load the model in its runtime.
     """
 
     export: Export
@@ -51,10 +51,17 @@ class Checked(NamedTuple):
 def make_request(
     bundle: Bundle, target: str, *, precision: Precision | None, focus: str = "1", lengths: tuple[int, ...] = ()
 ) -> Request:
-    """What the user asked for, checked against what the format can hold.
+    """Builds a request from the user's options and checks that the format supports it.
+
+    Args:
+      bundle: the bundle to export.
+      target: the name of the format.
+      precision: by default int8 for an INT8 bundle, else the format's first precision.
+      focus: the share of tokens that each layer keeps, in the syntax of `Focus.parse`.
+      lengths: static sequence lengths in tokens; by default `default_lengths`.
 
     Raises:
-      InputError: it cannot; the message says what can.
+      InputError: the format does not support the precision, focus or lengths; the message names what it supports.
     """
     kind = format_named(target)
     precision = precision or (Precision.int8 if bundle.precision == Precision.int8 else kind.precisions[0])
@@ -75,15 +82,15 @@ def make_request(
 
 
 def default_lengths(max_length: int) -> tuple[int, ...]:
-    """Powers of two from 32, and the longest."""
+    """Powers of two from 32 up, below `max_length`, and `max_length` itself; in tokens."""
     return (*(length for length in (32, 64, 128, 256, 512) if length < max_length), max_length)
 
 
 def export_bundle(request: Request, target: str, out: Path, say: Say = lambda sentence: None) -> Checked:
-    """Writes an export to a new folder: whole and checked, or not at all.
+    """Writes an export to a new folder. The folder appears only if the export is complete and verified.
 
     Raises:
-      InputError: `out` exists, a package is missing, or the runtime computes something else.
+      InputError: `out` exists, a package is missing, or the runtime's answers differ by more than the tolerance.
     """
     if out.exists():
         raise InputError(f"{out} exists already and was not touched; name a new folder with --out.")
@@ -111,12 +118,12 @@ def export_bundle(request: Request, target: str, out: Path, say: Say = lambda se
 
 
 def verify(path: Path) -> Checked:
-    """Checks an export: checksums, tokens and probabilities.
+    """Verifies an export: checksums, tokens and probabilities.
 
-    Every golden text is run alone and among the others, so that batch and length are known to be open or well padded.
+    Every golden text runs both alone and in a batch with the others, which tests dynamic sizes and padding.
 
     Raises:
-      InputError: it is damaged, or computes something else here.
+      InputError: the export is damaged or too old, a package is missing, or tokens or probabilities differ.
     """
     export = read_export(path)
     if export.target not in FORMATS:
@@ -146,11 +153,12 @@ def verify(path: Path) -> Checked:
 
 
 def golden(request: Request, target: str) -> list[GoldenText]:
-    """The texts that every check runs, with the answers of Classer's own programs; where only weights are INT8 in the
-    format, of those that compute with these weights and unrounded activations.
+    """The texts of every verification, with the answers of Classer's own programs.
 
-    The texts are the bundle's own; and for float models the empty text, and one that is cut. INT8 of a text that the
-    model has never seen the like of rounds too wildly to compare: see `bundle.quantize_bundle`.
+    If the format quantises weights only, the answers come from a program with INT8 weights and float activations.
+
+    The texts are the bundle's golden texts. Float models add the empty text and a text that is truncated. INT8 models
+    do not: on a text unlike the training texts, rounding differs too much to compare (see `bundle.quantize_bundle`).
     """
     bundle = request.bundle
     texts = [text for text in bundle.golden_texts if text]
@@ -189,16 +197,16 @@ def _check_precision(bundle: Bundle, target: str, kind: Format, precision: Preci
 
 
 def expired(export: Export) -> bool:
-    """Whether an export is older than its format is guaranteed to be readable."""
+    """Whether an export is older than the days for which its format is guaranteed to be readable."""
     days = FORMATS[export.target].guaranteed_days if export.target in FORMATS else None
     return days is not None and _age(export) > days
 
 
 def renew(path: Path, bundle: Bundle) -> Checked:
-    """Makes an export anew, in its place, from the bundle it was made from.
+    """Replaces an export by a new one from the same bundle, with the same options.
 
     Raises:
-      InputError: it was made from another bundle, or the new one computes something else.
+      InputError: `bundle` is not the bundle of the old export, or the new export cannot be written or verified.
     """
     old = read_export(path)
     if old.bundle != bundle.version:

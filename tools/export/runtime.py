@@ -1,4 +1,4 @@
-"""What a loaded export is: something that gives probabilities for texts."""
+"""The interface of a loaded export: a function from texts to probabilities."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ Run = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 class Runtime(Protocol):
-    """Texts → probabilities_NL over all labels of the taxonomy, float32; `batch_size` texts at a time."""
+    """Texts → probabilities_NL, float32 (texts, labels of the taxonomy), computed `batch_size` texts at a time."""
 
     def __call__(self, texts: Sequence[str], batch_size: int) -> np.ndarray: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenRuntime:
-    """A runtime that takes token ids, behind the export's own tokenizer.
+    """A runtime of a model that takes token ids; texts are tokenised by the export's own tokenizer.
 
     Attributes:
-      tokenizer, max_length: how texts are cut into tokens.
-      lengths: the sequence lengths that the runtime knows, ascending; empty: any.
-      fixed_batch: the batch size that it is bound to; 0: any.
-      run: one padded batch.
+      tokenizer: the export's tokenizer.
+      max_length: maximum tokens of a text.
+      lengths: the sequence lengths that have a program, ascending; empty if any length is accepted.
+      run: runs one padded batch.
+      fixed_batch: the static batch size; 0 if any size is accepted.
     """
 
     tokenizer: WordPieceTokenizer

@@ -1,9 +1,9 @@
 """LiteRT: model.tflite, with one signature a length: `tokens_64` takes `input_ids` (1, 64) and `lengths` (1,) by name.
 
-INT8 holds the bundle's own int8 kernels, in what LiteRT calls dynamic-range quantisation: it quantises activations
-itself, one scale a row. Ours reach it as whole numbers, and beside them in each row stand two that no kernel reads,
-127.5 and -127.5: XNNPACK, which runs these models on CPUs, spreads its steps from a row's smallest number to its
-largest, so that they are 1 apart and its int8 numbers are ours.
+INT8 stores the bundle's own int8 kernels and uses LiteRT's dynamic-range quantisation, which quantises activations at
+run time with one scale per row. The graph quantises activations first and passes them on as whole numbers in float.
+Each row ends with two more values, 127.5 and -127.5, which meet zeros in the kernel. XNNPACK, which runs these models
+on CPUs, derives its step from a row's smallest and largest value: the step is then 1, and its int8 values are ours.
 """
 
 from __future__ import annotations
@@ -50,19 +50,19 @@ def write(request: Request, folder: Path) -> None:
         tf.saved_model.save(module, saved, signatures=module.programs)
         converter = tf.lite.TFLiteConverter.from_saved_model(saved, signature_keys=list(module.programs))
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # it lists every operator
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # it prints every operator
             model = converter.convert()
     (folder / MODEL).write_bytes(_with_int8_kernels(model) if request.precision == Precision.int8 else model)
 
 
 class _TokenModule(tf.Module):
-    """The classifier as TensorFlow functions, one a length. Int8 kernels stand in it as floats, see `_int8_product`."""
+    """The classifier as TensorFlow functions, one per length, with int8 kernels stored as floats (see `_product`)."""
 
     def __init__(self, request: Request) -> None:
         super().__init__()
-        weights = dict(sorted(request.bundle.weights.items()))  # TensorFlow's own dicts stay as they were filled
+        weights = dict(sorted(request.bundle.weights.items()))  # JAX sorts keys; TensorFlow keeps insertion order
         kernels = {name for name, value in weights.items() if name.endswith(".kernel") and value.dtype == np.int8}
-        # Rows of zeros for the numbers that no kernel reads; nothing but `_product` sees a kernel's shape.
+        # Two rows of zeros, for `ROW_ENDS`; only `_product` reads the shape of a kernel.
         padded = {name: np.pad(weights[name].astype(np.float32), ((0, 2), (0, 0))) for name in kernels}
         self.variables_by_name = {
             name: tf.Variable(padded.get(name, value), name=name) for name, value in weights.items()
@@ -89,9 +89,10 @@ class _TokenModule(tf.Module):
 
 
 def _product(lhs: jax.Array, rhs: jax.Array, *, dimension_numbers: Any, **_: Any) -> list[jax.Array]:
-    """Products with kernels as LiteRT's FULLY_CONNECTED has them, by rows of the kernel; the only ones it quantises.
+    """Products in the layout of LiteRT's FULLY_CONNECTED (transposed kernel), the only operator that it quantises.
 
-    Of int8 activations and kernels: the same product of floats, which are whole numbers; see above.
+    Products of int8 activations and kernels become products of whole numbers in float, with `ROW_ENDS` appended to
+    each row of activations; see the module's docstring.
     """
     (over_lhs, over_rhs), (batch_lhs, batch_rhs) = dimension_numbers
     if lhs.dtype == jnp.int8:
@@ -114,7 +115,10 @@ def _sort(*operands: jax.Array, dimension: int, num_keys: int, **_: Any) -> list
 
 
 def _sorted(key: jax.Array, operands: Sequence[jax.Array]) -> list[jax.Array]:
-    """A stable sort without sorting, which LiteRT lacks: each entry goes where as many are before it."""
+    """A stable sort along the last axis without a sort operator, which LiteRT lacks.
+
+    The new index of an entry is the number of entries before it in the order of `key`.
+    """
     size = key.shape[-1]
     mine, other = key[..., :, None], key[..., None, :]
     places = jnp.arange(size)
@@ -125,13 +129,13 @@ def _sorted(key: jax.Array, operands: Sequence[jax.Array]) -> list[jax.Array]:
 
 
 def _with_int8_kernels(model: bytes) -> bytes:
-    """Turns the kernels that hold whole numbers into int8 with a scale of 1."""
+    """Converts the float kernels that hold whole numbers to int8 with a scale of 1."""
     graph: Any = flatbuffer_utils.convert_bytearray_to_object(bytearray(model))
     fully_connected = [
         max(code.builtinCode, code.deprecatedBuiltinCode) == schema.BuiltinOperator.FULLY_CONNECTED
         for code in graph.operatorCodes
     ]
-    packed: set[int] = set()  # buffers, which the lengths share
+    packed: set[int] = set()  # converted buffers; the programs of all lengths share them
     for subgraph in graph.subgraphs:
         for operator in subgraph.operators:
             tensor = subgraph.tensors[operator.inputs[1]] if fully_connected[operator.opcodeIndex] else None

@@ -1,4 +1,4 @@
-"""ONNX: model.onnx, with its weights in model.onnx.data where one file cannot hold them."""
+"""ONNX: model.onnx; the weights of models too large for one file are in model.onnx.data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MODEL = "model.onnx"
 
 
 def write(request: Request, folder: Path) -> None:
-    """Writes the checked model.
+    """Writes the model and checks it with ONNX's own checker.
 
     Raises:
       onnx.checker.ValidationError: the graph is not valid ONNX.
@@ -33,7 +33,7 @@ def write(request: Request, folder: Path) -> None:
 
 def load(export: Export) -> Runtime:
     if export.precision == Precision.bfloat16:
-        # ONNX Runtime has bfloat16 on accelerators only; OpenVINO runs the same file on any CPU.
+        # ONNX Runtime supports bfloat16 on accelerators only; OpenVINO runs the same file on any CPU.
         from .to_openvino import run_on_cpu
 
         return TokenRuntime.of(export, run_on_cpu(export.path / MODEL))

@@ -1,7 +1,7 @@
 """OpenVINO: IR (model.xml and model.bin) made from our ONNX graph.
 
-INT8 holds the bundle's int8 kernels and scales as compressed weights, the form that OpenVINO's CPU plugin runs with
-int8 products: it quantises activations on the fly itself, in its own groups.
+INT8 stores the bundle's int8 kernels and scales as compressed weights, which OpenVINO's CPU plugin runs with int8
+products. The plugin quantises activations at run time, in groups of its own choice.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def load(export: Export) -> Runtime:
 
 
 def run_on_cpu(file: Path) -> Run:
-    """Compiles an IR or ONNX file for the CPU, in the precision that it is written in."""
+    """Compiles an IR or ONNX file for the CPU, without lowering float32 to a half precision."""
     settings = {"INFERENCE_PRECISION_HINT": "f32"}
     request = openvino.Core().compile_model(file, "CPU", settings).create_infer_request()
 

@@ -1,6 +1,6 @@
-"""safetensors in Hugging Face's layout: BERT and ModernBERT encoders as `transformers` reads them, others as our own.
+"""safetensors in Hugging Face's layout for BERT and ModernBERT encoders; other encoders in Classer's own layout.
 
-The label table stands apart, in head.safetensors: Hugging Face's classifiers have other heads (no mean over tokens).
+The head is in a file of its own, head.safetensors: Hugging Face's classifiers have no head with mean pooling.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MODEL, HEAD = "model.safetensors", "head.safetensors"
 
 
 def family(config: EncoderConfig) -> str:
-    """The model_type under which `transformers` knows such an encoder; "classer" where it knows none."""
+    """The model_type of the encoder in `transformers`: "bert" or "modernbert"; "classer" if neither fits."""
     shape = (config.norm, config.pre_norm, config.biases, config.activation, config.rope_base is not None)
     if shape == ("layer", False, True, "gelu", False) and config.num_segments:
         return "bert"
@@ -120,7 +120,7 @@ def _is_bert(folder: Path) -> bool:
 
 
 def _bert(config: EncoderConfig, ours: Weights) -> tuple[dict[str, Any], Weights]:
-    """Our config, names and layouts → Hugging Face's; what `pretrained._rename_bert` undoes."""
+    """Hugging Face's config.json and weights of a BERT; the inverse of `pretrained._rename_bert`."""
     raw = {
         "architectures": ["BertModel"],
         "vocab_size": config.vocab_size,
@@ -160,7 +160,7 @@ def _bert(config: EncoderConfig, ours: Weights) -> tuple[dict[str, Any], Weights
 
 
 def _modernbert(config: EncoderConfig, ours: Weights) -> tuple[dict[str, Any], Weights]:
-    """The same for ModernBERT; what `pretrained._rename_modernbert` undoes."""
+    """Hugging Face's config.json and weights of a ModernBERT; the inverse of `pretrained._rename_modernbert`."""
     raw = {
         "architectures": ["ModernBertModel"],
         "vocab_size": config.vocab_size,
@@ -197,6 +197,6 @@ def _modernbert(config: EncoderConfig, ours: Weights) -> tuple[dict[str, Any], W
 
 
 def _config_page(config: EncoderConfig) -> str:
-    """What each field of the native config means, with this encoder's values."""
+    """CONFIG.md: the meaning of each field of the native config, with this encoder's values."""
     values = "\n".join(f"- `{field.name}`: {getattr(config, field.name)}" for field in dataclasses.fields(config))
     return f"# The encoder's config\n\n{inspect.getdoc(EncoderConfig)}\n\n## This encoder\n\n{values}\n"

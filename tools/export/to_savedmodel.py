@@ -1,6 +1,6 @@
 """TensorFlow SavedModel: texts in, labels and scores out; the tokenizer is part of the graph (tensorflow-text).
 
-With tensorflow and tensorflow-text it runs anywhere, JAX is not needed: the classifier is a StableHLO module inside.
+It runs wherever tensorflow and tensorflow-text run, without JAX: the classifier is an embedded StableHLO module.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from .formats import Request
 from .runtime import Runtime
 from .to_stablehlo import PLATFORMS, forward
 
-tf: Any = tensorflow  # its stubs know neither ragged tensors nor what NumPy arrays become
+tf: Any = tensorflow  # its stubs lack ragged tensors and the conversion of NumPy arrays
 
 MODEL = "saved_model"
 _CODE_POINTS = 0x110000
 
 
 class TextModule(tf.Module):
-    """What is saved: `serving_default` takes `texts` and gives `labels` and `scores`."""
+    """The saved module. Its signature `serving_default` maps `texts` (B,) to `labels` (L,) and `scores` (B, L)."""
 
     def __init__(self, request: Request) -> None:
         super().__init__()
@@ -46,9 +46,9 @@ class TextModule(tf.Module):
         self._labels = tf.constant([prefix[task.name] + name for task in tasks for name in task.label_names])
 
     def tokenize(self, texts: Any) -> tuple[Any, Any]:
-        """Texts (B,) → token ids (B, S) and lengths (B,), as `WordPieceTokenizer.encode` gives them."""
+        """Texts (B,) → token ids (B, S) and lengths (B,), int32, equal to those of `WordPieceTokenizer.encode`."""
         tokenizer = self._request.bundle.tokenizer
-        codes = tf.strings.unicode_decode(texts, "UTF-8")  # what is no UTF-8 becomes U+FFFD, which is dropped
+        codes = tf.strings.unicode_decode(texts, "UTF-8")  # invalid bytes become U+FFFD, which is dropped
         codes = codes.with_flat_values(tf.gather(self._characters, codes.flat_values)).merge_dims(1, 2)
         normalised = tf.strings.unicode_encode(codes, "UTF-8")
         normalised = tf.strings.regex_replace(normalised, LONG_WORD, OVERLONG * (MAX_WORD_CHARS + 1))
@@ -66,7 +66,7 @@ class TextModule(tf.Module):
         request = self._request
         if not request.lengths:
             return _converted(request, "length")(self._weights, tokens_BS, lengths_B)[1]
-        # What a layer keeps depends on the length, so that each has a program of its own.
+        # The number of tokens that a layer keeps depends on the length, so that each length has its own program.
         lengths = tf.constant(request.lengths)
         index = tf.searchsorted(lengths, tf.shape(tokens_BS)[1:])[0]
 
@@ -92,7 +92,7 @@ def _converted(request: Request, length: str) -> Any:
 
 
 def character_table(tokenizer: WordPieceTokenizer) -> Any:
-    """Each code point → those that replace it, int32."""
+    """A ragged int32 table (code points, replacements): each code point's replacement in the tokenizer."""
     replacements = [tokenizer.replacement(code_point) for code_point in range(_CODE_POINTS)]
     lengths = np.fromiter(map(len, replacements), np.int64, _CODE_POINTS)
     values = np.fromiter((ord(char) for text in replacements for char in text), np.int32, int(lengths.sum()))

@@ -1,7 +1,8 @@
-"""StableHLO through `jax.export`: programs of an open batch for CPU, CUDA and TPU, the weights beside them.
+"""StableHLO through `jax.export`: programs with a dynamic batch for CPU, CUDA and TPU, and a file of weights.
 
-Without a focus one program takes any length; with one, what a layer keeps depends on the length, which is then static:
-one program for each. jax.export guarantees that a program can be read for six months.
+Without a focus, one program takes any length. With a focus, the number of tokens that a layer keeps depends on the
+length, so that lengths are static, with one program each. jax.export guarantees that a program can be read for six
+months.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def program_name(length: int | None) -> str:
 
 
 def forward(request: Request) -> Any:
-    """(weights by name, tokens_BS, lengths_B) → logits_BL and probabilities_BL."""
+    """The function to export: (weights by name, tokens_BS, lengths_B) → logits_BL and probabilities_BL, float32."""
     bundle = request.bundle
     dtype = jnp.dtype(Precision.float32 if request.precision == Precision.int8 else request.precision)
     model = TextClassifier(bundle.encoder, bundle.taxonomy.num_labels, dtype, bundle.precision, focus=request.focus)

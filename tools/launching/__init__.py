@@ -1,1 +1,1 @@
-"""Launchers of distributed training: this machine, Slurm, Kubernetes."""
+"""Launchers of distributed training on this machine, under Slurm and on Kubernetes."""

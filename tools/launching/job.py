@@ -1,4 +1,4 @@
-"""Description of a distributed job, for the launchers on this machine, under Slurm and on Kubernetes."""
+"""The description of a job, common to all launchers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from classer.train.process_info import NUM_PROCESSES
 if TYPE_CHECKING:
     from classer.train.config import TrainJob
 
-Target = Literal["local", "slurm", "kubernetes"]
+TargetName = Literal["local", "slurm", "kubernetes"]
+# Seconds between the request to save and the end of the job.
+SECONDS_TO_SAVE = 120
+# Lines of a dead process's output that are shown.
+LAST_LINES = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,21 +28,22 @@ class Launch:
     Attributes:
       target: this machine, Slurm or Kubernetes.
       processes: number of processes; each is one Slurm task or one pod.
-      devices_per_process: accelerators per process; without accelerators, virtual CPU devices; 0 takes all there are.
+      devices_per_process: accelerators per process, or virtual CPU devices without accelerators; 0 uses all devices.
       cpus: processor cores per process; 0 leaves the number to the scheduler.
       memory: memory per process, such as 32G; by default the scheduler's.
-      gpu: whether the devices are GPUs that the scheduler is asked for.
-      time_limit: Slurm: limit of the job's time, such as 12:00:00; the job is queued again when the time is over.
-      partition, account: Slurm: by default the cluster's.
-      restarts: number of times that a scheduler starts the job again after a process died.
+      gpu: whether the devices are GPUs; the scheduler is asked for them.
+      time_limit: Slurm: time limit of the job, such as 12:00:00; the job is requeued when the time is over.
+      partition: Slurm: the partition; by default the cluster's.
+      account: Slurm: the account; by default the cluster's.
+      restarts: maximum number of restarts by the scheduler after a process died.
       name: the job's name; by default that of the folder `out`.
       image: Kubernetes: the container image, with Classer installed.
-      claim: Kubernetes: the persistent volume claim that holds data and `out`, for all pods to read and write.
-      mount: Kubernetes: where in the containers the claim is; `data` and `out` are paths there.
-      namespace: Kubernetes: by default kubectl's.
+      claim: Kubernetes: the persistent volume claim with data and `out`; all pods must be able to read and write it.
+      mount: Kubernetes: mount path of the claim in the containers; `data` and `out` are paths below it.
+      namespace: Kubernetes: the namespace; by default kubectl's.
     """
 
-    target: Target = "local"
+    target: TargetName = "local"
     processes: int = 1
     devices_per_process: int = 0
     cpus: int = 0
@@ -74,12 +79,12 @@ class Launch:
                 raise InputError(f"--mount is '{self.mount}'; give an absolute path in the container, such as /data.")
 
     def called(self, out: Path) -> str:
-        """The job's name: as given, or made from that of the folder `out`."""
+        """The job's name: `name`, or one derived from the name of the folder `out`."""
         made = re.sub(r"[^a-z0-9]+", "-", out.name.lower()).strip("-")[:50].rstrip("-")
         return self.name or (made if made[:1].isalpha() else f"classer-{made}".rstrip("-"))
 
     def environment(self) -> dict[str, str]:
-        """Environment variables that every process of the job shares."""
+        """Environment variables with the same value in every process of the job."""
         variables = {NUM_PROCESSES: str(self.processes)}
         if self.devices_per_process and not self.gpu:
             variables["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={self.devices_per_process}"
@@ -87,7 +92,13 @@ class Launch:
 
 
 def where(job: TrainJob, *, logs: str, stop: str) -> str:
-    """Where a job writes its logs and checkpoints, and how to stop and resume it."""
+    """A text for the user: the places of logs and checkpoints, and how to stop and resume the job.
+
+    Args:
+      job: the training job.
+      logs: where the logs are, or a command that shows them.
+      stop: the command that stops the job.
+    """
     parts = []  # in the order of training
     if job.curriculum is not None or job.recipe.curriculum:
         parts.append(job.out / "stages" / "*")

@@ -1,4 +1,4 @@
-"""A job on Kubernetes: a headless service and an Indexed Job, one pod per process."""
+"""A job on Kubernetes: a headless service and an Indexed Job with one pod per process."""
 
 from __future__ import annotations
 
@@ -13,21 +13,20 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from classer.data.errors import InputError
-from classer.tools.launching.job import Launch, where
+from classer.tools.launching.job import SECONDS_TO_SAVE, Launch, where
 from classer.train.process_info import COORDINATOR, STOPPED_CODE
 
 if TYPE_CHECKING:
     from classer.train.config import TrainJob
 
 PORT = 8476
-SECONDS_TO_SAVE = 120
-USER_ERROR = 2  # the exit code of what would only fail again
-# That of a pod which had to go (a drained node, say) and saved: were it 0, Kubernetes would take its work for done.
+USER_ERROR = 2  # the exit code of an error that a restart would repeat
+# The exit code of a pod that was evicted (from a drained node, say) and saved. Kubernetes counts 0 as completed.
 STOPPED = 128 + signal.SIGTERM
 
 
 def manifests(launch: Launch, command: Sequence[str], out: Path) -> list[dict[str, Any]]:
-    """The service, by which pods find the first one, and the job. Kubernetes gives each pod JOB_COMPLETION_INDEX."""
+    """The service, by which pods find the first pod, and the job. Kubernetes sets JOB_COMPLETION_INDEX in each pod."""
     name = launch.called(out)
     metadata = {"name": name, "labels": {"app": "classer"}} | (
         {"namespace": launch.namespace} if launch.namespace else {}
@@ -38,7 +37,7 @@ def manifests(launch: Launch, command: Sequence[str], out: Path) -> list[dict[st
         "metadata": metadata,
         "spec": {
             "clusterIP": "None",
-            "publishNotReadyAddresses": True,  # the pods look for one another before any of them is ready
+            "publishNotReadyAddresses": True,  # pods connect to one another before any of them is ready
             "selector": {"job-name": name},
             "ports": [{"name": "coordinator", "port": PORT}],
         },
@@ -75,7 +74,7 @@ def manifests(launch: Launch, command: Sequence[str], out: Path) -> list[dict[st
     }
     failures = [
         {"action": "FailJob", "onExitCodes": {"containerName": "train", "operator": "In", "values": [USER_ERROR]}},
-        # Started again, and not counted.
+        # Restarts that do not count towards `backoffLimit`.
         {"action": "Ignore", "onExitCodes": {"containerName": "train", "operator": "In", "values": [STOPPED]}},
         {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
     ]
@@ -87,7 +86,7 @@ def manifests(launch: Launch, command: Sequence[str], out: Path) -> list[dict[st
             "completionMode": "Indexed",
             "completions": launch.processes,
             "parallelism": launch.processes,
-            # When one pod dies all lose it, end too, and start again.
+            # When one pod dies, all others fail too, and all restart.
             "backoffLimit": launch.restarts * launch.processes,
             "podFailurePolicy": {"rules": failures},
             "template": {"metadata": {"labels": {"app": "classer"}}, "spec": pod},
@@ -102,14 +101,18 @@ def manifests_yaml(launch: Launch, command: Sequence[str], out: Path) -> str:
 
 
 def apply_manifests(launch: Launch, command: Sequence[str], job: TrainJob) -> int:
-    """Applies the manifests with kubectl."""
+    """Applies the manifests with kubectl and returns exit code 0.
+
+    Raises:
+      InputError: kubectl is missing, a job of this name is running, or kubectl refuses the manifests.
+    """
     if shutil.which("kubectl") is None:
         raise InputError(
             "--target kubernetes needs the command kubectl on this machine; --dry-run prints the manifests."
         )
     name = launch.called(job.out)
     within = ["--namespace", launch.namespace] if launch.namespace else []
-    # A job cannot be changed; one that failed or was stopped makes place for the one that goes on.
+    # A job cannot be changed; one that failed or was stopped is deleted, and the new job resumes its training.
     old = subprocess.run(
         ["kubectl", *within, "get", "job", name, "--output", "jsonpath={.status.active}"],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""A job's processes on this machine: started, watched, and ended together."""
+"""Runs a job's processes on this machine: starts them, watches them, and ends them together."""
 
 from __future__ import annotations
 
@@ -15,19 +15,18 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from classer.tools.launching.job import Launch, where
+from classer.tools.launching.job import LAST_LINES, Launch, where
 from classer.train.process_info import COORDINATOR, LAUNCHER, LOGS, PROCESS_ID
 
 if TYPE_CHECKING:
     from classer.train.config import TrainJob
 
 SECONDS_BETWEEN_LOOKS = 0.1
-LAST_LINES = 20
 GRACE = 600.0  # seconds that workers get to save after a stop
 
 
 def describe_processes(launch: Launch, command: Sequence[str], out: Path) -> str:
-    """Describes the processes that `run_processes` would start."""
+    """The shell command that `run_processes` would run, or, for one process, the equivalent of this process."""
     alone = launch.processes == 1
     variables = process_environment(launch, rank=0) if alone else _worker_environment(launch, rank=None, port=None)
     words = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
@@ -36,13 +35,13 @@ def describe_processes(launch: Launch, command: Sequence[str], out: Path) -> str
 
 
 def run_processes(launch: Launch, command: Sequence[str], job: TrainJob) -> int:
-    """Runs the job of several processes to its end.
+    """Runs a job of several processes and waits for its end.
 
-    The first process's output is shown; all outputs are in `out/logs`. When a process dies the others are ended and its
-    last lines are shown. SIGTERM and Ctrl-C stop the job: every process saves.
+    Prints the first process's output; the output of every process is in `out/logs`. When a process dies, the others are
+    killed and its last lines are printed. SIGTERM and Ctrl-C stop the job after every process has saved.
 
     Returns:
-      The exit code: 0 if the job is finished or was stopped.
+      The exit code: 0 if the job finished or was stopped.
     """
     logs = job.out / LOGS
     logs.mkdir(parents=True, exist_ok=True)
@@ -63,7 +62,7 @@ class _Worker:
         self.log = log
         self.shown = self._begin = log.stat().st_size if log.exists() else 0
         with log.open("ab") as file:
-            # A session of its own: Ctrl-C reaches the launcher alone, which tells all workers once.
+            # In a new session, so that Ctrl-C reaches the launcher only, which signals each worker once.
             self._process = subprocess.Popen(
                 command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
             )
@@ -80,13 +79,13 @@ class _Worker:
         self._process.wait()
 
     def news(self) -> str:
-        """The output since the last call."""
+        """The worker's output since the last call."""
         with self.log.open("rb") as file:
             file.seek(self.shown)
             new = file.read()
         self.shown += len(new)
         lines = new.decode(errors="replace").splitlines(keepends=True)
-        return "".join(line for line in lines if not line.startswith("[Gloo]"))  # how the CPU's collectives say hello
+        return "".join(line for line in lines if not line.startswith("[Gloo]"))  # start-up messages of CPU collectives
 
     def last_lines(self) -> list[str]:
         with self.log.open("rb") as file:
@@ -123,7 +122,7 @@ def _watch(workers: list[_Worker]) -> int:
 
 
 def _suspicion(code: int) -> int:
-    """Rank of an exit code as the cause of the others: a user error, a signal, a failure, an abort."""
+    """Rank of an exit code as the cause of other exits; 0 is the most likely: user error, signal, failure, abort."""
     return 0 if code == 2 else 1 if code < 0 and code != -signal.SIGABRT else 2 if code > 0 else 3
 
 
@@ -140,7 +139,7 @@ def _bury(workers: list[_Worker], dead: _Worker) -> int:
 
 
 def process_environment(launch: Launch, rank: int | None) -> dict[str, str]:
-    """`Launch.environment` beside the XLA_FLAGS that are set already, and the GPUs of this rank (None: of any)."""
+    """`Launch.environment` with the XLA_FLAGS of this process added, and the GPUs of a rank (None: a placeholder)."""
     variables = launch.environment()
     if "XLA_FLAGS" in variables and (flags := os.environ.get("XLA_FLAGS")):
         variables["XLA_FLAGS"] = f"{flags} {variables['XLA_FLAGS']}"

@@ -1,4 +1,4 @@
-"""A job under Slurm: the batch script, and its submission."""
+"""A job under Slurm: the batch script and its submission."""
 
 from __future__ import annotations
 
@@ -12,25 +12,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from classer.data.errors import InputError
-from classer.tools.launching.job import Launch, where
+from classer.tools.launching.job import LAST_LINES, SECONDS_TO_SAVE, Launch, where
 from classer.train.process_info import COORDINATOR, LOGS
 
 if TYPE_CHECKING:
     from classer.train.config import TrainJob
 
-SECONDS_TO_SAVE = 120  # before the time limit
-LAST_LINES = 20
-# srun names in its errors the tasks that ended badly, the first before those that ended with it.
+# srun's errors name the failed tasks, the first failure first.
 _FIRST_DEAD = r"sed -n 's/^srun: error: .* tasks\{0,1\} \([0-9][0-9]*\).*/\1/p' | head -n 1"
 
 
 def batch_script(launch: Launch, command: Sequence[str], out: Path) -> str:
     """The batch script.
 
-    Slurm gives its shell USR1 before the time limit; it then tells the tasks to save, and puts the job back in the
-    queue. It does so too when a task died (exit codes from 128 on are signals, 1 is a crash; 2, the user's error, would
-    only come again); deaths are counted in a file, because Slurm's count is of all requeues. `scancel` ends the job for
-    good.
+    Slurm sends USR1 to the script's shell before the time limit. The script then signals the tasks to save, and
+    requeues the job. It also requeues the job after a task died (exit code 1 is a crash, codes from 128 on are
+    signals), but not after a user error (2), which would occur again. Deaths are counted in a file, because Slurm's own
+    count includes all requeues. `scancel` ends the job for good.
     """
     out = out.resolve()
     options = {
@@ -90,7 +88,11 @@ def batch_script(launch: Launch, command: Sequence[str], out: Path) -> str:
 
 
 def submit_batch_script(launch: Launch, command: Sequence[str], job: TrainJob) -> int:
-    """Writes the script to `out/logs/job.sbatch` and submits it."""
+    """Writes the script to `out/logs/job.sbatch`, submits it, and returns exit code 0.
+
+    Raises:
+      InputError: sbatch is missing or refuses the job.
+    """
     if shutil.which("sbatch") is None:
         raise InputError("--target slurm needs the command sbatch on this machine; --dry-run prints the script.")
     logs = job.out / LOGS
@@ -107,7 +109,7 @@ def submit_batch_script(launch: Launch, command: Sequence[str], job: TrainJob) -
 
 
 def _memory(launch: Launch) -> str:
-    """Slurm counts memory by core or by node."""
+    """The memory option's value in MB: per core if `cpus` is given, else per node; "" without a limit."""
     if not launch.memory:
         return ""
     number, unit = re.fullmatch(r"(\d+)(.)", launch.memory).groups()  # pyright: ignore
