@@ -1,6 +1,7 @@
 """Classer: self-hosted text classification.
 
 - `load`: a trained bundle in this process; see `LocalModel`.
+- `ClasserClassifier`: training and classification as a scikit-learn estimator.
 - `Client`, `AsyncClient`: the same questions to a Classer server.
 - `ClasserError`, `InputError`: what all of these raise.
 
@@ -24,14 +25,16 @@ if TYPE_CHECKING:
     from .serve.client.client import Client as Client
     from .serve.client.local import LocalModel as LocalModel
     from .serve.client.local import load as load
+    from .tools.estimator import ClasserClassifier as ClasserClassifier
 
 __version__ = "0.1.0"
 
-__all__ = ["AsyncClient", "ClasserError", "Client", "InputError", "LocalModel", "load"]
+__all__ = ["AsyncClient", "ClasserClassifier", "ClasserError", "Client", "InputError", "LocalModel", "load"]
 
 # public name → (the module that defines it, the extra of the distribution that brings what it imports)
 _PUBLIC = {
     "AsyncClient": ("serve.client.client", ""),
+    "ClasserClassifier": ("tools.estimator", "train"),
     "ClasserError": ("data.errors", ""),
     "Client": ("serve.client.client", ""),
     "InputError": ("data.errors", ""),

@@ -1,6 +1,6 @@
-"""Length buckets: the few static sequence lengths for which programs are compiled.
+"""Length buckets: the static sequence lengths for which programs are compiled.
 
-Axes: `B` batch, `S` sequence. NumPy only, so that the server and the client side may import it freely.
+Axes: B batch, S sequence. Depends on NumPy alone, so that the server and the client can import it cheaply.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# Steps of at most 1.5×: a text is padded by a third at the worst, and eleven programs cover every length to 512.
+# Steps of at most 1.5×: padding is at most a third of a row, and eleven programs cover every length up to 512.
 BUCKETS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 
 
@@ -18,11 +18,11 @@ def bucket_for(length: int, buckets: Sequence[int] = BUCKETS) -> int:
     """The smallest bucket that holds `length` tokens.
 
     Args:
-      length: a number of tokens, special tokens included.
+      length: the number of tokens, special tokens included.
       buckets: bucket lengths in tokens, ascending.
 
     Raises:
-      ValueError: `length` is larger than the largest bucket; texts are to be truncated before they come here.
+      ValueError: `length` exceeds the largest bucket; callers truncate texts first.
     """
     position = bisect.bisect_left(buckets, length)
     if position == len(buckets):
@@ -31,19 +31,19 @@ def bucket_for(length: int, buckets: Sequence[int] = BUCKETS) -> int:
 
 
 def pad_batch(ids: Sequence[np.ndarray], batch_size: int, length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Lays rows of token ids side by side in one array of a static shape.
+    """Pads rows of token ids to one array of static shape.
 
     Args:
       ids: at most `batch_size` arrays of token ids, each (S_i,) with S_i ≤ `length`.
-      batch_size: rows of the result; those beyond `len(ids)` are fillers of length 0.
-      length: columns of the result, in tokens.
-      pad_id: the id that fills what is left.
+      batch_size: rows of the result, B; rows beyond `len(ids)` are padding, with length 0.
+      length: columns of the result, S, in tokens.
+      pad_id: the id of the padding token.
 
     Returns:
-      tokens_BS (int32) and lengths_B (int32, the number of real tokens of each row).
+      tokens_BS (int32), and lengths_B (int32), the number of tokens of each row without padding.
 
     Raises:
-      ValueError: more rows than `batch_size`, or a row longer than `length`.
+      ValueError: there are more rows than `batch_size`, or a row is longer than `length`.
     """
     if len(ids) > batch_size:
         raise ValueError(f"{len(ids)} rows do not fit a batch of {batch_size}.")

@@ -1,4 +1,4 @@
-"""The unit of data: one text with its labels."""
+"""A labelled text, the unit of training data."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Example:
-    """One text of one task with its labels.
+    """A text with its labels for one task.
 
     Attributes:
-      text: the raw text, as it stood in the source.
-      labels: names of the labels that are given; exactly one for binary, multiclass and hierarchical tasks (those above
-        it in the tree hold with it), any number (also none) for multilabel ones.
-      task: the name of the task that the labels belong to.
-      id: the source's own identifier, if it has one.
-      source: where it came from, for error messages: "tickets.csv, row 17".
-      soft: a teacher's probabilities by label name, if it has been asked; labels that are left out have 0.
-      vector: teachers' pooled vector of the text, if they are to be learnt from.
+      text: the raw text, unchanged from the source.
+      labels: label names: exactly one for binary, multiclass and hierarchical tasks (it implies its ancestors), any
+        number, including none, for multilabel tasks.
+      task: the name of the task.
+      id: the identifier in the source, if there is one.
+      source: the place in the source, for error messages: "tickets.csv, row 17".
+      soft: a teacher's probabilities by label name, for distillation; missing labels have 0.
+      vector: (V,), the teachers' pooled vector of the text, for distillation of relations.
     """
 
     text: str

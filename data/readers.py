@@ -1,4 +1,4 @@
-"""Examples from a user's files: strict, so that what is wrong with the data is said before a model learns it."""
+"""Strict reading of labelled examples from a user's files: invalid data is an error before training starts."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ MAX_TEXT_CHARS = 1_000_000
 
 TASK_FILES = ("task.json", "task.yaml", "task.yml")
 
-_MISSING = ("nan", "null")  # how a missing label looks after a trip through a data frame
+_MISSING = ("nan", "null")  # how data frames write a missing label
 
-# Names of columns that data sets use for the same thing, the usual ones first.
+# Synonymous column names in common data sets, the most usual first.
 _SAME_MEANING = (
     ("text", "texts", "body", "content", "message", "review", "sentence", "comment", "utterance", "query", "document"),
     ("label", "labels", "target", "category", "class", "intent", "topic", "sentiment", "tag", "tags", "y"),
@@ -33,20 +33,20 @@ def read_examples(
 ) -> list[Example]:
     """Reads a CSV, TSV, JSON Lines (each also with .gz or .zst) or Parquet file of labelled texts.
 
-    Several labels a row are a list in JSON and Parquet. In CSV and TSV they are names separated by '|', in any label
-    column but one called `label`, where '|' is part of the name. Whole numbers and booleans are taken as names. A
-    column `id`, if there is one, becomes the examples' ids.
+    Several labels per row are a list in JSON and Parquet. In CSV and TSV they are names separated by '|', except in a
+    column called `label`, where '|' is part of the name. Whole numbers and booleans are read as names. A column `id`,
+    if there is one, gives the examples' ids.
 
     Args:
       path: the file; UTF-8.
       text_column: the column of the texts.
-      label_column: the column of the labels; None for `label` or `labels`, whichever there is.
+      label_column: the column of the labels; None for `label` or `labels`, whichever exists.
       task: the name of the task that the labels belong to.
 
     Raises:
-      InputError: what is wrong, with file and row or field: a missing file or column, no rows, undecodable or
-        malformed content, a missing label, a text that is blank, no string or longer than `MAX_TEXT_CHARS`, an id
-        that stood before.
+      InputError: with file and row or field: the file or a column is missing, there are no rows, the content is
+        malformed or not UTF-8, a label is missing, a text is blank, not a string or longer than `MAX_TEXT_CHARS`, or
+        an id is repeated.
     """
     path = Path(path)
     check_file(path)
@@ -68,14 +68,14 @@ def read_examples(
 
 
 def example_of(row: Row, *, text_column: str, label_column: str, task: str, in_cell: bool) -> Example:
-    """The example that one row is.
+    """Converts a row to an example.
 
     Args:
       row, text_column, label_column, task: see `read_examples`.
-      in_cell: whether several labels stand in one cell, as in CSV and TSV.
+      in_cell: whether one cell holds all labels, as in CSV and TSV.
 
     Raises:
-      InputError: as `read_examples`, of this row.
+      InputError: as `read_examples`, for this row.
     """
     check_column(row, text_column, "--text-column")
     check_column(row, label_column, "--label-column")
@@ -84,10 +84,10 @@ def example_of(row: Row, *, text_column: str, label_column: str, task: str, in_c
 
 
 def read_texts(path: Path, *, text_column: str = "text") -> list[str]:
-    """Reads the texts of a file as `read_examples` does, whatever else it holds.
+    """Reads the texts of a file as `read_examples` does; other columns are ignored.
 
     Raises:
-      InputError: as `read_examples`, but for labels and ids.
+      InputError: as `read_examples`, except for labels and ids.
     """
     texts = []
     for row in read_rows(Path(path)):
@@ -99,12 +99,12 @@ def read_texts(path: Path, *, text_column: str = "text") -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class TaskData:
-    """A task and its examples, by the name of the split ("train", "dev", "test", …).
+    """A task and its examples by split.
 
     Attributes:
-      task: the question.
-      splits: those that were read.
-      there: the names of all splits that the folder has.
+      task: the task.
+      splits: split name ("train", "dev", "test", …) → examples, for the splits that were read.
+      there: the names of all splits in the folder.
     """
 
     task: Task
@@ -113,12 +113,12 @@ class TaskData:
 
 
 def read_mapping(path: Path) -> Any:
-    """What a JSON file holds, or a YAML one if its name ends in .yaml or .yml.
+    """Decodes a JSON file, or a YAML file if its suffix is .yaml or .yml.
 
     Raises:
-      InputError: it cannot be read, or is neither.
+      InputError: the file cannot be read or is malformed.
     """
-    import yaml  # here, so that what only serves does without
+    import yaml  # imported here, so that serving does not need PyYAML
 
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -134,10 +134,10 @@ def read_mapping(path: Path) -> Any:
 
 
 def find_task_file(folder: Path) -> Path | None:
-    """The task.json (or .yaml, .yml) of a task's folder; None where there is none.
+    """The task.json (or .yaml, .yml) of a task's folder; None if there is none.
 
     Raises:
-      InputError: there are two.
+      InputError: the folder has more than one.
     """
     found = [folder / name for name in TASK_FILES if (folder / name).is_file()]
     if len(found) > 1:
@@ -148,16 +148,16 @@ def find_task_file(folder: Path) -> Path | None:
 def read_task_folder(
     path: Path, splits: Sequence[str] | None = None, *, text_column: str = "text", label_column: str | None = None
 ) -> TaskData:
-    """Reads a folder with `task.json` (or `task.yaml`) and one file of examples a split, such as `train.jsonl.gz`.
+    """Reads a folder with `task.json` (or `task.yaml`) and one file of examples per split, such as `train.jsonl.gz`.
 
     Args:
       path: the folder.
-      splits: which of its splits to read, where it has them; None for all.
+      splits: the splits to read, those that the folder lacks being skipped; None for all.
       text_column, label_column: see `read_examples`.
 
     Raises:
-      InputError: as `read_examples` and `Task.from_json`; or no task.json, no split, two files for one split, a split
-        that task.json names and the folder lacks, a label that the task has not.
+      InputError: as `read_examples` and `Task.from_json`; or the folder has no task.json, no split, two files for one
+        split, or lacks a split that task.json names; or a label is not in the task.
     """
     path = Path(path)
     task_file = find_task_file(path)
@@ -188,10 +188,10 @@ def read_task_folder(
 
 
 def split_files(folder: Path) -> dict[str, Path]:
-    """The file of each split in a task's folder, by the name of the split.
+    """Split name → file, for a task's folder.
 
     Raises:
-      InputError: two files for one split.
+      InputError: a split has two files.
     """
     files: dict[str, Path] = {}
     for file in sorted(folder.iterdir()):
@@ -206,14 +206,14 @@ def split_files(folder: Path) -> dict[str, Path]:
 
 
 def data_file(path: Path, split: str) -> Path:
-    """The file of rows that a command's `--data` and `--split` name.
+    """Resolves a command's `--data` and `--split` to a file of rows.
 
     Args:
       path: a file, `PIPE`, or a folder with task.json.
-      split: which split of such a folder.
+      split: the split to take from a folder.
 
     Raises:
-      InputError: there is no such file, or a folder without task.json or without that split.
+      InputError: the file does not exist, or the folder lacks task.json or the split.
     """
     if not path.is_dir():
         check_file(path)
@@ -229,20 +229,23 @@ def data_file(path: Path, split: str) -> Path:
 
 
 def task_folders(path: Path) -> list[Path]:
-    """The folders of single tasks below a folder of several, sorted by name; none if it is a task's own."""
+    """The task folders directly inside a folder, sorted by name; empty if `path` itself is a task's folder."""
     if find_task_file(path) is not None:
         return []
     return sorted(folder for folder in path.iterdir() if folder.is_dir() and find_task_file(folder) is not None)
 
 
 def infer_task(name: str, examples: Sequence[Example]) -> tuple[Task, str]:
-    """The task that the labels amount to, and a sentence that says so.
+    """Infers a task from its examples' labels.
 
-    Exactly one label on every row makes a binary task of two labels and a multiclass task of more; anything else is
-    multilabel. Labels are sorted by name.
+    With exactly one label on every row the task is binary for two distinct labels and multiclass for more; otherwise
+    it is multilabel. Labels are sorted by name.
+
+    Returns:
+      The task, and a sentence for the user about the kind that was inferred.
 
     Raises:
-      InputError: no label at all, or the same single label on every row.
+      InputError: no row has a label, or all rows have the same single label.
     """
     labels = sorted({label for example in examples for label in example.labels})
     counts = [len(example.labels) for example in examples]
@@ -263,10 +266,10 @@ def infer_task(name: str, examples: Sequence[Example]) -> tuple[Task, str]:
 
 
 def check_labels(task: Task, examples: Sequence[Example]) -> None:
-    """Holds examples against a task, for instance a test file against the task found in the training file.
+    """Checks examples against a task, for instance a test file against the task of the training file.
 
     Raises:
-      InputError: a label that the task has not, or, where the labels exclude each other, a row with other than one.
+      InputError: a label is not in the task, or a row of an exclusive task does not have exactly one label.
     """
     for example in examples:
         for label in example.labels:
@@ -286,7 +289,11 @@ def check_labels(task: Task, examples: Sequence[Example]) -> None:
 
 
 def find_label_column(place: Path | str, row: Row) -> str:
-    """`label` or `labels`, whichever the row has; an InputError if it has none or both."""
+    """`label` or `labels`, whichever column the row has.
+
+    Raises:
+      InputError: the row has neither or both; `place` begins the sentence.
+    """
     there = [column for column in ("label", "labels") if column in row.fields]
     if len(there) == 1:
         return there[0]
@@ -300,14 +307,18 @@ def find_label_column(place: Path | str, row: Row) -> str:
 
 
 def check_column(row: Row, column: str, option: str) -> None:
-    """Raises InputError where the row has no such column; `option` is what names another one."""
+    """Checks that the row has a column.
+
+    Raises:
+      InputError: it does not; the message refers to `option`, which chooses another column.
+    """
     if column not in row.fields:
         hint = _nearest_hint(column, row.fields)
         raise InputError(f"{row.source}: no column '{column}', only {listed(list(row.fields))}; see {option}{hint}.")
 
 
 def nearest_column(wanted: str, columns: Iterable[str]) -> str | None:
-    """The column that `wanted` most likely means: in another case, of the same meaning, or of similar spelling."""
+    """The most likely match for a missing column: in other case, a synonym, or similarly spelt; None if none is."""
     by_name = {column.strip().lower(): column for column in columns}
     wanted = wanted.strip().lower()
     same = next((names for names in _SAME_MEANING if wanted in names), ())
@@ -324,8 +335,8 @@ def text_of(row: Row, column: str) -> str:
     """The text of a row.
 
     Raises:
-      InputError: there is no such column; or it holds no string, a blank one, one that is longer than `MAX_TEXT_CHARS`,
-        or one that no UTF-8 file can hold.
+      InputError: the column is missing, or its value is not a string, is blank, is longer than `MAX_TEXT_CHARS`, or
+        cannot be encoded as UTF-8.
     """
     check_column(row, column, "--text-column")
     text = row.fields[column]
@@ -378,7 +389,7 @@ def _id(row: Row) -> str | None:
 
 
 def _check_encodable(row: Row, column: str, value: str) -> None:
-    # JSON can spell half of a surrogate pair, which no file or message can hold later.
+    # JSON can escape a lone surrogate, which cannot be encoded as UTF-8 later.
     try:
         value.encode()
     except UnicodeEncodeError as e:

@@ -1,7 +1,7 @@
-"""One tokenised example as bytes, and the ArrayRecord shards that hold many.
+"""The binary format of a tokenised example, and ArrayRecord shards of them.
 
-A record is little-endian: task (uint16), number of labels (uint16), 16 bytes of the text's hash, labels (uint32 each,
-positions within the task), token ids (uint16 each where the vocabulary has at most 65,536 tokens, else uint32).
+A record is little-endian: task (uint16), number of labels (uint16), hash of the text (16 bytes), labels (uint32 each,
+positions within the task), token ids (uint16 each if the vocabulary has at most 65,536 tokens, else uint32).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class Record:
     """A tokenised example.
 
     Attributes:
-      task: its position in the manifest's taxonomy.
-      labels: int64, positions within the task.
-      ids: int32 token ids, [CLS] … [SEP].
-      text_hash: of the text's `comparable` form.
+      task: the position of the task in the manifest's taxonomy.
+      labels: int64 (K,), positions of the K labels within the task.
+      ids: int32 (S,), token ids, [CLS] … [SEP].
+      text_hash: hash of the text's `comparable` form, `HASH_BYTES` long.
     """
 
     task: int
@@ -51,7 +51,7 @@ def _id_type(vocab_size: int) -> str:
 
 
 def write_array_records(path: Path, records: Sequence[bytes]) -> None:
-    """Writes a file for random access: every record is a group of its own. Equal records give equal bytes."""
+    """Writes an ArrayRecord file for random access, one record per group. Equal records give equal bytes."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")

@@ -26,7 +26,7 @@ from .records import Record, decode_record
 from .taxonomy import Task, Taxonomy
 
 # Records that an epoch's plan shuffles at a time: enough for full batches in every bucket, few enough to plan fast.
-WINDOW = 65_536
+WINDOW_ROWS = 65_536
 
 
 class Shards:
@@ -45,7 +45,7 @@ class Shards:
       workers: processes that make batches; 0 makes them in a thread.
     """
 
-    def __init__(self, folder: Path, split: str = "train", *, workers: int = 0, window: int = WINDOW) -> None:
+    def __init__(self, folder: Path, split: str = "train", *, workers: int = 0, window: int = WINDOW_ROWS) -> None:
         """Reads the manifest and the records' lengths.
 
         Raises:

@@ -1,10 +1,10 @@
-"""A teacher's answers as a file: what `classer teach` writes, and what anyone else may bring.
+"""Files of soft labels, which `classer teach` writes; files from other teachers can be used as well.
 
-JSON Lines; each line is {"text": …, "probabilities": {"label": 0.9, …}}, with "task" where the model has several tasks.
-Beside `soft.jsonl` there may be `soft.teachers.json`, who answered and how well, and `soft.vectors.npz`, the teachers'
-pooled vectors of the texts.
+JSON Lines; each line is {"text": …, "probabilities": {"label": 0.9, …}}, with "task" if the model has several tasks.
+Two optional files stand beside `soft.jsonl`: `soft.teachers.json` lists the teachers and their losses, and
+`soft.vectors.npz` holds the teachers' pooled vectors of the texts.
 
-Axes: N texts, L labels of one task, V the teachers' vectors.
+Axes: N texts, L labels of one task, V dimensions of the teachers' vectors.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ from .readers import read_mapping
 from .tables import read_rows
 from .taxonomy import Task, Taxonomy
 
-# Probabilities of an exclusive task may miss 1 by so much: rounding, and labels too improbable to be written.
-TOLERANCE = 0.02
-# Less than this is not written.
+# The sum of an exclusive task's probabilities may differ from 1 by this much: rounding, and omitted small values.
+SUM_TOLERANCE = 0.02
+# Smaller probabilities are not written.
 SMALLEST = 1e-4
 
 
 def read_soft_labels(path: Path, taxonomy: Taxonomy) -> dict[tuple[str, str], dict[str, float]]:
-    """Probabilities by label, for each (task, text). Those of an exclusive task are scaled to sum to 1.
+    """Reads soft labels: (task, text) → probability by label. An exclusive task's are rescaled to sum to exactly 1.
 
     Raises:
-      InputError: as `read_rows`, with file and row: no text or probabilities, an unknown task or label, a number that
-        is no probability, probabilities of an exclusive task that sum to something else, a text that stands twice.
+      InputError: as `read_rows`; the file is empty; or, with file and row: the text or the probabilities are missing,
+        the task or a label is unknown, a number is not a probability, an exclusive task's probabilities do not sum
+        to 1, or a text is repeated.
     """
     answers: dict[tuple[str, str], dict[str, float]] = {}
     tasks = {task.name: task for task in taxonomy.tasks}
@@ -69,7 +70,7 @@ def _checked(task: Task, probs: Any, source: str) -> dict[str, float]:
     if not task.kind.exclusive:
         return {label: float(value) for label, value in probs.items()}
     total = math.fsum(probs.values())
-    if abs(total - 1) > TOLERANCE:
+    if abs(total - 1) > SUM_TOLERANCE:
         raise InputError(
             f"{source}: the probabilities of the {task.kind} task '{task.name}' sum to {total:.3f}; they must sum to 1"
             + (" (of hierarchical tasks give the leaves alone)." if task.parent_L.max() >= 0 else ".")
@@ -78,12 +79,21 @@ def _checked(task: Task, probs: Any, source: str) -> dict[str, float]:
 
 
 def write_soft_labels(path: Path, task: Task, texts: Iterable[str], probs_NL: Iterable[Any]) -> None:
-    """Adds a task's answers to a file. What is too improbable to be written, an exclusive task's other labels share."""
+    """Appends a task's soft labels to a file.
+
+    Probabilities below `SMALLEST` are omitted; those of an exclusive task are then rescaled to sum to 1.
+
+    Args:
+      path: the file, created if missing.
+      task: the task. Only its leaves are written.
+      texts: N texts.
+      probs_NL: N rows of (L,) probabilities.
+    """
     leaves = np.flatnonzero(task.leaves_L)
     with path.open("a", encoding="utf-8") as file:
         for text, probs_L in zip(texts, probs_NL, strict=True):
             leaf_probs = np.asarray(probs_L, np.float64)[leaves]
-            # Of very many labels all may be improbable: then the likeliest, and those about as likely, are kept.
+            # With very many labels all may be below SMALLEST; then those of at least half the largest are kept.
             kept = leaf_probs >= (min(SMALLEST, leaf_probs.max() / 2) if task.kind.exclusive else SMALLEST)
             scale = 1 / leaf_probs[kept].sum() if task.kind.exclusive else 1.0
             named = {
@@ -95,13 +105,13 @@ def write_soft_labels(path: Path, task: Task, texts: Iterable[str], probs_NL: It
 
 @dataclasses.dataclass(frozen=True)
 class TeacherScore:
-    """How well a teacher knows the labels of the texts that it was asked about.
+    """A teacher's loss on the labelled texts among those it annotated.
 
     Attributes:
       name: its folder, or its name on the hub.
-      weight: of its answers in the mean; those of all teachers sum to 1.
-      loss: its mean negative log-likelihood of the labels, in nats; None where no text has any.
-      texts: how many have labels.
+      weight: its weight in the mean over teachers; all weights sum to 1.
+      loss: mean negative log-likelihood of the labels, in nats; None if no text has labels.
+      texts: the number of texts with labels.
     """
 
     name: str
@@ -116,7 +126,7 @@ class TeacherScore:
 
 
 def teachers_file(path: Path) -> Path:
-    """Beside a file of soft labels, where it says who answered."""
+    """The path of the list of teachers beside a file of soft labels."""
     return path.with_suffix(".teachers.json")
 
 
@@ -125,10 +135,10 @@ def write_teachers(path: Path, teachers: Iterable[TeacherScore]) -> None:
 
 
 def read_teachers(path: Path) -> list[TeacherScore]:
-    """Who gave the soft labels of a file; nobody where that is not said.
+    """The teachers of a file of soft labels; empty if the file beside it does not exist.
 
     Raises:
-      InputError: as `read_mapping`, or it says something else.
+      InputError: as `read_mapping`, or the file is not a list of teachers.
     """
     file = teachers_file(path)
     if not file.exists():
@@ -140,22 +150,22 @@ def read_teachers(path: Path) -> list[TeacherScore]:
 
 
 def vectors_file(path: Path) -> Path:
-    """Beside a file of soft labels, where the teachers' vectors of its texts are."""
+    """The path of the teachers' vectors beside a file of soft labels."""
     return path.with_suffix(".vectors.npz")
 
 
 def write_vectors(path: Path, texts: Sequence[str], vectors_NV: np.ndarray) -> None:
-    """Writes the teachers' vectors, a row a text, as float16."""
+    """Writes the teachers' vectors, one row per text, as float16."""
     with path.open("wb") as file:
-        as_json = np.frombuffer(json.dumps(list(texts)).encode(), np.uint8)  # a NumPy array of texts pads all of them
+        as_json = np.frombuffer(json.dumps(list(texts)).encode(), np.uint8)  # a string array would pad
         np.savez(file, texts=as_json, vectors=vectors_NV.astype(np.float16))
 
 
 def read_vectors(path: Path) -> dict[str, np.ndarray]:
-    """The teachers' vectors of the texts of a file of soft labels, float16 (V,) by text.
+    """The teachers' vectors for a file of soft labels: text → float16 (V,).
 
     Raises:
-      InputError: they are not there, or the file holds something else.
+      InputError: the file of vectors does not exist or is malformed.
     """
     file = vectors_file(path)
     try:

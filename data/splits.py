@@ -1,4 +1,4 @@
-"""Splits of labelled examples: setting a share aside for development, and finding texts that stand in two splits."""
+"""Splits of labelled examples: a stratified development split, and a search for texts in two splits."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from .examples import Example
 
 
 def stratified_split(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Sets about `fraction` of the examples aside, each label in its share.
+    """Sets about `fraction` of the examples aside for development, stratified by label.
 
-    An example belongs to the stratum of its rarest label; every stratum gives its share to within one example, and
-    so does the whole. Every label that occurs stays in train at least once. The result depends on the examples,
-    the fraction and the seed alone, and both parts keep the order of the source.
+    An example belongs to the stratum of its rarest label. Each stratum, and the whole, gives `fraction` of its examples
+    to within one example. Every label keeps at least one example in train. The result depends only on the examples,
+    the fraction and the seed. Both parts keep the order of the source.
 
     Args:
       examples: of one task.
       fraction: the share for dev, strictly between 0 and 1.
-      seed: chooses which examples of a stratum go.
+      seed: seeds the choice of examples within the strata.
 
     Returns:
       (train, dev).
 
     Raises:
-      InputError: the examples are too few to set any aside.
+      InputError: there are too few examples to set any aside.
+      ValueError: `fraction` is not between 0 and 1.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"fraction must lie between 0 and 1; it is {fraction}.")
@@ -36,7 +37,7 @@ def stratified_split(examples: Sequence[Example], fraction: float, seed: int) ->
     for i, example in enumerate(examples):
         strata[min(example.labels, key=lambda label: (counts[label], label), default="")].append(i)
 
-    # Systematic sampling: strata one after the other, each shuffled, and every (1/fraction)-th example goes.
+    # Systematic sampling: the shuffled strata are concatenated, and every (1/fraction)-th example is chosen.
     rng = random.Random(seed)
     order = sorted(strata)
     rng.shuffle(order)
@@ -62,10 +63,10 @@ def stratified_split(examples: Sequence[Example], fraction: float, seed: int) ->
 
 
 def find_duplicates(train: Sequence[Example], test: Sequence[Example]) -> list[tuple[Example, Example]]:
-    """Texts of `test` that stand in `train` too: equal after NFKC, case folding and collapsing of white space.
+    """Finds the texts of `test` that are also in `train`, compared by `comparable`.
 
     Returns:
-      One pair (train example, test example) for each such test example, with the first such train example.
+      A pair (train example, test example) for each duplicated test example, with the first equal train example.
     """
     first_with: dict[str, Example] = {}
     for example in train:
@@ -75,7 +76,7 @@ def find_duplicates(train: Sequence[Example], test: Sequence[Example]) -> list[t
 
 
 def describe_duplicates(pairs: Sequence[tuple[Example, Example]], train_name: str, test_name: str) -> str | None:
-    """A sentence for the user about what `find_duplicates` found; None if it found nothing."""
+    """A message for the user about the pairs of `find_duplicates`; None if there are none."""
     if not pairs:
         return None
     twin, example = pairs[0]
@@ -91,5 +92,5 @@ def describe_duplicates(pairs: Sequence[tuple[Example, Example]], train_name: st
 
 
 def comparable(text: str) -> str:
-    """The text as duplicates are compared: after NFKC, case folding and collapsing of white space."""
+    """The form in which texts are compared for duplicates: NFKC, case-folded, runs of white space as one space."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())

@@ -1,4 +1,4 @@
-"""Rows of a CSV, TSV, JSON Lines, Parquet or Arrow file, each with its place in it. Knows no texts or labels."""
+"""Rows of CSV, TSV, JSON Lines, Parquet and Arrow files, each with its place in the file."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ SUFFIXES = (
     ".parquet",
     ".arrow",
 )
-# The name that a command takes for standard input and standard output.
+# The name of standard input and standard output on the command line.
 PIPE = Path("-")
 BATCH_ROWS = 4096
 
-# Called with the error of a row that cannot be read; the rows after it are read all the same.
+# Called with the error of each unreadable row; reading then continues with the next row.
 OnBad = Callable[[InputError], object]
 OnHeader = Callable[[list[str], str], object]
 
@@ -41,9 +41,9 @@ class Row:
     """One data row.
 
     Attributes:
-      fields: its values by column name.
-      source: where it is, for error messages: "tickets.csv, row 17 (line 18)".
-      raw: of CSV, TSV and JSON Lines, its characters in the file, the line's end included.
+      fields: column name → value.
+      source: the place, for error messages: "tickets.csv, row 17 (line 18)".
+      raw: the row's characters in the file, line ending included, for CSV, TSV and JSON Lines; else empty.
     """
 
     fields: dict[str, Any]
@@ -52,7 +52,7 @@ class Row:
 
 
 def suffix_of(path: Path) -> str | None:
-    """Which of `SUFFIXES` the file's name ends in."""
+    """The one of `SUFFIXES` in which the file's name ends; None if it has another suffix."""
     return next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), None)
 
 
@@ -61,10 +61,10 @@ def kind_of(path: Path, kind: str | None = None) -> str:
 
     Args:
       path: the file, or `PIPE`.
-      kind: the format of a pipe, one of `TEXT_KINDS`; None is "jsonl".
+      kind: the format of a pipe, one of `TEXT_KINDS`; None means "jsonl".
 
     Raises:
-      InputError: an unknown suffix.
+      InputError: the suffix is unknown.
     """
     if path == PIPE:
         return kind or "jsonl"
@@ -75,7 +75,11 @@ def kind_of(path: Path, kind: str | None = None) -> str:
 
 
 def check_file(path: Path) -> None:
-    """Raises InputError where no such file can be read, before the work on it."""
+    """Checks, before any work, that a file of rows exists.
+
+    Raises:
+      InputError: the path is a folder or does not exist, or its suffix is unknown.
+    """
     if path == PIPE:
         return
     if path.is_dir():
@@ -88,16 +92,18 @@ def check_file(path: Path) -> None:
 def read_rows(
     path: Path, on_bad: OnBad | None = None, *, kind: str | None = None, on_header: OnHeader | None = None
 ) -> Iterator[Row]:
-    """The rows of a file, by its suffix. Rows of a CSV count from 1 below the header; those of JSON Lines are lines.
+    """Iterates over the rows of a file, whose suffix gives the format.
+
+    Messages count the rows of CSV, TSV, Parquet and Arrow from 1, without the header, and name lines of JSON Lines.
 
     Args:
       path: the file; `PIPE` for standard input.
-      on_bad: called with the error of a row that cannot be read, which is then left out; None raises it instead.
-      kind: the format of standard input; None is JSON Lines.
-      on_header: of CSV and TSV, called with the columns' names and the header's own characters, before the first row.
+      on_bad: called with the error of each unreadable row, which is then skipped; None raises the error instead.
+      kind: the format of standard input; None means JSON Lines.
+      on_header: for CSV and TSV, called before the first row with the column names and the header's raw characters.
 
     Raises:
-      InputError: no such file, an unknown suffix, or content that is not of the format that the suffix names.
+      InputError: the file does not exist, its suffix is unknown, or its content does not have that format.
     """
     check_file(path)
     kind = kind_of(path, kind)
@@ -121,7 +127,7 @@ def _raise(error: InputError) -> None:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO | io.BufferedReader]:
-    """The bytes of a file, decompressed; of standard input as they come."""
+    """Opens a file as a stream of decompressed bytes; standard input is taken as it is."""
     suffix = path.suffix.lower()
     if path == PIPE:
         yield sys.stdin.buffer
@@ -134,7 +140,7 @@ def _opened(path: Path) -> Iterator[BinaryIO | io.BufferedReader]:
 
 
 def _lines(path: Path, on_bad: OnBad) -> Iterator[tuple[int, str]]:
-    """Numbered from 1, decoded lines with their ends ("\n" or "\r\n"); a byte order mark is dropped."""
+    """(number from 1, decoded line with its line ending) of a file; a byte order mark is dropped."""
     offset = number = 0
     name = name_of(path)
     compressed = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
@@ -158,7 +164,7 @@ def _lines(path: Path, on_bad: OnBad) -> Iterator[tuple[int, str]]:
 
 
 class _Recorded:
-    """Lines for `csv.reader`, and the characters of those that it took since the last `take`."""
+    """Passes lines to `csv.reader`; `take` returns the raw characters that it read since the previous `take`."""
 
     def __init__(self, lines: Iterable[tuple[int, str]]) -> None:
         self._lines = iter(lines)
@@ -181,7 +187,7 @@ class _Recorded:
 def _csv_rows(
     path: str, lines: Iterable[tuple[int, str]], delimiter: str, on_bad: OnBad, on_header: OnHeader | None
 ) -> Iterator[Row]:
-    # Strict, because otherwise a quote that is never closed silently swallows the rest of the file.
+    # Strict: otherwise an unclosed quote would silently make the rest of the file one field.
     recorded = _Recorded(lines)
     reader = csv.reader(recorded, delimiter=delimiter, strict=True)
     header: list[str] | None = None
@@ -208,7 +214,7 @@ def _csv_rows(
                     continue
                 yield Row(dict(zip(header, cells, strict=True)), source, raw)
     except csv.Error as e:
-        # The rest of the file cannot be told apart into rows, so that it is no matter of one row.
+        # The rest of the file cannot be split into rows, so the error is always raised, never passed to `on_bad`.
         raise InputError(
             f"{path}, row {number + 1} (line {first_line}): not valid CSV, {e}; a quoted field must end with a quote, "
             f"and a quote inside it is written twice."
@@ -217,7 +223,7 @@ def _csv_rows(
 
 @contextlib.contextmanager
 def _long_fields() -> Iterator[None]:
-    """Lifts the csv module's limit of 131,072 characters a field, which is of the whole process, for a while."""
+    """Temporarily lifts the csv module's limit of 131,072 characters per field, which is global to the process."""
     before = csv.field_size_limit(2**31 - 1)
     try:
         yield
@@ -251,10 +257,10 @@ def _json_rows(path: str, lines: Iterable[tuple[int, str]], on_bad: OnBad) -> It
 
 
 def import_pyarrow(purpose: str) -> Any:
-    """The package pyarrow, with its modules for Parquet.
+    """Imports pyarrow, with its Parquet module.
 
     Raises:
-      InputError: it is not installed; `purpose` begins the sentence.
+      InputError: pyarrow is not installed; `purpose` begins the sentence.
     """
     try:
         import pyarrow
@@ -266,12 +272,14 @@ def import_pyarrow(purpose: str) -> Any:
 
 @contextlib.contextmanager
 def open_batches(path: Path) -> Iterator[tuple[pyarrow.Schema, Iterator[pyarrow.RecordBatch], int | None]]:
-    """The schema of a Parquet file, or of one in Arrow's stream format, in which Hugging Face's datasets are saved.
+    """Opens a Parquet file, or one in Arrow's stream format, which Hugging Face's datasets are saved in.
 
-    With it the rows, at most `BATCH_ROWS` a batch, and their number, which Arrow's stream format does not tell.
+    Yields:
+      The schema, the batches of at most `BATCH_ROWS` rows, and the number of rows (None for Arrow's stream format,
+      which does not store it).
 
     Raises:
-      InputError: the file cannot be read, also while the batches are.
+      InputError: the file cannot be read; also raised during iteration over the batches.
     """
     kind = {"parquet": "Parquet", "arrow": "Arrow"}[kind_of(path)]
     pyarrow = import_pyarrow(f"{path}: reading {kind}")
@@ -319,7 +327,7 @@ def _columnar_rows(path: Path) -> Iterator[Row]:
 
 
 def _class_names(metadata: dict[bytes, bytes] | None) -> dict[str, list[str]]:
-    """Column → names of its classes, where Hugging Face's datasets has stored numbers for names."""
+    """Column → class names, for the columns that Hugging Face's datasets stores as class numbers."""
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
         elements = {column: feature.get("feature", feature) for column, feature in features.items()}
@@ -329,7 +337,7 @@ def _class_names(metadata: dict[bytes, bytes] | None) -> dict[str, list[str]]:
 
 
 def _named(value: Any, names: list[str]) -> Any:
-    """The class's name; of a list, each one's. −1 is how datasets marks a missing label."""
+    """The name of a class number, or the names of a list of them. None for -1, which marks a missing label."""
     if isinstance(value, list):
         return [_named(one, names) for one in value]
     if isinstance(value, int):

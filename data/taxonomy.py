@@ -1,6 +1,6 @@
-"""Tasks and labels: the named questions a model answers, in one global label index.
+"""Tasks, their labels and the taxonomy, which numbers the labels of all tasks in one global index.
 
-Axes: L labels, of one task or, where it says so, of the whole taxonomy.
+Axes: L labels of one task, or of the whole taxonomy where the docstring says so.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from .errors import InputError, listed
 
 
 class TaskKind(enum.StrEnum):
-    """How a task's labels relate: which activation, loss and decoding it takes."""
+    """The kind of a task; it decides the activation, the loss and the decoding."""
 
-    BINARY = "binary"  # two labels, exactly one holds
-    MULTICLASS = "multiclass"  # three or more labels, exactly one holds
-    MULTILABEL = "multilabel"  # any number of labels hold
-    HIERARCHICAL = "hierarchical"  # a tree of labels: exactly one is given, and those above it hold with it
+    BINARY = "binary"  # two labels, exactly one per text
+    MULTICLASS = "multiclass"  # two or more labels, exactly one per text
+    MULTILABEL = "multilabel"  # any number of labels per text
+    HIERARCHICAL = "hierarchical"  # a tree of labels: one per text, which implies its ancestors
 
     @property
     def exclusive(self) -> bool:
-        """Whether a text is given exactly one label (softmax) rather than any number (sigmoids)."""
+        """True if a text has exactly one label (softmax), false if any number (sigmoids)."""
         return self is not TaskKind.MULTILABEL
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Label:
-    """One possible answer of a task.
+    """A label of a task.
 
     Attributes:
       name: unique within the task.
-      description: what it means, for people.
-      parent: hierarchical tasks only: the name of the label above; None at the top.
+      description: its meaning, for human readers.
+      parent: the parent label's name, in hierarchical tasks only; None for a root.
     """
 
     name: str
@@ -48,11 +48,11 @@ class Label:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A named question: its kind and its labels, in the order of the model's outputs.
+    """A classification task: its kind, and its labels in the order of the model's outputs.
 
     Raises:
-      InputError: an empty or repeated label name, a number of labels that the kind cannot have, or parents that make
-        no tree.
+      InputError: a name is empty or repeated, the kind does not allow this number of labels, or the parents do not
+        form a tree.
     """
 
     name: str
@@ -104,7 +104,7 @@ class Task:
                     f"Task '{self.name}': the label '{label.name}' has the parent '{label.parent}', which is no label "
                     f"of the task."
                 )
-        sound: set[str] = set()  # labels known to lead to the top
+        sound: set[str] = set()  # labels whose path to a root is known to be free of cycles
         for label in with_parent:
             path: dict[str, None] = {}
             above: str | None = label.name
@@ -133,25 +133,25 @@ class Task:
 
     @functools.cached_property
     def parent_L(self) -> np.ndarray:
-        """int32 (L,): the position of each label's parent; -1 at the top."""
+        """int32 (L,): the position of each label's parent; -1 for a root."""
         parents = [-1 if label.parent is None else self.index[label.parent] for label in self.labels]
         return np.array(parents, np.int32)
 
     @functools.cached_property
     def group_L(self) -> np.ndarray:
-        """int32 (L,): a number for each set of siblings, from 0: labels between which the model decides at once."""
+        """int32 (L,): each label's sibling group, numbered from 0. An exclusive task has one softmax per group."""
         return np.unique(self.parent_L, return_inverse=True)[1].astype(np.int32)
 
     @functools.cached_property
     def leaves_L(self) -> np.ndarray:
-        """bool (L,): whether nothing stands below the label."""
+        """bool (L,): whether the label is a leaf."""
         leaves_L = np.ones(len(self.labels), bool)
         leaves_L[self.parent_L[self.parent_L >= 0]] = False
         return leaves_L
 
     @functools.cached_property
     def depth_L(self) -> np.ndarray:
-        """int32 (L,): how many labels stand above each."""
+        """int32 (L,): the number of each label's ancestors."""
         depth_L = np.zeros(len(self.labels), np.int32)
         above_L = self.parent_L
         while (above_L >= 0).any():
@@ -160,7 +160,7 @@ class Task:
         return depth_L
 
     def path(self, label: int) -> tuple[str, ...]:
-        """The names from the top of the tree down to the label at that position, itself included."""
+        """The names on the path from the root to the label at position `label`, both included."""
         names = []
         while label >= 0:
             names.append(self.label_names[label])
@@ -173,7 +173,15 @@ class Task:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], *, source: str) -> Task:
-        """Reads what `to_json` wrote (a `task.json` has the same fields and more, which are ignored)."""
+        """Reads the output of `to_json`, or a `task.json`; further fields are ignored.
+
+        Args:
+          data: the decoded JSON object.
+          source: the file's name, for error messages.
+
+        Raises:
+          InputError: a field is missing or malformed, or the task is invalid.
+        """
         try:
             kind = TaskKind(data["kind"])
         except KeyError:
@@ -212,14 +220,14 @@ class Task:
 
 
 def with_ancestors(parent_L: np.ndarray, targets_NL: Any) -> Any:
-    """Targets in which each label counts for those above it too.
+    """Adds each label's target to all of its ancestors.
 
     Args:
-      parent_L: of the task or the taxonomy; -1 at the top.
-      targets_NL: what each row is given: an array, or a sparse one in SciPy's CSR format.
+      parent_L: int (L,), the parents in the task or the taxonomy; -1 for a root.
+      targets_NL: the targets of each row: a NumPy array, or a sparse one in SciPy's CSR format.
 
     Returns:
-      The same kind of array: every label has the sum over itself and all below it.
+      An array of the same kind and shape: each label has the sum over itself and its descendants.
     """
     held_NL, above_L = targets_NL, parent_L
     while (above_L >= 0).any():  # one step up the tree at a time
@@ -241,14 +249,14 @@ def _top_or(parent: str | None) -> str:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LabelTable:
-    """The rows of the label table, over the whole taxonomy.
+    """Properties of every label of the taxonomy; axis L is the global label index.
 
     Attributes:
       task_L: int32, the position of the label's task.
-      group_L: int32, its set of siblings; those of different tasks differ.
-      parent_L: int32, the row of the label above; -1 at the top.
-      exclusive_L: bool, whether it shares a softmax with its siblings (else it has a sigmoid of its own).
-      num_groups: how many sets of siblings there are.
+      group_L: int32, the label's sibling group; groups never span tasks.
+      parent_L: int32, the global index of the parent; -1 for a root.
+      exclusive_L: bool, true for a softmax over the sibling group, false for a sigmoid per label.
+      num_groups: the number of sibling groups.
     """
 
     task_L: np.ndarray
@@ -260,7 +268,11 @@ class LabelTable:
 
 @dataclasses.dataclass(frozen=True)
 class Taxonomy:
-    """All tasks of a model; their labels, one after the other, are the rows of the model's label table."""
+    """All tasks of a model. Their labels, concatenated in order, form the global label index.
+
+    Raises:
+      InputError: there is no task, or two tasks have the same name.
+    """
 
     tasks: tuple[Task, ...]
 
@@ -284,7 +296,11 @@ class Taxonomy:
         raise InputError(f"There is no task '{name}'; this model has: {known}.")
 
     def slice_of(self, name: str) -> slice:
-        """The task's rows in the global label index."""
+        """The task's range in the global label index.
+
+        Raises:
+          InputError: no task has this name.
+        """
         start = 0
         for task in self.tasks:
             if task.name == name:
@@ -295,7 +311,7 @@ class Taxonomy:
 
     @functools.cached_property
     def table(self) -> LabelTable:
-        """What training must know of every label, in the global index."""
+        """The properties of every label that training needs, by global index."""
         offsets = np.cumsum([0, *(len(task.labels) for task in self.tasks)])
         groups = np.cumsum([0, *(int(task.group_L.max()) + 1 for task in self.tasks)])
         parents = [
@@ -315,7 +331,15 @@ class Taxonomy:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], *, source: str) -> Taxonomy:
-        """Reads what `to_json` wrote; `source` names the file in errors (InputError)."""
+        """Reads the output of `to_json`.
+
+        Args:
+          data: the decoded JSON object.
+          source: the file's name, for error messages.
+
+        Raises:
+          InputError: the list of tasks is missing, or a task is invalid.
+        """
         if not isinstance(data, Mapping) or not isinstance(data.get("tasks"), list):
             raise InputError(f"{source}: the taxonomy has no list 'tasks'.")
         return cls(tasks=tuple(Task.from_json(task, source=source) for task in data["tasks"]))

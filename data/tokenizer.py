@@ -1,17 +1,17 @@
-"""WordPiece tokens of a text, with the characters each one covers. The only file that imports TensorFlow.
+"""WordPiece tokenisation, with the characters of the text that each token covers.
 
 BERT's tokenisation has three steps: normalise characters, split into words, match the longest pieces greedily.
-tensorflow-text's linear-time matcher (Song et al. 2021, "Fast WordPiece Tokenization") does the last two. The first
-is done here, one character at a time, because tensorflow-text's own normaliser applies NFKC case folding ("…" becomes
-three dots, "ß" two letters, "½" three tokens) and turns control characters into spaces, where BERT's reference and
-the Hugging Face tokenizers, with which the checkpoints were trained, do neither. That alone changed about 1 % of
-texts.
+tensorflow-text's linear-time matcher (Song et al. 2021, "Fast WordPiece Tokenization") does the last two. This file
+does the first, character by character. tensorflow-text's own normaliser applies NFKC case folding ("…" becomes three
+dots, "ß" two letters, "½" three tokens) and turns control characters into spaces. BERT's reference and the Hugging
+Face tokenizers, with which the checkpoints were trained, do neither. That difference alone affects about 1 % of texts.
 
-What still differs from the Hugging Face tokenizers (4 of 67,935 real texts of 205 languages, all of the first kind):
-  - a text that spells a special token ("[SEP]", "[UNK]", …) gets it there; here it is ordinary text, so that nobody
-    can write control tokens into a request;
-  - characters that are newer than Unicode 8 or have changed category since (the categories there are of that age,
-    here Python's): some punctuation and combining marks, mostly of small scripts.
+Two differences from the Hugging Face tokenizers remain; of 67,935 real texts of 205 languages 4 differ, all by the
+first:
+  - They turn a text that spells a special token ("[SEP]", "[UNK]", …) into that token. Here it stays ordinary text, so
+    that a request cannot inject control tokens.
+  - They use the character categories of Unicode 8, and this file Python's. Characters that were added or recategorised
+    since then can differ: some punctuation and combining marks, mostly of small scripts.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ VOCAB_FILE = "vocab.txt"
 CONFIG_FILE = "tokenizer_config.json"
 
 MAX_WORD_CHARS = 100  # a longer word is [UNK], as in BERT
-# tensorflow-text limits bytes, BERT characters. With room for 100 characters of four bytes the limit in characters is
-# ours to keep: each character of a longer word is replaced by this one (four bytes, assigned to nothing, never
-# split), so that the word is over the limit in bytes, whatever the vocabulary holds.
+# BERT limits a word's characters, tensorflow-text its bytes. The byte limit is set to 100 characters of four bytes, and
+# the character limit is enforced here: each character of a longer word is replaced by this one (four bytes,
+# unassigned, never split), so that the word always exceeds the byte limit and becomes [UNK].
 OVERLONG = "\U0010ffff"
 LONG_WORD = rf"[^ !-/:-@\[-`{{-~]{{{MAX_WORD_CHARS + 1},}}"
 _LONG_WORD = re.compile(LONG_WORD)
-_HEAD_CHARS_PER_TOKEN = 32  # how much of a long text is looked at first; see _Normalizer.head
+_HEAD_CHARS_PER_TOKEN = 32  # the prefix of a long text that is normalised first; see _Normalizer.head
 _TEXTS_PER_CALL = 1024  # bounds the memory of one call into TensorFlow
-_LOADING = threading.Lock()  # one for all tokenizers: the import redirects stderr, which is the process's
+_LOADING = threading.Lock()  # shared by all tokenizers: the import redirects stderr of the whole process
 
 _CJK_RANGES = (
     (0x4E00, 0x9FFF),
@@ -66,9 +66,9 @@ class TokenizedTexts:
 
     Attributes:
       ids: N arrays, int32 (S_i,): [CLS] … [SEP].
-      truncated: bool (N,): whether the text had more tokens than were kept.
-      spans: N arrays, int32 (S_i, 2): first character of the text that a token covers, and one past the last; (0, 0)
-        for [CLS] and [SEP]. None unless asked for.
+      truncated: bool (N,): whether tokens were cut off.
+      spans: N arrays, int32 (S_i, 2): start and end (exclusive) of each token, in characters of the text; (0, 0) for
+        [CLS] and [SEP]. None from `encode`.
     """
 
     ids: list[np.ndarray]
@@ -77,17 +77,17 @@ class TokenizedTexts:
 
 
 class WordPieceTokenizer:
-    """BERT's tokeniser over a `vocab.txt`. TensorFlow is loaded at the first text; calls from any thread are safe."""
+    """BERT's tokeniser for a `vocab.txt`. Thread-safe. The first call loads TensorFlow."""
 
     def __init__(self, vocab_file: Path, *, lowercase: bool = True) -> None:
         """Reads the vocabulary.
 
         Args:
           vocab_file: UTF-8, one token a line; a token's id is its line number, from 0.
-          lowercase: an "uncased" vocabulary: texts are lower-cased and stripped of accents.
+          lowercase: true for an "uncased" vocabulary: texts are lower-cased and accents removed.
 
         Raises:
-          InputError: the file is missing, undecodable, names a token twice, or lacks a special token.
+          InputError: the file is missing or not UTF-8, has an empty or repeated token, or lacks a special token.
         """
         self._vocab = _read_vocab(Path(vocab_file))
         self.lowercase = lowercase
@@ -104,10 +104,10 @@ class WordPieceTokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path) -> WordPieceTokenizer:
-        """Opens what `save` wrote, or a BERT-family model's folder in Hugging Face's layout.
+        """Loads a folder written by `save`, or that of a BERT-family model in Hugging Face's layout.
 
         Raises:
-          InputError: a file is missing or damaged, or asks for a tokenisation that this class does not do.
+          InputError: a file is missing or damaged, or has a setting that is not supported.
         """
         config_file = Path(folder) / CONFIG_FILE
         try:
@@ -126,7 +126,7 @@ class WordPieceTokenizer:
         return cls(Path(folder) / VOCAB_FILE, lowercase=lowercase)
 
     def save(self, folder: Path) -> None:
-        """Writes `vocab.txt` and `tokenizer_config.json` into `folder`, which is made if need be."""
+        """Writes `vocab.txt` and `tokenizer_config.json` into `folder`, which is created if missing."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / VOCAB_FILE).write_bytes("".join(f"{token}\n" for token in self._vocab).encode())
@@ -138,22 +138,23 @@ class WordPieceTokenizer:
         return tuple(self._vocab)
 
     def replacement(self, code_point: int) -> str:
-        """What a character becomes before texts are split into words; empty where it is dropped."""
+        """The normalised form of a character; empty if the character is dropped."""
         return self._normalizer.replacement(code_point)
 
     def encode(self, texts: Sequence[str], max_length: int) -> TokenizedTexts:
         """Token ids of each text, cut to `max_length` tokens, [CLS] and [SEP] included.
 
-        An empty text is [CLS] [SEP]. What lies beyond `max_length` tokens is not tokenised, so that the cost of a very
-        long text is bounded.
+        An empty text gives [CLS] [SEP]. Text beyond `max_length` tokens is not tokenised, which bounds the cost of
+        very long texts.
 
         Raises:
-          ValueError: `max_length` below 2.
+          ValueError: `max_length` is below 2.
+          InputError: the vocabulary cannot be compiled for WordPiece.
         """
         return self._encode(texts, max_length, with_spans=False)
 
     def encode_with_offsets(self, texts: Sequence[str], max_length: int) -> TokenizedTexts:
-        """The same as `encode`, and `spans`: the characters of the text that each token covers."""
+        """Like `encode`, with `spans`. Raises the same errors."""
         return self._encode(texts, max_length, with_spans=True)
 
     def _encode(self, texts: Sequence[str], max_length: int, with_spans: bool) -> TokenizedTexts:
@@ -180,7 +181,7 @@ class WordPieceTokenizer:
         return TokenizedTexts(ids, truncated, spans if with_spans else None)
 
     def _match(self, heads: list[str], with_spans: bool):
-        """Flat ids, byte offsets (starts, ends; None unless asked for) and the row splits of normalised texts."""
+        """Flat ids, byte offsets (starts and ends; None without spans) and row splits of normalised texts."""
         matcher, tf = self._matcher()
         strings = tf.constant(heads, dtype=tf.string)
         if not with_spans:
@@ -205,7 +206,7 @@ class WordPieceTokenizer:
 
 
 class _Normalizer:
-    """BERT's character rules, as a table from each character to what replaces it, filled as characters are met."""
+    """BERT's character rules, as a table of replacements that is filled on demand."""
 
     def __init__(self, lowercase: bool) -> None:
         self._table = _CharacterTable(lowercase)
@@ -214,10 +215,10 @@ class _Normalizer:
         return self._table[code_point] or ""
 
     def head(self, text: str, words: int) -> str:
-        """The normalised text, cut after `words` words (runs between spaces).
+        """The normalised text, cut after `words` words (runs without spaces).
 
-        A word has at least one token and words are tokenised apart from each other, so the first `words` tokens of
-        the head are those of the whole text, and it has at least `words` tokens exactly if the text has.
+        Words are tokenised independently, each into at least one token. So the first `words` tokens of the head equal
+        those of the whole text, and the head has at least `words` tokens if and only if the text has.
         """
         beginning = text[: words * _HEAD_CHARS_PER_TOKEN]
         normalised = beginning.translate(self._table)
@@ -226,14 +227,14 @@ class _Normalizer:
             normalised = text.translate(self._table)
             pieces = normalised.split(None, words)
         if len(pieces) > words:
-            # What is cut off here may begin with the rest of a word that `beginning` broke in two; no kept word can.
+            # `beginning` may end in the middle of a word. That word is in the part cut off here, never in the kept one.
             normalised = normalised[: len(normalised) - len(pieces.pop())]
         if any(len(piece) > MAX_WORD_CHARS for piece in pieces):
             normalised = _LONG_WORD.sub(lambda word: OVERLONG * len(word[0]), normalised)
         return normalised
 
     def to_source(self, text: str, head: str, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-        """Spans in the text, int32 (N, 2), of N non-empty byte ranges of its normalised head (UTF-8)."""
+        """Maps N non-empty UTF-8 byte ranges of the normalised head to character spans of the text, int32 (N, 2)."""
         last = ends - 1
         if not head.isascii():
             encoded = np.frombuffer(head.encode(), dtype=np.uint8)
@@ -245,7 +246,7 @@ class _Normalizer:
         return np.stack([starts, last + 1], axis=1).astype(np.int32)
 
     def _source_of_head(self, text: str, head_chars: int) -> np.ndarray:
-        """For each of the first `head_chars` characters of the normalised text, the character it came from."""
+        """The source position, in the text, of each of the first `head_chars` characters of the normalised text."""
         source: list[int] = []
         for position, char in enumerate(text):
             if len(source) >= head_chars:
@@ -257,11 +258,13 @@ class _Normalizer:
 class _CharacterTable(dict[int, str | None]):
     """Code point → its replacement (None: dropped), for `str.translate`.
 
-    The rules of BERT's reference in their order: control characters vanish, white space becomes a space, CJK
-    characters stand alone; then, for lower-case vocabularies, decomposition, no combining marks, lower case. All but
-    decomposition are defined on single characters, and so is that one but for the order of the marks it yields, which
-    matters for no mark that remains. Punctuation beyond ASCII is set apart here too, so that a word ends where it does
-    in `LONG_WORD`; for ASCII, replacing one character by one keeps `str.translate` on its fast path.
+    The rules of BERT's reference, in order: control characters are dropped, white space becomes a space, CJK
+    characters become words of their own; then, for lower-case vocabularies, decomposition, removal of combining marks
+    and lower-casing. All rules except decomposition are defined per character. Decomposition also reorders combining
+    marks, but those are removed, so a table per character gives the same result.
+
+    Non-ASCII punctuation is surrounded by spaces here too, so that a word ends where it does in `LONG_WORD`. ASCII
+    characters are replaced one by one, which keeps `str.translate` on its fast path.
     """
 
     def __init__(self, lowercase: bool) -> None:
@@ -311,13 +314,13 @@ def _read_vocab(vocab_file: Path) -> list[str]:
 
 @functools.cache
 def _import_tensorflow() -> tuple[Any, Any]:
-    """TensorFlow and tensorflow-text, kept off the accelerators, which are JAX's, and to one thread."""
+    """TensorFlow and tensorflow-text, restricted to the CPU (JAX owns the accelerators) and to one thread."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     with _quiet_import():
         import tensorflow as tf
         import tensorflow_text as tf_text
 
-        # Refused where the process has used TensorFlow before; then its own settings stand.
+        # TensorFlow refuses these settings if the process has used it already; then the existing ones stay.
         with contextlib.suppress(RuntimeError):
             tf.config.set_visible_devices([], "GPU")
             tf.config.threading.set_intra_op_parallelism_threads(1)
@@ -327,7 +330,7 @@ def _import_tensorflow() -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def _quiet_import() -> Iterator[None]:
-    """Withholds the log lines that TensorFlow's libraries write straight to stderr before any setting is read."""
+    """Removes the log lines that TensorFlow's libraries write to stderr before they read any setting."""
     sys.stderr.flush()
     real = os.dup(2)
     with tempfile.TemporaryFile() as held:

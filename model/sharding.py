@@ -27,7 +27,7 @@ from ..data.errors import InputError
 
 MESH_AXES = ("data", "fsdp", "tensor")
 MeshAxes = tuple[str, ...]
-Tree = TypeVar("Tree")
+PyTree = TypeVar("PyTree")
 
 # The end of a parameter's name → its logical axes. `layers`, of scanned layers, comes before them.
 _AXES: dict[str, tuple[str, ...]] = {
@@ -178,7 +178,7 @@ class Layout:
 
         return jax.tree_util.tree_map_with_path(of, tree)
 
-    def create(self, make: Callable[..., Tree], *arguments: Any) -> Tree:
+    def create(self, make: Callable[..., PyTree], *arguments: Any) -> PyTree:
         """Calls a pure function, such as an initialiser, so that its result is sharded from the start."""
         return jax.jit(make, out_shardings=self.shardings(jax.eval_shape(make, *arguments)))(*arguments)
 

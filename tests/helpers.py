@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from classer.data.prepare.local import prepare
-from classer.data.prepare.plan import Plan, PrepareConfig
+from classer.data.prepare.plan import PrepareConfig, PreparePlan
 from classer.data.taxonomy import Label, Task, TaskKind, Taxonomy
 from classer.data.tokenizer import WordPieceTokenizer
 from classer.model.bundle import Bundle
@@ -237,6 +237,6 @@ def write_shards(folder: Path, tokenizer: Path, **config: Any) -> Path:
     one = write_toy_data(folder / "toy.jsonl", TaskKind.MULTICLASS, 300)
     other = write_toy_data(folder / "tags.jsonl", TaskKind.MULTILABEL, 300, seed=1)
     fields = {"dev_fraction": 0.2, "near_duplicates": 0, "records_per_shard": 100, "max_length": TOY_LENGTH}
-    plan = Plan.make(PrepareConfig(**{**fields, **config}), [one, other], [], tokenizer, folder / "shards")
+    plan = PreparePlan.make(PrepareConfig(**{**fields, **config}), [one, other], [], tokenizer, folder / "shards")
     prepare(plan, progress=no_progress)
     return folder / "shards"

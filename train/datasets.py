@@ -37,13 +37,16 @@ class Dataset:
 
 
 def load_dataset(
-    job: TrainJob, say: Callable[[str], object], examples: Mapping[str, Sequence[Example]] | None = None
+    job: TrainJob,
+    say: Callable[[str], object],
+    examples: Mapping[str, Sequence[Example]] | None = None,
+    task: Task | None = None,
 ) -> Dataset:
     """Reads a job's examples, or takes those given by split, and reports what it found.
 
-    A task's folder brings its task and its splits; a folder of such folders brings several; a file's task is inferred
-    from its labels. Examples for development are the folder's split `dev`, the file given, or a stratified share of the
-    training examples.
+    A task's folder brings its task and its splits; a folder of such folders brings several. The task of a file, or of
+    `examples` without `task`, is inferred from its labels. Examples for development are the folder's split `dev`, the
+    file given, or a stratified share of the training examples.
 
     Raises:
       InputError: as `read_examples` and `read_task_folder`; a label in dev or test that no training example has; a
@@ -51,7 +54,7 @@ def load_dataset(
     """
     folders = task_folders(job.data) if examples is None and job.data.is_dir() else []
     if not folders:
-        loaded = [_load_task(job, say, examples)]
+        loaded = [_load_task(job, say, examples, task)]
     else:
         if job.dev is not None or job.test is not None:
             raise InputError(f"{job.data} holds several tasks, which bring their own splits; give no --dev or --test.")
@@ -80,7 +83,10 @@ def load_dataset(
 
 
 def _load_task(
-    job: TrainJob, say: Callable[[str], object], examples: Mapping[str, Sequence[Example]] | None = None
+    job: TrainJob,
+    say: Callable[[str], object],
+    examples: Mapping[str, Sequence[Example]] | None = None,
+    task: Task | None = None,
 ) -> tuple[Task, dict[str, list[Example]]]:
     """One task and its splits train, dev, test and undrawn; the last two may be empty."""
     given: dict[str, list[Example]] = {}
@@ -100,11 +106,12 @@ def _load_task(
             given = {
                 split: [dataclasses.replace(one, task=name) for one in of_split] for split, of_split in examples.items()
             }
-        with _naming(job.data):
-            task, said = infer_task(name, given["train"])
-        say(said)
-        for split in given.keys() - {"train"}:
-            check_labels(task, given[split])
+        if task is None:
+            with _naming(job.data):
+                task, said = infer_task(name, given["train"])
+            say(said)
+        for of_split in given.values():
+            check_labels(task, of_split)
     for split, file in (("dev", job.dev), ("test", job.test)):
         if file is not None:
             given[split] = _read(job, file, task.name)

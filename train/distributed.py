@@ -7,6 +7,8 @@ process, of rank 0, writes files and prints.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import ctypes
 import functools
 import itertools
@@ -15,7 +17,7 @@ import os
 import pickle
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -79,9 +81,24 @@ def is_primary() -> bool:
     return not is_initialized() or jax.process_index() == 0
 
 
+@contextlib.contextmanager
+def quiet(silent: bool = True) -> Iterator[None]:
+    """A block whose thread prints nothing by `say` and draws no progress bars; as ever where `silent` is false."""
+    token = _quiet.set(silent)
+    try:
+        yield
+    finally:
+        _quiet.reset(token)
+
+
+def is_quiet() -> bool:
+    """Whether this thread is in a block of `quiet`."""
+    return _quiet.get()
+
+
 def say(sentence: object) -> None:
-    """Prints a line in the primary process; does nothing in the others."""
-    if is_primary():
+    """Prints a line in the primary process; does nothing in the others and where `is_quiet`."""
+    if is_primary() and not is_quiet():
         print(sentence, flush=True)
 
 
@@ -171,3 +188,4 @@ def _store() -> Any:
 
 
 _messages = itertools.count()
+_quiet = contextvars.ContextVar("quiet", default=False)

@@ -18,7 +18,7 @@ from .curriculum import plan_curriculum, write_curriculum
 from .distributed import is_primary, primary_first, say
 from .focus import DEV_FOCUSES, SOFT_SHARE, distilled
 from .phases import FitResult, Phase, TrainContext
-from .tokenized import join
+from .tokenized import join_tasks
 from .trainer import Trainer
 
 
@@ -152,7 +152,9 @@ def _source(context: TrainContext) -> Source:
     if context.shards is not None:
         return context.shards
     recipe = context.recipe
-    return join(context.taxonomy, context.train, soft_share=recipe.soft_share, temperature=recipe.soft_temperature)
+    return join_tasks(
+        context.taxonomy, context.train, soft_share=recipe.soft_share, temperature=recipe.soft_temperature
+    )
 
 
 def _has_head(weights: Weights) -> bool:

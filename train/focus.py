@@ -31,11 +31,12 @@ from ..model.precision import Precision
 from ..model.predict import Predictor
 from ..model.quantize import Weights
 from .config import Recipe
+from .distributed import is_quiet
 from .tokenized import TokenizedSplit
 
 # Share of the steps with soft gates, and their temperature at both ends; it falls geometrically, and stays.
 SOFT_SHARE = 0.25
-TEMPERATURES = (1.0, 0.1)
+GATE_TEMPERATURES = (1.0, 0.1)
 # Share of the rows that stay soft in the other steps, and teach the gates there.
 SOFT_ROWS = 0.5
 # Share of the rows that keep everything, so that the dense classifier stays what it was.
@@ -66,7 +67,7 @@ def draw_focus(rng: jax.Array, num_rows: int, num_layers: int, done: jax.Array) 
     shares_BI = jnp.exp(log_end_B1 * (jnp.arange(1, num_layers + 1) / num_layers) ** shape_B1)
     dense_B1 = jax.random.bernoulli(keys[2], DENSE_ROWS, (num_rows, 1))
     units_BI = jnp.where(dense_B1, UNITS, jnp.maximum(1, jnp.round(shares_BI * UNITS))).astype(jnp.int32)
-    first, last = TEMPERATURES
+    first, last = GATE_TEMPERATURES
     temperature = first * (last / first) ** jnp.minimum(done / SOFT_SHARE, 1.0)
     hard_B = (done >= SOFT_SHARE) & jax.random.bernoulli(keys[3], 1 - SOFT_ROWS, (num_rows,))
     return FocusDraw(units_BI, temperature, hard_B)
@@ -108,7 +109,9 @@ def _answers(predictor: Predictor, taxonomy: Taxonomy, task: Task, split: Tokeni
     """The classifier's probabilities of what can be given as an answer, sparse (N, L); read from the file if it is."""
     if file.is_file():
         return sparse.load_npz(file)
-    with tqdm(total=len(split.ids), desc=f"Dense answers, {task.name}", unit="text", mininterval=1) as bar:
+    with tqdm(
+        total=len(split.ids), desc=f"Dense answers, {task.name}", unit="text", mininterval=1, disable=is_quiet()
+    ) as bar:
         logits_NL = predictor.logits(split.ids, columns=taxonomy.slice_of(task.name), progress=bar.update)
     probs_NL = np.where(task.leaves_L, probabilities(task, logits_NL, Calibration()), 0.0)
     if len(task.labels) > MANY_LABELS:

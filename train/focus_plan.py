@@ -33,7 +33,7 @@ from ..model.quantize import unflatten
 from .evaluation import measure
 from .tokenized import TokenizedSplit
 
-BATCH_SIZE = 32
+_BATCH_SIZE = 32
 # Factor by which a step of the search cuts a layer's share, and the least share of any layer.
 STEP, MIN_SHARE = 0.8, 0.03
 # Texts on which steps are compared; the result is evaluated on all.
@@ -43,7 +43,7 @@ MAX_SPEEDUP = 8.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class FocusPlan:
     """A planned focus.
 
     Attributes:
@@ -67,7 +67,7 @@ def plan_focus(
     speedup: float | None = None,
     compute_dtype: Precision = Precision.bfloat16,
     say: Callable[[str], object] = print,
-) -> Plan:
+) -> FocusPlan:
     """The fastest focus within a loss of accuracy, or the most faithful one of a given speed.
 
     Args:
@@ -105,7 +105,7 @@ def plan_focus(
         return measure(task, answers.logits(dev.ids, focus), dev.targets_NL, bundle.calibration[task.name]).accuracy
 
     dense_accuracy = accuracy(dense)
-    best = Plan(dense, dense_accuracy, dense_accuracy, 1.0)
+    best = FocusPlan(dense, dense_accuracy, dense_accuracy, 1.0)
     for focus in greedy_path(divergence, lambda focus: cost(focus, lengths_N), dense):
         faster = dense_seconds / cost(focus, lengths_N)
         if faster > MAX_SPEEDUP:
@@ -113,7 +113,7 @@ def plan_focus(
         if speedup is not None and faster < speedup:
             say(f"{faster:.2f}×: {focus}")
             continue
-        plan = Plan(focus, accuracy(focus), dense_accuracy, faster)
+        plan = FocusPlan(focus, accuracy(focus), dense_accuracy, faster)
         say(f"{faster:.2f}×, accuracy {plan.accuracy:.2%} ({100 * (plan.accuracy - dense_accuracy):+.2f}): {focus}")
         if speedup is not None:
             return plan
@@ -177,10 +177,10 @@ class _Answers:
         logits_NL = np.zeros((len(ids), self._bundle.taxonomy.num_labels), np.float32)
         order = np.argsort([len(row) for row in ids], kind="stable")
         units_I = np.asarray(focus.units, np.int32)
-        for start in range(0, len(ids), BATCH_SIZE):
-            rows = order[start : start + BATCH_SIZE]
+        for start in range(0, len(ids), _BATCH_SIZE):
+            rows = order[start : start + _BATCH_SIZE]
             length = bucket_for(len(ids[rows[-1]]), BUCKETS)
-            tokens_BS, lengths_B = pad_batch([ids[row] for row in rows], BATCH_SIZE, length, pad_id=0)
+            tokens_BS, lengths_B = pad_batch([ids[row] for row in rows], _BATCH_SIZE, length, pad_id=0)
             logits_NL[rows] = np.asarray(self._forward(self._variables, tokens_BS, lengths_B, units_I))[: len(rows)]
         return logits_NL[:, self._bundle.taxonomy.slice_of(self._task.name)]
 

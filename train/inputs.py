@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from ..data.errors import InputError
 from ..data.examples import Example
 from ..data.shards import Shards
-from ..data.taxonomy import Taxonomy
+from ..data.taxonomy import Task, Taxonomy
 from ..data.tokenizer import WordPieceTokenizer
 from .config import TrainJob
 from .datasets import Dataset, load_dataset
-from .prepared import check_tokenizer, is_prepared, load_splits, open_prepared, text_of
+from .prepared import check_tokenizer, decoded_text, is_prepared, load_splits, open_prepared
 from .tokenized import TokenizedSplit, tokenize
 
 GOLDEN_TEXTS = 8
@@ -44,14 +44,17 @@ class Inputs:
 
 
 def open_data(
-    job: TrainJob, say: Callable[[str], object], examples: Mapping[str, Sequence[Example]] | None = None
+    job: TrainJob,
+    say: Callable[[str], object],
+    examples: Mapping[str, Sequence[Example]] | None = None,
+    task: Task | None = None,
 ) -> Dataset | Shards:
     """A job's examples, or the shards to read them from. Raises as `load_dataset` and `open_prepared`."""
     if examples is None and is_prepared(job):
         return open_prepared(job)
     if job.input_workers:
         raise InputError(f"{job.data} is no prepared data, of which alone workers make batches; see `classer prepare`.")
-    return load_dataset(job, say, examples)
+    return load_dataset(job, say, examples, task)
 
 
 def load_inputs(
@@ -70,7 +73,7 @@ def load_inputs(
     splits = load_splits(job, data, say)
     dev = splits["dev"].values()
     turns = [split.ids[turn] for turn in range(GOLDEN_TEXTS) for split in dev if turn < len(split.ids)]
-    golden = [text_of(ids, tokenizer) for ids in turns[:GOLDEN_TEXTS]]
+    golden = [decoded_text(ids, tokenizer) for ids in turns[:GOLDEN_TEXTS]]
     return Inputs(data.taxonomy, splits, golden, len(data), shards=data)
 
 

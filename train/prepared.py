@@ -112,7 +112,7 @@ def _split(task: Task, records: Sequence[Record]) -> TokenizedSplit:
     return TokenizedSplit([record.ids for record in records], targets)
 
 
-def text_of(ids: np.ndarray, tokenizer: WordPieceTokenizer) -> str:
+def decoded_text(ids: np.ndarray, tokenizer: WordPieceTokenizer) -> str:
     """The approximate text of token ids, without the special tokens at its start and end."""
     pieces = " ".join(tokenizer.vocab[i] for i in ids if i not in (tokenizer.cls_id, tokenizer.sep_id))
     return pieces.replace(" ##", "")

@@ -37,7 +37,7 @@ MAX_TOKENS = 500_000
 # From so many examples for development on, siblings have a temperature of their own.
 OWN_TEMPERATURE = 20
 # Discriminants of labels with one or two examples each are up to thousands of times too sure.
-TEMPERATURES = (0.1, 1e5)
+TEMPERATURE_RANGE = (0.1, 1e5)
 
 
 def probe_head(
@@ -162,7 +162,7 @@ def _temperature(sets: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> f
             loss += (logsumexp(scaled_NL, axis=1) - (targets_NL * scaled_NL).sum(axis=1)).sum()
         return loss
 
-    low, high = map(math.log, TEMPERATURES)
+    low, high = map(math.log, TEMPERATURE_RANGE)
     found: Any = minimize_scalar(nll, bounds=(low, high), method="bounded")
     return math.exp(found.x)
 

@@ -14,6 +14,7 @@ from ..data.errors import InputError
 from ..data.examples import Example
 from ..data.files import atomic_write
 from ..data.soft_labels import read_teachers
+from ..data.taxonomy import Task
 from ..model.bundle import Bundle, quantize_bundle, save_bundle
 from ..model.focus import is_gate
 from ..model.precision import Precision
@@ -77,7 +78,9 @@ def train(job: TrainJob) -> TrainResult:
     return result
 
 
-def run_job(job: TrainJob, examples: Mapping[str, Sequence[Example]] | None = None) -> TrainResult | None:
+def run_job(
+    job: TrainJob, examples: Mapping[str, Sequence[Example]] | None = None, task: Task | None = None
+) -> TrainResult | None:
     """Runs a job: trains, calibrates on dev, quantises, measures, and writes bundles and reports under `job.out`.
 
     `job.out` then holds `bundle` (INT8), `bundle-float32`, `results` (INT8) and `results-float32` (of several tasks one
@@ -89,6 +92,7 @@ def run_job(job: TrainJob, examples: Mapping[str, Sequence[Example]] | None = No
       job: what to train on, how, and where to write.
       examples: those of the splits "train" and, optional, "dev" and "test", in place of files; `job.data` is then only
         a name for messages, and the task's.
+      task: the task of those examples, with the name of `job.data`; None infers it from their labels.
 
     Returns:
       The result; None in the other processes, and where the run had been finished before.
@@ -106,7 +110,7 @@ def run_job(job: TrainJob, examples: Mapping[str, Sequence[Example]] | None = No
     layout = make_layout(fsdp=job.fsdp, tensor=job.tensor)
     if layout.mesh.size > 1:
         say(f"{layout.mesh.size} devices: " + ", ".join(f"{axis} {n}" for axis, n in layout.mesh.shape.items()) + ".")
-    data = open_data(job, say, examples)
+    data = open_data(job, say, examples, task)
     start = primary_first(lambda: choose_start(job.recipe.encoder))
     encoder = dataclasses.replace(start.encoder, gated=job.recipe.focus_epochs > 0)
     if job.recipe.max_length > encoder.max_positions:

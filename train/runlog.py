@@ -15,7 +15,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from ..data.files import atomic_write
-from .distributed import is_primary
+from .distributed import is_primary, is_quiet
 
 SECONDS_BETWEEN_LINES = 10.0  # where there is no terminal to draw a bar on
 LOSS_SMOOTHING = 0.95  # of an exponential moving average over steps
@@ -152,8 +152,8 @@ class RunLog:
 
 
 def open_log(folder: Path, total_steps: int, *, start_step: int = 0) -> RunLog:
-    """The log of a run; of several processes only the first has one, the others' says and writes nothing."""
-    return (RunLog if is_primary() else _Silence)(folder, total_steps, start_step=start_step)
+    """The log of a run; one that prints and writes nothing in all processes but the first, and where `is_quiet`."""
+    return (RunLog if is_primary() and not is_quiet() else _Silence)(folder, total_steps, start_step=start_step)
 
 
 class _Silence(RunLog):

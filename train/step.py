@@ -61,7 +61,7 @@ def arrays_of(batch: Batch) -> Arrays:
     )
 
 
-class Dense(NamedTuple):
+class DenseTeacher(NamedTuple):
     """The dense classifier whose answers a classifier with focus is trained on.
 
     Attributes:
@@ -200,7 +200,7 @@ def loss_fn(
 def mix_dense_answers(
     batch: Arrays, dense_params: Any, share: float, model: TextClassifier, table: LabelTable
 ) -> Arrays:
-    """The batch with the dense classifier's answers mixed into its targets; see `Dense`."""
+    """The batch with the dense classifier's answers mixed into its targets; see `DenseTeacher`."""
     undisturbed = model.clone(dropout=0.0)
     logits_BL = cast(jax.Array, undisturbed.apply({"params": dense_params}, batch.tokens_BS, batch.lengths_B))
     answers_BL = answers(table, logits_BL, batch.tasks_B)
@@ -214,7 +214,7 @@ def make_train_step(
     config: LossConfig,
     *,
     draw_focus: DrawFocus | None = None,
-    dense: Dense | None = None,
+    dense: DenseTeacher | None = None,
     layout: Layout | None = None,
     batch_size: int | None = None,
 ) -> TrainStep:

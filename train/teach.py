@@ -29,7 +29,7 @@ from ..data.soft_labels import (
 from ..data.taxonomy import Task, with_ancestors
 from ..model.bundle import MANIFEST, load_bundle
 
-BATCH_SIZE = 32
+_BATCH_SIZE = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +115,8 @@ def teach(job: TeachJob, say: Callable[[str], object] = print) -> None:
     for name, weight in zip(job.teacher, weights.tolist(), strict=True):
         teacher, losses, pooled = _load(name, task, job), [], []
         with tqdm(total=len(texts), desc=name, unit="text", mininterval=1) as bar:
-            for start in range(0, len(texts), BATCH_SIZE * 8):
-                chunk = texts[start : start + BATCH_SIZE * 8]
+            for start in range(0, len(texts), _BATCH_SIZE * 8):
+                chunk = texts[start : start + _BATCH_SIZE * 8]
                 probs_NL, pooled_ND = teacher(chunk)
                 probs_NL = _within(task, probs_NL)
                 mean_NL[start : start + len(chunk)] += weight * probs_NL
@@ -231,8 +231,8 @@ def _transformers_teacher(name: str, task: Task, max_length: int) -> Teacher:
     def answer(texts: Sequence[str]) -> Answers:
         probs_NL, pooled = np.zeros((len(texts), len(task.labels)), np.float32), []
         with torch.inference_mode():
-            for start in range(0, len(texts), BATCH_SIZE):
-                batch = list(texts[start : start + BATCH_SIZE])
+            for start in range(0, len(texts), _BATCH_SIZE):
+                batch = list(texts[start : start + _BATCH_SIZE])
                 inputs = tokenizer(batch, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
                 logits_NL = model(**inputs.to(model.device)).logits.float()
                 probs = torch.softmax(logits_NL, -1) if task.kind.exclusive else torch.sigmoid(logits_NL)

@@ -80,7 +80,7 @@ def _sparse(task: Task, rows: Sequence[Mapping[str, float]]) -> csr_array:
     return csr_array((values, np.array(columns, np.int64), ends), shape=(len(rows), len(task.labels)))
 
 
-def join(
+def join_tasks(
     taxonomy: Taxonomy, splits: Mapping[str, TokenizedSplit], *, soft_share: float = 0.0, temperature: float = 1.0
 ) -> TrainExamples:
     """All tasks' training examples in one, over the global label index.

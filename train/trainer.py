@@ -32,7 +32,7 @@ from .preemption import CheckpointSchedule, Stopped, deferred
 from .probe import probe_head
 from .runlog import RunLog, open_log
 from .step import (
-    Dense,
+    DenseTeacher,
     DrawFocus,
     LossConfig,
     Schedule,
@@ -146,7 +146,7 @@ class Trainer:
             return self._dense_steps[phase.label_smoothing]
         dense = None
         if phase.dense is not None:
-            dense = Dense(initial_params(self.model, phase.dense, recipe.seed, self.layout), TEACHER_SHARE)
+            dense = DenseTeacher(initial_params(self.model, phase.dense, recipe.seed, self.layout), TEACHER_SHARE)
         config = LossConfig(
             phase.label_smoothing, self._class_weights_L, recipe.soft_temperature, recipe.relation_share, recipe.seed
         )

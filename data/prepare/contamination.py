@@ -1,13 +1,13 @@
-"""Texts that must not be trained on, because an evaluation set holds them.
+"""Detection of contamination: training texts that are in an evaluation set.
 
 A training text is contaminated if it
 - equals an evaluation text in its `comparable` form,
 - resembles one: their estimated Jaccard similarity reaches the threshold of near-duplicates, or
-- contains most of one: at least half of the sampled runs of `WINDOW` characters of an evaluation text that is at least
-  so long (as Brown et al. 2020, https://arxiv.org/abs/2005.14165, appendix C, with 13 words; characters, because not
-  every script has words).
+- contains most of one: at least half of the sampled windows (runs of `WINDOW_CHARS` characters) of an evaluation text
+  of at least that length. Brown et al. 2020 (https://arxiv.org/abs/2005.14165, appendix C) use 13 words; here it is
+  characters, because not every script separates words.
 
-Labels and tasks do not matter: what a model has read it may recognise.
+Labels and tasks are ignored: a model may memorise any text that it was trained on.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from ..splits import comparable
 from .minhash import Sketches, chunks, similarity, sketch, window_hashes
 from .steps import Dropped, SourceRow, hash_text
 
-WINDOW = 64
-STRIDE = 8  # of the evaluation texts' windows every eighth is kept; training texts are searched at every character
+WINDOW_CHARS = 64
+STRIDE = 8  # every eighth window of an evaluation text is kept; training texts are searched at every character
 MOST = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationIndex:
-    """The evaluation texts, to look training texts up in.
+    """An index of E evaluation texts, in which training texts are looked up.
 
     Attributes:
-      hashes_EH: uint8, the hash of each (see `steps.hash_text`).
-      bytes_EP: sketches.
-      bands, band_text: uint64 ascending and int64: band → text.
-      windows, window_text: uint64 ascending and int64: hash of a window → text.
-      num_windows_E: how many windows of each text are kept.
-      threshold: of near-duplicates; 0 looks for equal texts and containment only.
+      hashes_EH: uint8 (E, `HASH_BYTES`), the texts' hashes (see `steps.hash_text`).
+      bytes_EP: uint8 (E, P), the texts' MinHash bytes (see `minhash.Sketches`).
+      bands, band_text: uint64, ascending, and int64: band → text.
+      windows, window_text: uint64, ascending, and int64: hash of a window → text.
+      num_windows_E: the number of windows kept of each text.
+      threshold: the similarity of near-duplicates; 0 disables the search for them.
     """
 
     hashes_EH: np.ndarray
@@ -54,13 +54,19 @@ class EvaluationIndex:
 
     @classmethod
     def build(cls, texts: Sequence[str], rows: int, threshold: float) -> EvaluationIndex:
-        """Args: the evaluation texts; minima a band (`minhash.band_rows`); the threshold of near-duplicates."""
+        """Builds the index.
+
+        Args:
+          texts: the evaluation texts.
+          rows: minima per band (`minhash.band_rows`).
+          threshold: the similarity of near-duplicates.
+        """
         plain = [comparable(text) for text in texts]
         hashes_EH = np.frombuffer(b"".join(map(hash_text, plain)), np.uint8).reshape(len(plain), HASH_BYTES)
         sketches = sketch(plain, rows)
         num_bands = sketches.bands_NB.shape[1]
         bands, band_text = _sorted(sketches.bands_NB.ravel(), np.repeat(np.arange(len(plain)), num_bands))
-        long = [i for i, text in enumerate(plain) if len(text) >= WINDOW]
+        long = [i for i, text in enumerate(plain) if len(text) >= WINDOW_CHARS]
         windows, owners = _windows([plain[i] for i in long], STRIDE)
         owners = np.asarray(long, np.int64)[owners]
         counts_E = np.bincount(owners, minlength=len(plain))
@@ -78,7 +84,7 @@ class EvaluationIndex:
         return cls(**fields)
 
     def find(self, rows: Sequence[SourceRow], plain: Sequence[str], sketches: Sketches) -> list[Dropped | None]:
-        """For each row what makes it contaminated, or None.
+        """For each row, the evaluation text that contaminates it, as a `Dropped`; or None.
 
         Args:
           rows: training rows.
@@ -105,14 +111,17 @@ class EvaluationIndex:
 
     @functools.cached_property
     def _window_filter(self) -> tuple[np.ndarray, np.uint64]:
-        """Whether any kept window has these leading bits: a table of eight places a window spares most look-ups."""
+        """(table, shift): whether any kept window has given leading bits. Spares most of the look-ups.
+
+        The table has at least eight entries per kept window.
+        """
         bits = max(1, (8 * len(self.windows)).bit_length())
         table = np.zeros(1 << bits, bool)
         table[self.windows >> np.uint64(64 - bits)] = True
         return table, np.uint64(64 - bits)
 
     def _near(self, sketches: Sketches) -> dict[int, tuple[int, float]]:
-        """Row → (the most similar evaluation text, similarity), where it reaches the threshold."""
+        """Row → (most similar evaluation text, similarity), for rows that reach the threshold."""
         num_bands = sketches.bands_NB.shape[1]
         hits, texts = _look_up(sketches.bands_NB.ravel(), self.bands, self.band_text)
         near: dict[int, tuple[int, float]] = {}
@@ -123,10 +132,10 @@ class EvaluationIndex:
         return near
 
     def _contained(self, plain: Sequence[str]) -> dict[int, tuple[int, float]]:
-        """Row → (evaluation text, share of it that the row contains), where that is most of it."""
+        """Row → (evaluation text, share of its windows in the row), for shares of at least `MOST`."""
         if not len(self.windows):
             return {}
-        long = [i for i, text in enumerate(plain) if len(text) >= WINDOW]
+        long = [i for i, text in enumerate(plain) if len(text) >= WINDOW_CHARS]
         windows, owners = _windows([plain[i] for i in long], 1)
         filter_, shift = self._window_filter
         maybe = np.flatnonzero(filter_[windows >> shift])
@@ -134,7 +143,7 @@ class EvaluationIndex:
         hits, texts = _look_up(windows, self.windows, self.window_text)
         if not len(hits):
             return {}
-        # A window that stands twice in the row, or twice in the evaluation text, counts once.
+        # A window that is repeated in the row or in the evaluation text counts once.
         triples = np.unique(np.stack([owners[hits], texts, windows[hits].view(np.int64)], axis=1), axis=0)
         pairs, counts = np.unique(triples[:, :2], axis=0, return_counts=True)
         contained: dict[int, tuple[int, float]] = {}
@@ -147,10 +156,10 @@ class EvaluationIndex:
 
 
 def _windows(texts: Sequence[str], stride: int) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes of the windows of texts of at least `WINDOW` characters, and which text each is of."""
+    """Hashes of the windows of texts of at least `WINDOW_CHARS` characters, and the text of each window."""
     found, owners, first = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)], 0
     for chunk in chunks(texts):
-        hashes, starts = window_hashes(chunk, WINDOW)
+        hashes, starts = window_hashes(chunk, WINDOW_CHARS)
         counts = np.diff(np.append(starts, len(hashes)))
         chosen = (np.arange(len(hashes)) - np.repeat(starts, counts)) % stride == 0
         found.append(hashes[chosen])
@@ -165,7 +174,7 @@ def _sorted(keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def _look_up(wanted: np.ndarray, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All (position in `wanted`, value) whose keys are equal; `keys` ascend and may repeat."""
+    """All pairs (position in `wanted`, value) with equal keys. `keys` are ascending and may repeat."""
     left = np.searchsorted(keys, wanted)
     there = np.flatnonzero(keys[np.minimum(left, len(keys) - 1)] == wanted)
     counts = np.searchsorted(keys, wanted[there], side="right") - left[there]

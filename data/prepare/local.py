@@ -1,7 +1,7 @@
-"""Preparation in this process: passes over files on disk, so that memory stays flat however many rows there are.
+"""Preparation in this process: passes over files on disk, so that memory does not grow with the number of rows.
 
-What must meet (equal texts, texts that share a band, the records of a shard) is first written apart into partitions by
-hash; then one partition at a time is looked at in memory.
+Rows that must be compared or grouped (equal texts, texts with a common band, the records of a shard) are first written
+to partitions by hash. Then one partition at a time is loaded into memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..tokenizer import WordPieceTokenizer
 from .contamination import EvaluationIndex
 from .minhash import NUM_PERMUTATIONS, Sketches, bucket_links, sketch
 from .output import SPLITS, Shard, already_made, clear, finish, write_shard
-from .plan import Plan, read_manifest
+from .plan import PreparePlan, read_manifest
 from .sources import Reject, read_evaluation, read_source
 from .steps import (
     Dropped,
@@ -33,7 +33,7 @@ from .steps import (
     TokenizedRow,
     exact_key,
     num_shards_for,
-    shard_of,
+    shard_number,
     split_of,
     task_from_counts,
     tokenize_rows,
@@ -48,25 +48,26 @@ _KEYED = np.dtype([("key", "V18"), ("row", "<u8")])
 _BANDED = np.dtype([("band", "<u8"), ("row", "<u8")])
 
 
-class Progress(Protocol):
-    """A stage begins: its name, what it counts, and how many there are (None if unknown) → how to count them."""
+class ProgressCallback(Protocol):
+    """Starts a stage's progress bar from its name, its unit and its total (None if unknown); see `prepare`."""
 
     def __call__(self, stage: str, unit: str, total: int | None) -> contextlib.AbstractContextManager[Any]: ...
 
 
-def prepare(plan: Plan, *, workers: int = 1, progress: Progress) -> tuple[dict[str, Any], bool]:
-    """Makes the shards that the plan asks for.
+def prepare(plan: PreparePlan, *, workers: int = 1, progress: ProgressCallback) -> tuple[dict[str, Any], bool]:
+    """Carries out a preparation: writes shards and manifest to `plan.out`.
 
     Args:
-      plan: what and where to.
-      workers: processes that compare and tokenise texts; 1 does it in this one.
-      progress: told of each stage; what it returns has `update(n)`, as tqdm's bars do.
+      plan: inputs, config and output folder.
+      workers: processes that compare and tokenise texts; 1 for this process alone.
+      progress: called at the start of each stage; the context manager it returns gives a bar with `update(n)`, as
+        tqdm's have.
 
     Returns:
-      The manifest, and whether it was made now (False: it had been, of the same inputs).
+      The manifest, and whether it is new (False if `plan.out` already held the result of the same inputs).
 
     Raises:
-      InputError: see `Plan.make`, `output.already_made` and `sources.read_source`; or no usable row is left.
+      InputError: as `output.already_made` and `sources.read_source`; or no usable row is left.
     """
     inputs, made = begin(plan, progress)
     if made:
@@ -82,8 +83,12 @@ def prepare(plan: Plan, *, workers: int = 1, progress: Progress) -> tuple[dict[s
         ), True
 
 
-def begin(plan: Plan, progress: Progress) -> tuple[dict[str, Any], bool]:
-    """Clears what a run that was broken off has left; (`Plan.inputs_json`, whether all is there already)."""
+def begin(plan: PreparePlan, progress: ProgressCallback) -> tuple[dict[str, Any], bool]:
+    """Checks for an earlier result, and removes the files of an interrupted run.
+
+    Returns:
+      `PreparePlan.inputs_json`, and whether `plan.out` already holds the complete result.
+    """
     total = sum(path.stat().st_size for path in (*(s.path for s in plan.sources), *plan.evaluation))
     with progress("checksums", "B", total) as bar:
         inputs = plan.inputs_json(bar.update)
@@ -95,14 +100,14 @@ def begin(plan: Plan, progress: Progress) -> tuple[dict[str, Any], bool]:
     return inputs, False
 
 
-def evaluation_index(plan: Plan) -> EvaluationIndex:
+def evaluation_index(plan: PreparePlan) -> EvaluationIndex:
     texts = read_evaluation(plan.evaluation, plan.columns)
     return EvaluationIndex.build(texts, plan.band_rows, plan.config.near_duplicates)
 
 
 @dataclasses.dataclass
 class _Spill:
-    """Appends to many files, without holding them open."""
+    """Buffered appends to many files, which are opened only to flush."""
 
     folder: Path
     buffers: dict[str, bytearray] = dataclasses.field(default_factory=lambda: collections.defaultdict(bytearray))
@@ -122,7 +127,7 @@ class _Spill:
         self.size = 0
 
     def take(self, name: str) -> bytes:
-        """All that was added under a name; its file is removed."""
+        """Returns all flushed bytes of a name and removes its file."""
         path = self.folder / name
         data = path.read_bytes() if path.exists() else b""
         path.unlink(missing_ok=True)
@@ -130,9 +135,9 @@ class _Spill:
 
 
 class _Passes:
-    """The passes of one preparation, in the order of `prepare`; rows are numbered in the order of their ranks."""
+    """The passes of a preparation, in the order of `prepare`. Rows are numbered by ascending rank."""
 
-    def __init__(self, plan: Plan, workers: int, progress: Progress) -> None:
+    def __init__(self, plan: PreparePlan, workers: int, progress: ProgressCallback) -> None:
         self._plan, self._progress = plan, progress
         self._spill = _Spill(plan.work)
         self._read = self._rejected = self._num_rows = 0
@@ -146,7 +151,7 @@ class _Passes:
         self._workers.close()
 
     def read(self) -> None:
-        """Rows into one file in their order, their keys apart into partitions."""
+        """Writes the usable rows to one file in order, and their exact keys to partitions."""
         with (
             (self._plan.work / "rows").open("wb") as rows,
             (self._plan.work / "ranks").open("wb") as ranks,
@@ -175,19 +180,19 @@ class _Passes:
         self._ranks = np.memmap(self._plan.work / "ranks", "<u8", "r")
 
     def drop_duplicates(self) -> None:
-        """Of rows with one key the first stays."""
+        """Drops exact duplicates: of the rows with equal keys the first is kept."""
         with self._progress("equal texts", "rows", self._num_rows) as bar:
             for partition in range(_PARTITIONS):
                 keyed = np.frombuffer(self._spill.take(f"keys-{partition}"), _KEYED)
                 rows, keys = keyed["row"], keyed["key"]
                 if len(rows):
                     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-                    again = first[inverse] != np.arange(len(rows))  # rows of a partition ascend
+                    again = first[inverse] != np.arange(len(rows))  # rows of a partition are ascending
                     self._drop(rows[again], "duplicate", self._ranks[rows[first[inverse[again]]]], 1.0)
                 bar.update(len(rows))
 
     def compare(self) -> None:
-        """Contaminated rows are dropped; of the others sketches are kept, and bands apart into partitions."""
+        """Drops contaminated rows; writes the sketches of the others, and their bands to partitions."""
         index = evaluation_index(self._plan)
         index.save(self._plan.work / "evaluation.npz")
         with (
@@ -220,7 +225,7 @@ class _Passes:
                 self._spill.add(f"bands-{i}", banded[begin:end].tobytes())
 
     def drop_near_duplicates(self) -> None:
-        """In each band's bucket, what resembles an earlier row is dropped."""
+        """Drops each row that resembles an earlier row of the same band's bucket."""
         if not self._plan.config.near_duplicates:
             return
         tasks = np.fromiter((row.task for _, row in self._rows(all_rows=True)), np.uint16, self._num_rows)
@@ -245,14 +250,14 @@ class _Passes:
                 bar.update(1)
 
     def _link(self, number: int, of: int, alike: float) -> None:
-        """Of several rows that a row resembles the first is named, whatever the order they are met in."""
+        """Records a near-duplicate. Of several similar rows the first is recorded, in whatever order they are found."""
         fate = self._fates[number]
         new = (of, -np.float32(alike))
         if not fate["reason"] or new < (int(fate["of"]), -fate["similarity"]):
             self._drop(number, "near-duplicate", of, alike)
 
     def write(self) -> tuple[list[Shard], list[Any], list[LabelCounts]]:
-        """Tokenises what is left, and writes it shard by shard."""
+        """Tokenises the remaining rows and writes the shards."""
         config = self._plan.config
         label_counts = [LabelCounts() for _ in self._tasks]
         kept = collections.Counter[str]()
@@ -267,7 +272,7 @@ class _Passes:
         with self._progress("tokenising", "texts", kept.total()) as bar:
             for _, rows in self._workers.map(_tokenize, self._chunks()):
                 for row in rows:
-                    name = f"{row.split}-{shard_of(row.key, num_shards[row.split])}"
+                    name = f"{row.split}-{shard_number(row.key, num_shards[row.split])}"
                     self._spill.add(name, _pack(row))
                 bar.update(len(rows))
         self._spill.flush()
@@ -325,16 +330,16 @@ class _Passes:
 
 
 def _read_sketches(file: int, rows: np.ndarray) -> np.ndarray:
-    """Read, not mapped: mapped pages would add up in this process's memory."""
+    """Reads the sketches of rows. Not memory-mapped: the mapped pages would count as this process's memory."""
     data = b"".join(os.pread(file, NUM_PERMUTATIONS, int(row) * NUM_PERMUTATIONS) for row in rows)
     return np.frombuffer(data, np.uint8).reshape(len(rows), NUM_PERMUTATIONS)
 
 
 @dataclasses.dataclass
 class _Tools:
-    """What a worker needs to compare and to tokenise, made when it is first needed."""
+    """A worker's evaluation index and tokenizer, created on first use."""
 
-    plan: Plan
+    plan: PreparePlan
     index: EvaluationIndex | None = None
     tokenizer: WordPieceTokenizer | None = None
 
@@ -355,9 +360,9 @@ def _tokenize(tools: _Tools, tasks: list[Any], rows: list[SourceRow]) -> list[To
 
 
 class _Workers:
-    """Runs a function on chunks of rows, here or in other processes; results come in the order of the chunks."""
+    """Maps a function over chunks of rows, in this or in other processes; results keep the order of the chunks."""
 
-    def __init__(self, plan: Plan, count: int) -> None:
+    def __init__(self, plan: PreparePlan, count: int) -> None:
         self._count = count
         self._tools = _Tools(plan)
         self._pool = multiprocessing.get_context("spawn").Pool(count, _set_tools, (plan,)) if count > 1 else None
@@ -386,7 +391,7 @@ class _Workers:
 _TOOLS: _Tools | None = None
 
 
-def _set_tools(plan: Plan) -> None:
+def _set_tools(plan: PreparePlan) -> None:
     global _TOOLS
     _TOOLS = _Tools(plan)
 

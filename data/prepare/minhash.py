@@ -19,9 +19,9 @@ import numpy as np
 
 SHINGLE = 5
 NUM_PERMUTATIONS = 128
-# In a bucket, so many texts that resemble none before them are compared with those that follow.
+# The number of mutually dissimilar texts of a bucket with which later texts are compared.
 MAX_LEADERS = 64
-_CHARS_AT_ONCE = 1 << 18  # the arrays of one pass then stay in a core's cache
+_CHARS_AT_ONCE = 1 << 18  # the arrays of a pass then fit a core's cache
 
 _RNG = np.random.default_rng(0x5EED)
 _FACTORS_P = _RNG.integers(0, 1 << 32, NUM_PERMUTATIONS, dtype=np.uint32) | np.uint32(1)
@@ -30,11 +30,11 @@ _ADDENDS_P = _RNG.integers(0, 1 << 32, NUM_PERMUTATIONS, dtype=np.uint32)
 
 @dataclasses.dataclass(frozen=True)
 class Sketches:
-    """What is kept of N texts.
+    """MinHash sketches of N texts.
 
     Attributes:
-      bands_NB: uint64; texts that share one are worth comparing.
-      bytes_NP: uint8, a byte of each minimum; see `similarity`.
+      bands_NB: uint64; texts with an equal band are candidates for comparison.
+      bytes_NP: uint8, one byte of each minimum; see `similarity`.
     """
 
     bands_NB: np.ndarray
@@ -42,7 +42,7 @@ class Sketches:
 
 
 def band_rows(threshold: float) -> int:
-    """Minima a band: the most with which a pair as similar as the threshold still meets with probability 0.9.
+    """Minima per band: the most for which a pair at the threshold shares a band with probability at least 0.9.
 
     The probability is 1 − (1 − sʳ)ᵇ for similarity s and b bands of r rows.
     """
@@ -56,18 +56,18 @@ def sketch(texts: Sequence[str], rows: int) -> Sketches:
     """Sketches of N texts (in their `comparable` form; none is empty), with `rows` minima a band."""
     minima = [_minima(chunk) for chunk in chunks(texts)]
     minima_NP = np.concatenate(minima) if minima else np.zeros((0, NUM_PERMUTATIONS), np.uint32)
-    # A polynomial in the band's minima and its number, so that equal minima of two bands do not meet.
+    # A polynomial in the band's minima and its number, so that equal minima of different bands do not match.
     mixed_NBR = minima_NP.reshape(len(texts), NUM_PERMUTATIONS // rows, rows).astype(np.uint64)
     bands_NB = np.arange(mixed_NBR.shape[1], dtype=np.uint64)[None] + np.zeros((len(texts), 1), np.uint64)
     for row in range(rows):
         bands_NB = mix(bands_NB * np.uint64(0x9E3779B97F4A7C15) + mixed_NBR[..., row])
-    # The low byte of a minimum is biased by the choice of the smallest less than the high one.
+    # Taking the minimum biases the low byte less than the high one.
     bytes_NP = (minima_NP * np.uint32(0x85EBCA6B) >> np.uint32(24)).astype(np.uint8)
     return Sketches(bands_NB, bytes_NP)
 
 
 def mix(x: np.ndarray) -> np.ndarray:
-    """MurmurHash3's finaliser: every bit of a uint64 depends on all."""
+    """MurmurHash3's finaliser: every bit of the result depends on every bit of the uint64."""
     for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
         x = (x ^ (x >> np.uint64(33))) * np.uint64(factor)
     return x ^ (x >> np.uint64(33))
@@ -80,15 +80,15 @@ def similarity(bytes_NP: np.ndarray, one_P: np.ndarray) -> np.ndarray:
 
 
 def bucket_links(ranks_N: np.ndarray, bytes_NP: np.ndarray, threshold: float) -> Iterator[tuple[int, int, float]]:
-    """Which texts of one bucket resemble an earlier one of it.
+    """Finds the texts of a bucket that resemble an earlier text of it.
 
     Args:
-      ranks_N: ascending: of two near-duplicates the first is kept.
-      bytes_NP: their sketches.
+      ranks_N: ranks of the texts, ascending; of two near-duplicates the first is kept.
+      bytes_NP: their sketches (see `Sketches`).
       threshold: the least similarity of near-duplicates.
 
     Yields:
-      (rank, rank of the earlier text, their similarity), at most once a text.
+      (rank, rank of the earlier text, their similarity), at most once per text.
     """
     leaders = [0]
     for i in range(1, len(ranks_N)):
@@ -101,7 +101,7 @@ def bucket_links(ranks_N: np.ndarray, bytes_NP: np.ndarray, threshold: float) ->
 
 
 def chunks(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    """The texts in runs of about so many characters that a pass over their shingles stays in a core's cache."""
+    """Splits the texts into chunks whose shingles fit a core's cache."""
     first = chars = 0
     for i, text in enumerate(texts):
         chars += len(text)
@@ -124,10 +124,10 @@ def _minima(texts: Sequence[str]) -> np.ndarray:
 
 
 def window_hashes(texts: Sequence[str], width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes of all runs of `width` characters of each text, which has at least so many.
+    """Hashes of all windows (runs of `width` characters) of N texts, each at least `width` long.
 
     Returns:
-      uint64 hashes, one text's after the other's, and where each text's begin, int64 (N,).
+      The uint64 hashes, concatenated over the texts, and the offset of each text's first hash, int64 (N,).
     """
     lengths_N = np.fromiter(map(len, texts), np.int64, len(texts))
     chars = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
@@ -147,7 +147,7 @@ def window_hashes(texts: Sequence[str], width: int) -> tuple[np.ndarray, np.ndar
     assert whole is not None
     counts_N = lengths_N - width + 1
     ends_N = np.cumsum(lengths_N)
-    # Windows that reach over a text's end into the next text are left out.
+    # Windows that span two texts are omitted.
     own = np.ones(len(chars), bool)
     for back in range(1, width):
         own[ends_N - back] = False

@@ -1,8 +1,8 @@
-"""The same preparation as a pipeline of Apache Beam, for inputs that one machine would take too long for.
+"""The preparation of `local` as an Apache Beam pipeline, for inputs that are too large for one machine.
 
-The steps are the functions that `local` calls, and the shards, rejects and manifest are the same bytes. Beam moves rows
-between workers; what the workers leave in the output folder (shards, and small JSON files) the driver gathers in the
-end, so that all of them must reach that folder, and the inputs, under the same paths.
+The steps call the same functions as `local`, and the shards, rejects and manifest are identical byte for byte. Beam
+moves rows between workers. The workers write shards and small JSON files to the output folder, and the driver collects
+them at the end. So the inputs and that folder must have the same paths on all workers and on the driver.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from ..files import atomic_write
 from ..splits import comparable
 from ..tokenizer import WordPieceTokenizer
 from .contamination import EvaluationIndex
-from .local import CHUNK, Progress, begin, evaluation_index
+from .local import CHUNK, ProgressCallback, begin, evaluation_index
 from .minhash import bucket_links, sketch
 from .output import Shard, finish, write_shard
-from .plan import Plan, read_manifest
+from .plan import PreparePlan, read_manifest
 from .sources import Reject, read_source
 from .steps import (
     Dropped,
@@ -34,7 +34,7 @@ from .steps import (
     exact_key,
     num_shards_for,
     place_of,
-    shard_of,
+    shard_number,
     split_of,
     task_from_counts,
     tokenize_rows,
@@ -49,12 +49,12 @@ except ImportError:
         "--runner", "apache-beam (without --runner the same runs in this process)", "prepare"
     ) from None
 
-# Beam's default on one machine, DirectRunner, would download a runner of its own.
+# Beam's default, DirectRunner, would download another runner.
 IN_PROCESS = "apache_beam.runners.portability.fn_api_runner.fn_runner.FnApiRunner"
 
 
 def beam_options(runner: str) -> PipelineOptions:
-    """Beam's pipeline options from the name of a runner and its options, such as "FlinkRunner --parallelism=8".
+    """Parses a runner's name and options, such as "FlinkRunner --parallelism=8", into Beam's pipeline options.
 
     "DirectRunner" is Beam's runner in this process.
     """
@@ -62,13 +62,13 @@ def beam_options(runner: str) -> PipelineOptions:
     return PipelineOptions([f"--runner={IN_PROCESS if name == 'DirectRunner' else name}", *options])
 
 
-def prepare(plan: Plan, *, runner: str, progress: Progress) -> tuple[dict[str, Any], bool]:
-    """As `local.prepare`.
+def prepare(plan: PreparePlan, *, runner: str, progress: ProgressCallback) -> tuple[dict[str, Any], bool]:
+    """Like `local.prepare`, as a Beam pipeline.
 
     Args:
-      plan: what and where to.
+      plan: inputs, config and output folder.
       runner: see `beam_options`.
-      progress: told of the stages before and after the pipeline; the runner has its own ways to show those in it.
+      progress: called for the stages before and after the pipeline; the runner itself reports those inside it.
 
     Raises:
       InputError: as `local.prepare`.
@@ -85,8 +85,8 @@ def prepare(plan: Plan, *, runner: str, progress: Progress) -> tuple[dict[str, A
     return _gather(plan, inputs), True
 
 
-def build(pipeline: beam.Pipeline, plan: Plan) -> None:
-    """Adds all steps to a pipeline; its results are files in `plan.out`."""
+def build(pipeline: beam.Pipeline, plan: PreparePlan) -> None:
+    """Adds all steps to a pipeline, which writes its results to `plan.out`."""
     config = plan.config
     read = (
         pipeline
@@ -144,7 +144,7 @@ def build(pipeline: beam.Pipeline, plan: Plan) -> None:
 
 
 class _Read(beam.DoFn):
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: PreparePlan) -> None:
         self._plan = plan
 
     def process(self, file: int) -> Iterator[Any]:
@@ -162,7 +162,7 @@ def _first_of_equals(keyed: tuple[bytes, Iterable[SourceRow]]) -> Iterator[Any]:
 
 
 class _Compare(beam.DoFn):
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: PreparePlan) -> None:
         self._plan = plan
 
     def setup(self) -> None:
@@ -224,7 +224,7 @@ class _CountLabels(beam.CombineFn):
 _Summary = dict[tuple[int, str], LabelCounts]
 
 
-def _tasks(plan: Plan, summary: _Summary) -> tuple[list[Any], list[LabelCounts]]:
+def _tasks(plan: PreparePlan, summary: _Summary) -> tuple[list[Any], list[LabelCounts]]:
     known = {source.task: source.known for source in plan.sources}
     counts = [LabelCounts() for _ in plan.task_names]
     for (task, _), found in sorted(summary.items()):
@@ -233,7 +233,7 @@ def _tasks(plan: Plan, summary: _Summary) -> tuple[list[Any], list[LabelCounts]]
 
 
 class _Tokenize(beam.DoFn):
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: PreparePlan) -> None:
         self._plan = plan
 
     def setup(self) -> None:
@@ -252,16 +252,16 @@ class _Tokenize(beam.DoFn):
             }
         for row in tokenize_rows(rows, self._tasks, self._tokenizer, config.max_length, config.dev_fraction):
             count = self._num_shards[row.split]
-            yield f"{row.split} {shard_of(row.key, count)} {count}", row
+            yield f"{row.split} {shard_number(row.key, count)} {count}", row
 
 
-def _write_shard(keyed: tuple[str, Iterable[TokenizedRow]], plan: Plan) -> None:
+def _write_shard(keyed: tuple[str, Iterable[TokenizedRow]], plan: PreparePlan) -> None:
     split, index, count = keyed[0].split()
     shard = write_shard(plan.out, split, int(index), int(count), list(keyed[1]))
     _write_part(plan, f"shard-{split}-{index}", vars(shard))
 
 
-def _write_summary(summary: _Summary, plan: Plan) -> None:
+def _write_summary(summary: _Summary, plan: PreparePlan) -> None:
     _, counts = _tasks(plan, summary) if summary else (None, [])
     _write_part(plan, "labels", [{**vars(c), "counts": dict(sorted(c.counts.items()))} for c in counts])
 
@@ -270,20 +270,20 @@ def _by_file(out: Reject | Dropped) -> tuple[int, Any]:
     return (place_of(out.rank)[0] if isinstance(out, Dropped) else out.file), out
 
 
-def _write_left_out(keyed: tuple[int, Iterable[Reject | Dropped]], plan: Plan) -> None:
+def _write_left_out(keyed: tuple[int, Iterable[Reject | Dropped]], plan: PreparePlan) -> None:
     outs = list(keyed[1])
     rejects = sorted(dataclasses.astuple(out) for out in outs if isinstance(out, Reject))
     dropped = sorted(tuple(out) for out in outs if isinstance(out, Dropped))
     _write_part(plan, f"out-{keyed[0]:06d}", {"rejects": rejects, "dropped": dropped})
 
 
-def _write_part(plan: Plan, name: str, value: Any) -> None:
-    # Shared, since Beam may run a bundle of elements in several workers.
+def _write_part(plan: PreparePlan, name: str, value: Any) -> None:
+    # Shared, because Beam may process bundles in several workers.
     with atomic_write(plan.work / "parts" / f"{name}.json", shared=True) as part:
         part.write_text(json.dumps(value), encoding="utf-8")
 
 
-def _gather(plan: Plan, inputs: dict[str, Any]) -> dict[str, Any]:
+def _gather(plan: PreparePlan, inputs: dict[str, Any]) -> dict[str, Any]:
     parts = plan.work / "parts"
     shards = [Shard(**_read_json(path)) for path in parts.glob("shard-*.json")]
     out = [_read_json(path) for path in sorted(parts.glob("out-*.json"))]

@@ -1,6 +1,6 @@
-"""What a preparation leaves: shards, their lengths, rejects, drops, the tokenizer and the manifest.
+"""The output of a preparation: shards, their lengths, rejects, drops, the tokenizer and the manifest.
 
-The manifest is written last, in one step: a folder with a manifest is whole.
+The manifest is written last and atomically, so a folder with a manifest is complete.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..files import atomic_write
 from ..records import write_array_records
 from ..taxonomy import Task
 from ..tokenizer import WordPieceTokenizer
-from .plan import Plan, read_manifest
+from .plan import PreparePlan, read_manifest
 from .sources import Reject
 from .steps import Dropped, LabelCounts, TokenizedRow, length_stats, place_of
 
@@ -31,7 +31,7 @@ SPLITS = ("train", "dev")
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A finished shard: its files, and the number of its texts that were cut."""
+    """A finished shard: its files, and the number of truncated texts."""
 
     split: str
     index: int
@@ -47,7 +47,7 @@ def shard_name(split: str, index: int, num_shards: int) -> str:
 
 
 def write_shard(out: Path, split: str, index: int, num_shards: int, rows: Sequence[TokenizedRow]) -> Shard:
-    """Writes a shard in the order of its rows' keys: their order here does not matter."""
+    """Writes a shard, ordered by its rows' keys; the order of the argument has no effect."""
     rows = sorted(rows, key=lambda row: row.key)
     name = shard_name(split, index, num_shards)
     file, lengths_file, tasks_file = f"{name}.array_record", f"{name}.lengths.npy", f"{name}.tasks.npy"
@@ -57,11 +57,11 @@ def write_shard(out: Path, split: str, index: int, num_shards: int, rows: Sequen
     return Shard(split, index, len(rows), sum(row.truncated for row in rows), file, lengths_file, tasks_file)
 
 
-def already_made(plan: Plan, inputs: dict[str, Any], progress: Callable[[int], object]) -> bool:
-    """Whether `out` holds what this plan would make, whole.
+def already_made(plan: PreparePlan, inputs: dict[str, Any], progress: Callable[[int], object]) -> bool:
+    """Whether `out` already holds the complete result of this plan.
 
     Raises:
-      InputError: it holds what another plan made, or what has been damaged since.
+      InputError: it holds unrelated files, or another plan's result, or one of the files is missing or changed.
     """
     if not (plan.out / "manifest.json").exists():
         there = sorted(path.name for path in plan.out.iterdir()) if plan.out.exists() else []
@@ -84,7 +84,7 @@ def already_made(plan: Plan, inputs: dict[str, Any], progress: Callable[[int], o
 
 
 def finish(
-    plan: Plan,
+    plan: PreparePlan,
     inputs: dict[str, Any],
     tasks: Sequence[Task],
     label_counts: Sequence[LabelCounts],
@@ -93,7 +93,7 @@ def finish(
     rejects: Iterable[Reject],
     dropped: Iterable[Dropped],
 ) -> dict[str, Any]:
-    """Writes all but the shards, checks that the counts add up, and returns the manifest."""
+    """Writes all files other than the shards, checks that the counts add up, and returns the manifest."""
     out = plan.out
     shards = sorted(shards, key=lambda shard: (SPLITS.index(shard.split), shard.index))
     kept = sum(shard.records for shard in shards)
@@ -136,13 +136,13 @@ def _split_json(out: Path, shards: Sequence[Shard]) -> dict[str, Any]:
     }
 
 
-def _rejects_json(plan: Plan, rejects: Iterable[Reject]) -> Iterator[str]:
+def _rejects_json(plan: PreparePlan, rejects: Iterable[Reject]) -> Iterator[str]:
     for reject in rejects:
         fields = {"file": str(plan.sources[reject.file].path), "row": reject.row, "reason": reject.reason}
         yield json.dumps(fields, ensure_ascii=False)
 
 
-def _drops_json(plan: Plan, dropped: Iterable[Dropped]) -> Iterator[str]:
+def _drops_json(plan: PreparePlan, dropped: Iterable[Dropped]) -> Iterator[str]:
     for drop in dropped:
         file, row = place_of(drop.rank)
         fields = {"file": str(plan.sources[file].path), "row": row, "reason": drop.reason}
@@ -159,13 +159,13 @@ def _write_lines(path: Path, lines: Iterable[str]) -> None:
         file.writelines(f"{line}\n" for line in lines)
 
 
-def clear(plan: Plan) -> None:
-    """Removes what a run that was broken off has left in `out`; its work folder tells that there was one."""
+def clear(plan: PreparePlan) -> None:
+    """Removes the files of an interrupted run from `out`. A work folder shows that there was one."""
     if plan.work.exists():
         for path in plan.out.iterdir():
             if re.fullmatch(r"(train|dev)-\d{5}-of-\d{5}\.(array_record|lengths\.npy|tasks\.npy)", path.name):
                 path.unlink()
-        # The folder itself stays: without it the files of a run that is killed here would count as somebody else's.
+        # The folder itself stays: if this run is killed here, it marks the remaining files as an interrupted run's.
         for path in plan.work.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     plan.work.mkdir(parents=True, exist_ok=True)

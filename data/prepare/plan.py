@@ -1,4 +1,4 @@
-"""What a preparation is told, and everything that all of its steps share."""
+"""The configuration of a preparation, and the plan that its steps share."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from ..fetch import sha256_of
 from .minhash import band_rows
 from .sources import Columns, SourceFile, find_evaluation, find_sources
 
-# Raise it with every change that makes other shards of the same inputs.
+# Increase it with every change that alters the shards of the same inputs.
 FORMAT = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class PrepareConfig:
-    """How texts become shards.
+    """Settings of a preparation.
 
     Attributes:
-      max_length: tokens that a text is cut to, special tokens included.
+      max_length: the maximum number of tokens of a text, special tokens included; longer texts are truncated.
       dev_fraction: the share of texts set aside for development, chosen by the hash of the text.
       near_duplicates: similarity (Jaccard, of 5-character shingles) from which the later of two texts of one task is
         dropped; 0 drops equal texts only.
-      records_per_shard: how large a shard is, about.
+      records_per_shard: the approximate number of records in a shard.
       text_column: the column of the texts.
       label_column: the column of the labels; by default `label` or `labels`, whichever a row has.
-      task: name of the task of inputs that bring none; by default the name of the file or folder.
+      task: the task name for inputs without a task.json; by default the name of the file or folder.
     """
 
     max_length: int = 256
@@ -54,15 +54,15 @@ class PrepareConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """One preparation.
+class PreparePlan:
+    """A preparation: settings, input files and output folder.
 
     Attributes:
-      config: how.
+      config: the settings.
       sources: the files, in the order that decides which of two duplicates is kept.
-      evaluation: files of texts that must not be trained on.
+      evaluation: files of evaluation texts, which are removed from the training data.
       tokenizer: folder with vocab.txt and tokenizer_config.json.
-      out: where to.
+      out: the output folder.
     """
 
     config: PrepareConfig
@@ -74,12 +74,12 @@ class Plan:
     @classmethod
     def make(
         cls, config: PrepareConfig, inputs: Sequence[Path], evaluation: Sequence[Path], tokenizer: Path, out: Path
-    ) -> Plan:
-        """Finds the files.
+    ) -> PreparePlan:
+        """Makes a plan from the inputs that the user names.
 
         Raises:
-          InputError: as `find_sources`; or two inputs describe one task differently; or a file is to be both trained on
-            and evaluated on.
+          InputError: as `find_sources`; or two inputs describe one task differently; or a file is both a training and
+            an evaluation file.
         """
         sources, found = find_sources(inputs, config.task)
         held_out = [*found, *find_evaluation(evaluation)]
@@ -94,7 +94,7 @@ class Plan:
 
     @property
     def work(self) -> Path:
-        """A folder for what is in the making; removed in the end."""
+        """The folder of temporary files, removed at the end."""
         return self.out / ".work"
 
     @property
@@ -110,10 +110,10 @@ class Plan:
         return band_rows(self.config.near_duplicates or 1.0)
 
     def inputs_json(self, progress: Callable[[int], object]) -> dict[str, Any]:
-        """All that decides what comes out: the config, and the contents of every file. Reads them all.
+        """Everything that determines the output: the config, and a checksum of every file, each of which is read.
 
         Args:
-          progress: called with the bytes read since the last call.
+          progress: called with the number of bytes read since the previous call.
         """
 
         def described(path: Path) -> dict[str, Any]:
@@ -140,10 +140,10 @@ class Plan:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a prepared folder.
+    """Reads the manifest of a prepared folder.
 
     Raises:
-      InputError: there is none, or it is no manifest of this version.
+      InputError: there is no manifest, or it is malformed or of another format version.
     """
     file = Path(folder) / "manifest.json"
     try:

@@ -1,4 +1,4 @@
-"""Which files an input is, and their rows: files, folders, task folders, and Hugging Face datasets saved to disk."""
+"""Input files and their rows: files, folders, task folders, and Hugging Face datasets saved to disk."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .steps import SourceRow, clean_row, rank_of
 
 @dataclasses.dataclass(frozen=True)
 class SourceFile:
-    """A file of rows to train on.
+    """A training file.
 
     Attributes:
       path: the file.
-      task: name of the task that its labels belong to.
-      known: the task, where a task.json describes it.
+      task: the name of the task that its labels belong to.
+      known: the task, if a task.json describes it.
     """
 
     path: Path
@@ -31,12 +31,12 @@ class SourceFile:
 
 @dataclasses.dataclass(frozen=True)
 class Reject:
-    """A row that cannot be used.
+    """An invalid row.
 
     Attributes:
-      file: position of its file among the inputs.
-      row: of the file, from 1; all rows count, as in `rank_of`.
-      reason: a sentence that names the place and what is wrong there.
+      file: the position of its file among the inputs.
+      row: its number in the file, from 1; all rows count, as in `rank_of`.
+      reason: the error message, which names the place.
     """
 
     file: int
@@ -46,25 +46,28 @@ class Reject:
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """The columns of texts and of labels; None for `label` or `labels`, whichever there is."""
+    """The columns of texts and labels; a label column of None means `label` or `labels`, whichever exists."""
 
     text: str = "text"
     label: str | None = None
 
 
 def find_sources(inputs: Sequence[Path], task: str | None) -> tuple[list[SourceFile], list[Path]]:
-    """The files of all inputs, and the evaluation files that come with them.
+    """Finds the training files of all inputs, and the evaluation files among them.
 
-    A file is a task of its name. A folder is, in this order: a task folder (task.json and one file a split), a Hugging
-    Face dataset (or several splits of one) saved to disk, or any folder, of whose files all are taken. Of what has
-    splits `train` is taken to train on, and all others are evaluation sets.
+    A file is a task with the file's name. A folder is tried, in this order, as a task folder (task.json and a file per
+    split), as a Hugging Face dataset saved to disk (with or without splits), and as a plain folder, all of whose files
+    are taken. If there are splits, `train` is for training and all others are evaluation sets.
 
     Args:
       inputs: files and folders.
-      task: the name for the task of inputs that bring none.
+      task: the task name for inputs without a task.json; None for the name of the file or folder.
+
+    Returns:
+      (training files, evaluation files).
 
     Raises:
-      InputError: an input that does not exist or holds no file of a known kind.
+      InputError: an input does not exist, or has no training file of a known format.
     """
     sources: list[SourceFile] = []
     evaluation: list[Path] = []
@@ -94,7 +97,11 @@ def find_sources(inputs: Sequence[Path], task: str | None) -> tuple[list[SourceF
 
 
 def find_evaluation(paths: Sequence[Path]) -> list[Path]:
-    """All files of what the user names as evaluation sets."""
+    """Finds the files of the evaluation sets that the user names.
+
+    Raises:
+      InputError: a path does not exist or has no file of a known format.
+    """
     files: list[Path] = []
     for path in paths:
         found = _files(path, deep=True) if path.is_dir() else [path]
@@ -105,18 +112,22 @@ def find_evaluation(paths: Sequence[Path]) -> list[Path]:
 
 
 def read_evaluation(files: Sequence[Path], columns: Columns) -> list[str]:
-    """The texts of all evaluation files. Strict: a bad row there would be contamination that nobody sees."""
+    """Reads the texts of all evaluation files.
+
+    Raises:
+      InputError: any row is invalid; a skipped row would be contamination that goes unnoticed.
+    """
     return [text for file in files for text in read_texts(file, text_column=columns.text)]
 
 
 def read_source(file: int, source: SourceFile, task: int, columns: Columns) -> Iterator[SourceRow | Reject]:
-    """The rows of a file, cleaned, and the rejects among them, in their order.
+    """Iterates over the cleaned rows and the rejects of a file, in order.
 
     Args:
-      file: its position among the inputs.
+      file: the position of the file among the inputs.
       source: the file.
-      task: the position of its task.
-      columns: see there.
+      task: the position of its task among the inputs' tasks.
+      columns: the columns of texts and labels.
 
     Raises:
       InputError: the file as a whole cannot be read.
@@ -144,7 +155,7 @@ def _files(folder: Path, *, deep: bool) -> list[Path]:
 
 
 def _saved_files(folder: Path) -> list[Path]:
-    """The Arrow files of one dataset in the order that its state.json gives."""
+    """The Arrow files of a dataset, in the order of its state.json."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         return [folder / file["filename"] for file in state["_data_files"]]

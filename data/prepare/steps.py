@@ -1,7 +1,7 @@
 """The steps of preparation as pure functions of rows: clean, hash, split, tokenise, count.
 
-In the order in which a row meets them: `clean_row` (or a reject with its reason), exact duplicates by `exact_key`,
-`contamination`, near-duplicates by `minhash`, `split_of`, `tokenize_rows`, shards.
+The order of the steps: `clean_row` (or a reject with its reason), exact duplicates by `exact_key`, `contamination`,
+near-duplicates by `minhash`, `split_of`, `tokenize_rows`, shards.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _TASK_BYTES = 2
 
 
 class SourceRow(NamedTuple):
-    """A usable row.
+    """A valid row.
 
     Attributes:
-      rank: its place among all rows: of two duplicates the one of lower rank is kept. See `rank_of`.
+      rank: its position among all rows (see `rank_of`); of two duplicates the one of lower rank is kept.
       task: the position of its task among the inputs' tasks.
-      text: cleaned.
-      labels: names.
-      text_hash: of the text's `comparable` form; equal for texts that count as equal.
+      text: the cleaned text.
+      labels: label names.
+      text_hash: hash of the text's `comparable` form; equal for texts that count as equal.
     """
 
     rank: int
@@ -46,7 +46,7 @@ class SourceRow(NamedTuple):
     text_hash: bytes
 
     def to_json(self) -> bytes:
-        """One line."""
+        """The row as one line of JSON."""
         fields = [self.rank, self.task, self.text, self.labels, self.text_hash.hex()]
         return json.dumps(fields, ensure_ascii=False).encode() + b"\n"
 
@@ -57,13 +57,14 @@ class SourceRow(NamedTuple):
 
 
 class Dropped(NamedTuple):
-    """A row that is left out because another stands for it.
+    """A row that is dropped as a duplicate or as contaminated.
 
     Attributes:
-      rank: of the row.
+      rank: the row's rank.
       reason: "duplicate", "near-duplicate" or "contaminated".
-      of: rank of the row that is kept; of an evaluation text, its position.
-      similarity: 1 for duplicates; estimated Jaccard similarity of near-duplicates; of contamination see there.
+      of: the rank of the row that is kept, or the position of the evaluation text.
+      similarity: 1 for duplicates, the estimated Jaccard similarity for near-duplicates; for contamination the
+        similarity, or the share of the evaluation text that the row contains (see `contamination`).
     """
 
     rank: int
@@ -73,12 +74,12 @@ class Dropped(NamedTuple):
 
 
 def rank_of(file: int, row: int) -> int:
-    """The rank of a file's row (from 1): files in the order given, rows as they stand in them."""
+    """The rank of a row (counted from 1 in its file): ordered by file, then by row."""
     return file << _ROW_BITS | row
 
 
 def place_of(rank: int) -> tuple[int, int]:
-    """(file, row) of a rank."""
+    """The (file, row) of a rank; the inverse of `rank_of`."""
     return rank >> _ROW_BITS, rank & ((1 << _ROW_BITS) - 1)
 
 
@@ -86,12 +87,12 @@ def clean_row(example: Example, rank: int, task: int, known: Task | None) -> Sou
     """Normalises a row's text (NFC, no NUL, no white space around it) and checks its labels.
 
     Args:
-      example: what was read.
+      example: the example as read.
       rank, task: see `SourceRow`.
-      known: the task, where a task.json describes it.
+      known: the task, if a task.json describes it.
 
     Raises:
-      InputError: nothing is left of the text, or the task has not such labels.
+      InputError: the cleaned text is empty, or the labels do not fit the task.
     """
     text = unicodedata.normalize("NFC", example.text.replace("\0", "")).strip()
     if not text:
@@ -106,17 +107,17 @@ def hash_text(text: str) -> bytes:
 
 
 def exact_key(row: SourceRow) -> bytes:
-    """Equal for rows that are duplicates: equal texts of one task."""
+    """A key that is equal for exact duplicates, which are equal texts of one task."""
     return row.text_hash + row.task.to_bytes(_TASK_BYTES, "big")
 
 
 def split_of(text_hash: bytes, dev_fraction: float) -> str:
-    """ "train" or "dev", by the hash of the text alone: equal texts of several tasks come into one split."""
+    """ "train" or "dev", by the hash of the text alone, so that equal texts of several tasks are in the same split."""
     return "dev" if int.from_bytes(text_hash[:8], "big") < dev_fraction * 2**64 else "train"
 
 
-def shard_of(text_hash: bytes, num_shards: int) -> int:
-    """By other bits of the hash than `split_of`."""
+def shard_number(text_hash: bytes, num_shards: int) -> int:
+    """The number of a text's shard, from other bits of the hash than `split_of` uses."""
     return int.from_bytes(text_hash[8:16], "big") % num_shards
 
 
@@ -125,14 +126,14 @@ def num_shards_for(records: int, records_per_shard: int) -> int:
 
 
 class TokenizedRow(NamedTuple):
-    """A row as it goes into a shard.
+    """A tokenised row, ready for its shard.
 
     Attributes:
       split: "train" or "dev".
-      key: what a shard's records are ordered by: `exact_key`, so that the order is random and always the same.
-      record: see `records`.
-      length: tokens.
-      truncated: whether the text had more.
+      key: the sort key within a shard: `exact_key`, which gives a random but reproducible order.
+      record: the encoded record (see `records`).
+      length: the number of tokens.
+      truncated: whether tokens were cut off.
     """
 
     split: str
@@ -143,7 +144,7 @@ class TokenizedRow(NamedTuple):
 
     @property
     def task(self) -> int:
-        """The position of its task among the inputs' tasks."""
+        """The position of the row's task among the inputs' tasks."""
         return int.from_bytes(self.key[-_TASK_BYTES:], "big")
 
 
@@ -154,7 +155,7 @@ def tokenize_rows(
     max_length: int,
     dev_fraction: float,
 ) -> list[TokenizedRow]:
-    """Token ids, label positions and split of each row."""
+    """Tokenises rows, and encodes their label positions and splits."""
     tokenized = tokenizer.encode([row.text for row in rows], max_length)
     done = []
     for row, ids, truncated in zip(rows, tokenized.ids, tokenized.truncated, strict=True):
@@ -167,7 +168,7 @@ def tokenize_rows(
 
 @dataclasses.dataclass
 class LabelCounts:
-    """What a task's kept rows say of its labels; sums of parts are those of the whole."""
+    """Label statistics of a task's kept rows; those of parts can be merged."""
 
     rows: int = 0
     least: int = 1 << 30
@@ -188,10 +189,10 @@ class LabelCounts:
 
 
 def task_from_counts(name: str, known: Task | None, counts: LabelCounts) -> Task:
-    """The task that task.json describes, or that the labels amount to (as `readers.infer_task` has it).
+    """The task of a task.json, or the one inferred from the labels as in `readers.infer_task`.
 
     Raises:
-      InputError: no row is left, or its rows have fewer than two labels to tell apart.
+      InputError: no row is left, no row has a label, or all rows have the same single label.
     """
     if not counts.rows:
         raise InputError(f"No usable row is left of the task '{name}'; rejects.jsonl has the reasons.")
@@ -210,7 +211,7 @@ def task_from_counts(name: str, known: Task | None, counts: LabelCounts) -> Task
 
 
 def length_stats(lengths_N: np.ndarray, truncated: int, buckets: Sequence[int]) -> dict[str, Any]:
-    """Of a split's records: tokens, their quantiles, and how many records fall into each length bucket."""
+    """Length statistics of a split: tokens, quantiles, and the number of records in each length bucket."""
     if not len(lengths_N):
         return {"records": 0, "tokens": 0, "truncated": 0}
     bucket_N = np.searchsorted(buckets, lengths_N)

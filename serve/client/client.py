@@ -59,7 +59,7 @@ from ..wire.errors import (
     UnknownTask,
 )
 from ..wire.status import error_of, error_of_call, from_status
-from .requests import ClassifyOptions, batch_requests, chunks, one_request
+from .requests import ClassifyOptions, batch_requests, lists_of, one_request
 from .results import (
     Classification,
     EvidenceSpan,
@@ -316,7 +316,7 @@ class AsyncClient:
 
         async def requests() -> AsyncIterator[pb.ClassifyBatchRequest]:
             try:
-                async for some in chunks(texts, _STREAM_TEXTS):
+                async for some in lists_of(texts, _STREAM_TEXTS):
                     for request in batch_requests(some, task, options):
                         yield request
             except Exception as error:  # gRPC only logs it

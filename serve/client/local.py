@@ -24,7 +24,7 @@ from ...model.focus import Focus
 from ...model.predict import Executables
 from ..core.answers import AnswerDecoder, check_threshold, not_finite
 from ..core.engine import Engine
-from ..core.models import AUTO, ModelSettings, make_engine, name_of
+from ..core.models import AUTO, ModelSettings, default_model_name, make_engine
 from ..core.tokenizing import TokenizedText, encode_texts, length_error
 from ..core.work import Scored
 from ..proto import classifier_pb2 as pb
@@ -89,7 +89,7 @@ class LocalModel:
         self._settings = ModelSettings((_focus_text(focus),), precision)
         self._bundle = load_bundle(path)
         self.path = path
-        self.name = name_of(path)
+        self.name = default_model_name(path)
         self.version = self._bundle.version
         self.max_length = self._bundle.max_length
         self.tasks = tuple(
@@ -169,7 +169,7 @@ class LocalModel:
         """
         if not isinstance(text, str):
             hint = "; for several texts use classify_batch or predict" if _is_several(text) else ""
-            raise InvalidRequest(f"classify takes one text, a str, not {_described(text)}{hint}.", field="text")
+            raise InvalidRequest(f"classify takes one text, a str, not {described(text)}{hint}.", field="text")
         (outcome,) = self.classify_batch([text], task, top_k=top_k, threshold=threshold, focus=focus, evidence=evidence)
         if isinstance(outcome, ServeError):
             raise outcome
@@ -201,7 +201,7 @@ class LocalModel:
         if isinstance(top_k, bool) or not isinstance(top_k, int | np.integer) or top_k < 0:
             raise InvalidRequest(f"top_k must be a whole number from 0; it is {top_k!r}.", field="top_k")
         outcomes: list[Outcome] = []
-        for chunk in _chunks(texts, "classify_batch"):
+        for chunk in text_chunks(texts, "classify_batch"):
             results = self._score(chunk, request.engine, spans=evidence)
             good = [one for one in results if not isinstance(one, ServeError)]
             answers = iter(
@@ -304,7 +304,7 @@ class LocalModel:
     def _task(self, name: str | None) -> Task:
         if not isinstance(name, str | None):
             known = ", ".join(task.name for task in self.tasks)
-            raise InvalidRequest(f"task is {_described(name)}; it is the name of a task: {known}.", field="task")
+            raise InvalidRequest(f"task is {described(name)}; it is the name of a task: {known}.", field="task")
         return self._answers.task(name or "")
 
     def _focus(self, focus: float | str | None) -> str:
@@ -316,13 +316,13 @@ class LocalModel:
             if self._closed:
                 raise NotPossible(f"The model '{self.name}' is closed; load it again.")
             if parsed not in self._engines:
-                self._engines[parsed] = make_engine(self._bundle, parsed, self._settings.precision, self._executables)
+                self._engines[parsed] = make_engine(self._bundle, parsed, self._settings, self._executables)
             return self._engines[parsed]
 
     def _decoded(self, texts: Iterable[str], request: _Request, method: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Blocks of probs_NL and chosen_NL in the order of the texts. Raises the error of a text with its position."""
         start = 0
-        for chunk in _chunks(texts, method):
+        for chunk in text_chunks(texts, method):
             results = self._score(chunk, request.engine)
             for row, one in enumerate(results, start):
                 if isinstance(one, ServeError):
@@ -364,7 +364,7 @@ class LocalModel:
 def _bundle_folder(path: str | os.PathLike[str]) -> Path:
     """The bundle that a path names: itself, or the `bundle` of a training run. Raises InputError."""
     if not isinstance(path, str | os.PathLike):
-        raise InputError(f"load takes the path of a bundle, a str or a Path, not {_described(path)}.")
+        raise InputError(f"load takes the path of a bundle, a str or a Path, not {described(path)}.")
     folder = Path(path).expanduser()
     if folder.is_file():
         raise InputError(
@@ -384,19 +384,17 @@ def _bundle_folder(path: str | os.PathLike[str]) -> Path:
 
 def _focus_text(focus: float | str) -> str:
     if isinstance(focus, bool) or not isinstance(focus, str | int | float | np.number):
-        raise InputError(f"focus is {_described(focus)}; it is a number above 0 and at most 1, or a str of several.")
+        raise InputError(f"focus is {described(focus)}; it is a number above 0 and at most 1, or a str of several.")
     return focus if isinstance(focus, str) else f"{focus:g}"
 
 
-def _chunks(texts: Iterable[str], method: str) -> Iterator[list[str]]:
+def text_chunks(texts: Iterable[str], method: str) -> Iterator[list[str]]:
     """Lists of at most `CHUNK_TEXTS` texts and about `CHUNK_CHARS` characters. Raises InvalidRequest: no texts."""
     chunk: list[str] = []
     chars = 0
     for row, text in enumerate(_iterable(texts, method)):
         if not isinstance(text, str):
-            raise InvalidRequest(
-                f"texts[{row}] is {_described(text)}; {method} takes texts, each a str.", field="texts"
-            )
+            raise InvalidRequest(f"texts[{row}] is {described(text)}; {method} takes texts, each a str.", field="texts")
         if not text.isascii():
             try:
                 text.encode()
@@ -422,7 +420,7 @@ def _iterable(texts: Any, method: str) -> Iterable[Any]:
     if getattr(texts, "ndim", 1) != 1:
         raise InvalidRequest(f"{expected}; this array has the shape {texts.shape} instead of (N,).", field="texts")
     if not _is_several(texts):
-        raise InvalidRequest(f"{expected}, not {_described(texts)}.", field="texts")
+        raise InvalidRequest(f"{expected}, not {described(texts)}.", field="texts")
     return texts.to_pylist() if hasattr(texts, "to_pylist") else texts  # of pyarrow
 
 
@@ -430,7 +428,7 @@ def _is_several(value: Any) -> bool:
     return isinstance(value, Iterable) and not isinstance(value, str | bytes | bytearray | Mapping | set | frozenset)
 
 
-def _described(value: Any) -> str:
+def described(value: Any) -> str:
     """A value that is no text, for a sentence; never with its content, which may be long or private."""
     if value is None or (isinstance(value, float) and value != value) or type(value).__name__ in ("NAType", "NaTType"):
         return f"{'NaN' if isinstance(value, float) else value}, a missing value"

@@ -42,7 +42,7 @@ class ClassifyOptions(TypedDict, total=False):
     request_id: str
 
 
-async def chunks(texts: Iterable[str] | AsyncIterable[str], size: int) -> AsyncIterator[list[str]]:
+async def lists_of(texts: Iterable[str] | AsyncIterable[str], size: int) -> AsyncIterator[list[str]]:
     """Lists of at most `size` texts."""
     some: list[str] = []
     if isinstance(texts, AsyncIterable):

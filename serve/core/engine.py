@@ -23,7 +23,7 @@ from .work import Output
 PROGRAM_LENGTHS = (16, 32, 64, 128, 256, 512)
 BATCH_SIZES = (1, 8, 32)
 # Larger batches gain no throughput, and delay the texts behind them.
-MAX_BATCH_TOKENS = 8192
+MAX_PROGRAM_TOKENS = 8192
 # A larger program is preferred if it reaches this part of the best measured rate.
 ABOUT_AS_GOOD = 0.9
 # Runs that time a program: the first may still allocate, the fastest of the others counts.
@@ -105,7 +105,7 @@ class Engine:
         one does not reproduce the golden outputs.
       buckets: the lengths in tokens for which there are programs; those beyond `max_length` are left out.
       batch_sizes: the numbers of texts for which there are programs. The smallest is always built, a larger one only
-        where it holds at most `MAX_BATCH_TOKENS`.
+        where it holds at most `MAX_PROGRAM_TOKENS`.
       clock: seconds, monotonic.
     """
 
@@ -128,7 +128,7 @@ class Engine:
         self._buckets = (*sorted(bucket for bucket in set(buckets) if bucket < max_length), max_length)
         sizes = sorted(set(batch_sizes))
         self._sizes = {
-            bucket: (sizes[0], *(size for size in sizes[1:] if size * bucket <= MAX_BATCH_TOKENS))
+            bucket: (sizes[0], *(size for size in sizes[1:] if size * bucket <= MAX_PROGRAM_TOKENS))
             for bucket in self._buckets
         }
         self._plan = {bucket: plan[bucket] for bucket in self._buckets if plan and plan.get(bucket) in self._predictors}

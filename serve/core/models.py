@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -26,16 +27,25 @@ from ...model.bundle import GOLDEN_LENGTH, Bundle, load_bundle
 from ...model.config import EncoderConfig
 from ...model.focus import Focus
 from ...model.precision import Precision
-from ...model.predict import Executables, Predictor, Program
+from ...model.predict import Executables
 from ...model.variants import AGREEMENT, VARIANTS, disagreement, golden_ids, variant_predictor
 from ..wire.errors import InvalidRequest, NotPossible, UnknownTask
 from .answers import AnswerDecoder
-from .engine import Engine, GoldenCheck, TimedProgram
+from .engine import CompilerProtocol, Engine, ExecutableProtocol, GoldenCheck, TimedProgram
 from .tokenizing import TokenizerStage
 
 # Valid names: they stand in URLs, metrics and log lines.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 AUTO = "auto"
+
+
+class PredictorProtocol(CompilerProtocol, Protocol):
+    """The part of `model.predict.Predictor` that `make_engine` uses."""
+
+    @property
+    def executables(self) -> Executables: ...
+
+    def logits(self, ids: Sequence[np.ndarray], *, batch_size: int, buckets: Sequence[int]) -> np.ndarray: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +55,14 @@ class ModelSettings:
     Attributes:
       focuses: the focus budgets to compile programs for, each as `Focus.parse` takes it; the first is the default.
       precision: one of `VARIANTS`, or `AUTO`: the fastest for each bucket, as measured.
+      make_predictor: the compiler of a bundle in one precision and at one focus; None is the full focus.
+      golden: whether each precision must reproduce the outputs of the bundle's own.
     """
 
     focuses: tuple[str, ...] = ("1",)
     precision: str = AUTO
+    make_predictor: Callable[[Bundle, Precision, Focus | None], PredictorProtocol] = variant_predictor
+    golden: bool = True
 
     def __post_init__(self) -> None:
         if self.precision not in (AUTO, *VARIANTS):
@@ -306,14 +320,14 @@ class Models:
         asyncio.get_running_loop().call_later(0.1, lambda: asyncio.get_running_loop().run_in_executor(None, _trim))
 
 
-def name_of(folder: Path) -> str:
+def default_model_name(folder: Path) -> str:
     """The name of a bundle's model: the folder's, or that of its parent where it is only called bundle…."""
     absolute = folder.absolute()
     return absolute.parent.name if absolute.name.startswith("bundle") else absolute.name
 
 
 def named_folders(sources: Sequence[str]) -> dict[str, Path]:
-    """Bundles by name, from FOLDER (see `name_of`) or NAME=FOLDER each.
+    """Bundles by name, from FOLDER (see `default_model_name`) or NAME=FOLDER each.
 
     Raises:
       InputError: no name, one that is out of its limits, or one that stands for two folders.
@@ -325,7 +339,7 @@ def named_folders(sources: Sequence[str]) -> dict[str, Path]:
             name, path = given, Path(rest)
         else:
             path = Path(source)
-            name = name_of(path)
+            name = default_model_name(path)
         if not _NAME.fullmatch(name):
             raise InputError(
                 f"'{source}' would be served as '{name}'; a name is 1 to 64 letters, digits, dots, dashes and "
@@ -339,7 +353,7 @@ def named_folders(sources: Sequence[str]) -> dict[str, Path]:
 
 @dataclasses.dataclass(eq=False)
 class _OnDemand:
-    """A `Predictor` that puts its weights on the device at its first use; a plan may never use it.
+    """A predictor that is made, with its weights on the device, at its first use; a plan may never use it.
 
     Its compiled programs are added to `executables`.
     """
@@ -347,11 +361,12 @@ class _OnDemand:
     bundle: Bundle
     variant: Precision
     focus: Focus | None
+    settings: ModelSettings
     executables: list[Executables]
 
     @functools.cached_property
-    def predictor(self) -> Predictor:
-        predictor = variant_predictor(self.bundle, self.variant, self.focus)
+    def predictor(self) -> PredictorProtocol:
+        predictor = self.settings.make_predictor(self.bundle, self.variant, self.focus)
         self.executables.append(predictor.executables)
         return predictor
 
@@ -359,7 +374,7 @@ class _OnDemand:
     def focused(self) -> bool:
         return self.focus is not None
 
-    def compile(self, batch_size: int, length: int) -> Program:
+    def compile(self, batch_size: int, length: int) -> ExecutableProtocol:
         return self.predictor.compile(batch_size, length)
 
 
@@ -374,7 +389,7 @@ def _prepare(name: str, path: Path, settings: ModelSettings, sibling: Model | No
             continue  # a model without gates serves the full focus only
         before = alike.engines.get(text) if alike is not None else None
         plan = before.plan if before is not None and before.ready else {}
-        model.engines[text] = make_engine(bundle, focus, settings.precision, model.executables, plan)
+        model.engines[text] = make_engine(bundle, focus, settings, model.executables, plan)
     if sibling is not None:
         model.executables += sibling.executables  # including those of precisions that were not chosen
     return model
@@ -383,7 +398,7 @@ def _prepare(name: str, path: Path, settings: ModelSettings, sibling: Model | No
 def make_engine(
     bundle: Bundle,
     focus: Focus,
-    precision: str,
+    settings: ModelSettings,
     executables: list[Executables],
     plan: Mapping[int, str] | None = None,
 ) -> Engine:
@@ -392,23 +407,23 @@ def make_engine(
     Args:
       bundle: with its weights.
       focus: what each layer keeps.
-      precision: one of `VARIANTS`, or `AUTO`.
-      executables: gets what is compiled.
+      settings: precision, compiler and check; its focuses are not read.
+      executables: compiled programs are added to it.
       plan: see `Engine`.
 
     Raises:
       InputError: the bundle was not trained for the focus.
     """
     kept = None if focus.full else focus
-    variants: list[Precision] = [one for one in VARIANTS if precision in (AUTO, one)]
+    variants: list[Precision] = [one for one in VARIANTS if settings.precision in (AUTO, one)]
     variants.sort(key=lambda one: one != bundle.precision)  # among equals the bundle's own is preferred
-    predictors: dict[str, _OnDemand] = {one: _OnDemand(bundle, one, kept, executables) for one in variants}
-    own = predictors.get(bundle.precision) or _OnDemand(bundle, bundle.precision, kept, executables)
+    predictors: dict[str, _OnDemand] = {one: _OnDemand(bundle, one, kept, settings, executables) for one in variants}
+    own = predictors.get(bundle.precision) or _OnDemand(bundle, bundle.precision, kept, settings, executables)
     return Engine(
         predictors,
         max_length=bundle.max_length,
         pad_id=bundle.tokenizer.pad_id,
-        golden=_golden(bundle, own.predictor),
+        golden=_golden(bundle, own.predictor) if settings.golden else None,
         plan=plan,
     )
 
@@ -418,7 +433,7 @@ def _shapes(bundle: Bundle) -> tuple[EncoderConfig, int, int]:
     return bundle.encoder, bundle.taxonomy.num_labels, bundle.max_length
 
 
-def _golden(bundle: Bundle, predictor: Predictor) -> GoldenCheck:
+def _golden(bundle: Bundle, predictor: PredictorProtocol) -> GoldenCheck:
     """The outputs of the bundle's own precision; at full focus `load_bundle` has checked them."""
     ids = golden_ids(bundle)
     length = min(GOLDEN_LENGTH, bundle.max_length)

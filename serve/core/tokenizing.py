@@ -25,7 +25,7 @@ from ..wire.errors import InternalError, InvalidRequest, Overloaded, ServeError
 MAX_WAITING_CHARS = 64_000_000
 MAX_BATCH_CHARS = 1_000_000
 # The retry hint of a refusal: about the time that a full queue takes.
-RETRY_SECONDS = 0.5
+ENCODING_RETRY_SECONDS = 0.5
 
 
 class EncodingProtocol(Protocol):
@@ -114,7 +114,7 @@ class TokenizerStage:
             raise Overloaded(
                 f"The server has {self._waiting_chars} characters waiting for the tokenizer and takes on "
                 f"{self._max_waiting_chars} at most; try again in a moment.",
-                retry_seconds=RETRY_SECONDS,
+                retry_seconds=ENCODING_RETRY_SECONDS,
             )
         group = _Group(texts, chars, spans, asyncio.get_running_loop().create_future())
         self._waiting.append(group)

@@ -26,6 +26,7 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import SERVICE_NAME as HEALTH_NAME
 from grpc_health.v1.health import aio as health_aio  # pyright: ignore[reportAttributeAccessIssue]
+from grpc_health.v1.health_pb2 import HealthCheckResponse as Health
 from grpc_reflection.v1alpha import reflection
 
 from ...data.errors import InputError
@@ -40,7 +41,6 @@ from ..wire.limits import MAX_TEXTS, RETRY_SECONDS
 from ..wire.status import error_of, error_of_call, from_status
 from .lifecycle import Lifecycle, stop_signal
 
-Health = health_pb2.HealthCheckResponse
 CLASSIFIER = pb.DESCRIPTOR.services_by_name["Classifier"]
 # While a batch is under way, unary calls are gathered for so long, or up to so many: a call between processes costs as
 # much as several requests in one.

@@ -10,9 +10,9 @@ import threading
 from pathlib import Path
 
 import jax
-from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import SERVICE_NAME as HEALTH_NAME
 from grpc_health.v1.health import aio as health_aio  # pyright: ignore[reportAttributeAccessIssue]
+from grpc_health.v1.health_pb2 import HealthCheckResponse as Health
 from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 from grpc_reflection.v1alpha import reflection
 from tqdm import tqdm
@@ -37,7 +37,6 @@ from .service import ClassifierService
 
 CLASSIFIER_NAME = pb.DESCRIPTOR.services_by_name["Classifier"].full_name
 ADMIN_NAME = pb.DESCRIPTOR.services_by_name["ModelAdmin"].full_name
-Health = health_pb2.HealthCheckResponse
 # The interpreter's switch interval: how long the event loop may hold up the device's thread. Python's default is 5 ms,
 # which is much beside a batch of some tens of milliseconds.
 SWITCH_SECONDS = 0.0005
@@ -91,10 +90,14 @@ class ServeConfig(OperationsConfig):
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be above 0.")
 
 
-def serve(config: ServeConfig) -> None:
+def serve(config: ServeConfig, settings: ModelSettings | None = None) -> None:
     """Serves until SIGTERM or SIGINT, then drains and returns. Call it from the main thread.
 
     If the device is lost the process stays, with its health NOT_SERVING, until its supervisor replaces it.
+
+    Args:
+      config: how to serve.
+      settings: how the models are compiled; by default in the focuses and the precision of `config`.
 
     Raises:
       InputError: a bundle cannot be used, or an address cannot be bound.
@@ -103,7 +106,7 @@ def serve(config: ServeConfig) -> None:
     configure_logging(config.log_format, access=config.access_log and not config.frontends)
     sys.setswitchinterval(SWITCH_SECONDS)
     _yield_to_calls()
-    run_loop(_serve(config))
+    run_loop(_serve(config, settings))
 
 
 def _yield_to_calls() -> None:
@@ -122,9 +125,9 @@ def _yield_to_calls() -> None:
     thread.join()
 
 
-async def _serve(config: ServeConfig) -> None:
+async def _serve(config: ServeConfig, settings: ModelSettings | None) -> None:
     stop = stop_signal()
-    server = Server(config)
+    server = Server(config, settings)
     await server.start()
     try:
         if await server.warm_up(stop):
@@ -138,6 +141,7 @@ class Server:
 
     Args:
       config: its configuration.
+      settings: as for `serve`.
 
     Raises:
       InputError: an address cannot be bound, or a bundle has no valid name.
@@ -147,7 +151,7 @@ class Server:
       admin_address: the address of ModelAdmin; None if it is off.
     """
 
-    def __init__(self, config: ServeConfig) -> None:
+    def __init__(self, config: ServeConfig, settings: ModelSettings | None = None) -> None:
         self._config = config
         self.operations = Operations(config)
         add_port = self.operations.add_port
@@ -172,7 +176,7 @@ class Server:
             check_private(Path(cache))
         self._first = list(named_folders(config.bundles))
         folders = named_folders([*config.bundles, *config.loadable])
-        self.models = Models(folders, ModelSettings(config.focus, config.precision))
+        self.models = Models(folders, settings or ModelSettings(config.focus, config.precision))
         self._loop = asyncio.get_running_loop()
         self.scheduler = Scheduler(
             max_waiting_tokens=config.max_waiting_tokens,

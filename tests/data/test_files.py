@@ -1,4 +1,4 @@
-"""Files and folders that are complete or not there: after an error, a kill in the middle, and on a full disk."""
+"""Atomic files and folders: complete or absent after an error, a kill during the write, and on a full disk."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from classer.data.errors import InputError
 from classer.data.files import atomic_write, disk_error, staged_folder
 
-LIMIT = 1 << 20  # bytes that a file may have where a full disk is simulated
+LIMIT = 1 << 20  # the largest file size while a full disk is simulated
 
 
 def names(folder: Path) -> list[str]:
@@ -29,7 +29,7 @@ def names(folder: Path) -> list[str]:
 
 @pytest.fixture
 def full_disk() -> Iterator[None]:
-    """Every write beyond 1 MiB of a file fails, as the kernel does it (EFBIG)."""
+    """Makes the kernel fail every write beyond 1 MiB of a file (EFBIG)."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, before[1]))
@@ -40,7 +40,7 @@ def full_disk() -> Iterator[None]:
 
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 KiB; skipped where none can be mounted."""
+    """A file system of 256 KiB; the test is skipped if it cannot be mounted."""
     folder = tmp_path / "tiny"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]

@@ -1,4 +1,4 @@
-"""The batches of a seed are the same in every version: what a run learns from must not change while it is stopped."""
+"""The batches of a seed are the same in every version, so that a run resumed after an upgrade sees the same data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scipy.sparse import csr_array
 
 from classer.data.pipeline import Batch, TrainExamples, epoch_batches, stage_batches
 from classer.data.prepare.local import prepare
-from classer.data.prepare.plan import Plan, PrepareConfig
+from classer.data.prepare.plan import PrepareConfig, PreparePlan
 from classer.data.shards import Shards
 from classer.data.tokenizer import WordPieceTokenizer
 from classer.tests.helpers import no_progress
@@ -53,7 +53,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
     WordPieceTokenizer(folder / "vocab.txt").save(folder / "tokenizer")
     config = PrepareConfig(dev_fraction=0, near_duplicates=0, records_per_shard=60)
     inputs = [folder / "kinds.jsonl", folder / "tags.jsonl"]
-    prepare(Plan.make(config, inputs, [], folder / "tokenizer", folder / "out"), progress=no_progress)
+    prepare(PreparePlan.make(config, inputs, [], folder / "tokenizer", folder / "out"), progress=no_progress)
     made = Shards(folder / "out")
     assert len(made) == 230
     return made
@@ -91,12 +91,12 @@ def half_of_shards(_: TrainExamples, shards: Shards) -> Any:
     return epoch_batches(shards, num_epochs=3, rows=range(6, 12), **OPTIONS)
 
 
-# The kind of batches, steps to take before the pinned ones, and the hash of the next 20.
+# The kind of batches, the number of steps skipped first, and the hash of the next 20.
 PINNED = [
     (of_arrays, 0, "4e920d594e5d4c3a"),
     (of_arrays, 15, "94b5016838dc201c"),
     (stage_of_arrays, 0, "34d4d7715f8be769"),
-    (stage_of_arrays, 250, "eadfdf4de96451ff"),  # over the end of a window
+    (stage_of_arrays, 250, "eadfdf4de96451ff"),  # across a window's end
     (of_shards, 0, "89340251e6b39803"),
     (of_shards, 30, "0d462e04fbdee106"),
     (half_of_shards, 0, "471c4df1bee919fb"),

@@ -17,7 +17,7 @@ PAD = 0
 
 
 def make(lengths: list[int], *, batch_size: int = 4, seed: int = 0, num_epochs: int = 3) -> Batches[ShufflePlan]:
-    """Example n has its number as first token (plus 1, so that none is padding) and as its only target."""
+    """Example n has first token n + 1 (0 is padding) and n as its only target."""
     ids = [np.full(length, n + 1, dtype=np.int32) for n, length in enumerate(lengths)]
     targets_NL = np.arange(1, len(lengths) + 1, dtype=np.float32)[:, None]
     examples = TrainExamples(ids, csr_array(targets_NL), np.zeros(len(ids), np.int32))
@@ -107,7 +107,7 @@ def test_order_of_batches_is_shuffled():
     assert widths != sorted(widths)
 
 
-@pytest.mark.parametrize("taken", [0, 1, 7, 24, 25, 26, 49, 50, 74, 75])  # 25 steps an epoch
+@pytest.mark.parametrize("taken", [0, 1, 7, 24, 25, 26, 49, 50, 74, 75])  # 25 steps per epoch
 def test_resume_is_exact_at_any_step_and_over_epochs(taken: int):
     lengths = [1 + (37 * n) % 300 for n in range(97)]
     iterator = iter(make(lengths))
@@ -116,7 +116,7 @@ def test_resume_is_exact_at_any_step_and_over_epochs(taken: int):
     rest = list(iterator)
 
     resumed = iter(make(lengths))
-    list(islice(resumed, 3))  # an iterator that has begun, and made batches ahead, must forget them
+    list(islice(resumed, 3))  # an iterator that was already used must discard its prefetched batches
     resumed.set_state(state)
     assert resumed.get_state() == state
     assert_same(rest, list(resumed))

@@ -193,7 +193,7 @@ def test_standard_input_is_json_lines(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_row_brings_its_own_characters(tmp_path: Path):
-    """`classer predict` writes them again as they were."""
+    """`classer predict` writes these characters unchanged."""
     headers: list[tuple[list[str], str]] = []
     path = write(tmp_path, "a.csv", '\ufeffa,"b"\r\n\n"x\r\ny",1.50\r\n"",z')
     rows = list(read_rows(path, on_header=lambda names, raw: headers.append((names, raw))))
@@ -256,7 +256,7 @@ def test_any_bytes_are_read_or_refused_with_a_sentence(
 ):
     path = tmp_path_factory.mktemp("bytes") / f"a{suffix}"
     path.write_bytes(b"text,label\n" + content if suffix == ".csv" else content)
-    # Anything but an InputError fails here.
+    # Any exception other than InputError fails the test.
     with contextlib.suppress(InputError):
         read(path)
 

@@ -20,7 +20,7 @@ from classer.data.errors import InputError
 from classer.data.pipeline import Batch, Batches, epoch_batches, stage_batches
 from classer.data.plans import ShufflePlan
 from classer.data.prepare.local import prepare
-from classer.data.prepare.plan import Plan, PrepareConfig
+from classer.data.prepare.plan import PrepareConfig, PreparePlan
 from classer.data.shards import Shards
 from classer.data.tokenizer import WordPieceTokenizer
 from classer.tests.helpers import VOCAB, no_progress
@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     WordPieceTokenizer(folder / "vocab.txt").save(folder / "tokenizer")
     config = PrepareConfig(dev_fraction=0, near_duplicates=0, records_per_shard=60)
     inputs = [folder / "tags.jsonl", folder / "kinds.jsonl"]
-    prepare(Plan.make(config, inputs, [], folder / "tokenizer", folder / "out"), progress=no_progress)
+    prepare(PreparePlan.make(config, inputs, [], folder / "tokenizer", folder / "out"), progress=no_progress)
     return folder / "out"
 
 
@@ -53,7 +53,7 @@ def batches_of(folder: Path, *, window: Any = 70, **changes: Any) -> Batches[Shu
 
 
 def stage_of(folder: Path, **changes: Any) -> Batches[CurriculumPlan]:
-    """As many batches, of a stage that draws the second task more often than its size says."""
+    """The same number of batches, of a stage that draws the second task more often than in proportion to its size."""
     settings: dict[str, Any] = {name: SETTINGS[name] for name in ("batch_size", "seed", "pad_id")}
     shares_T = changes.pop("shares_T", np.array([0.4, 0.6]))
     return stage_batches(Shards(folder), shares_T, 40, **({"stage": 1, **settings, **changes}))
@@ -64,12 +64,12 @@ both = pytest.mark.parametrize("make", [batches_of, stage_of])
 
 
 def part_of(make: Make, folder: Path, process: int, num_processes: int) -> Batches[Any]:
-    """One process's batches of several's."""
+    """The batches of one of several processes."""
     return make(folder, rows=np.array_split(np.arange(SETTINGS["batch_size"]), num_processes)[process])
 
 
 def rows_of(batches: list[Batch]) -> list[tuple[bytes, bytes]]:
-    """(token ids, targets) of the rows that are no fillers."""
+    """(token ids, targets) of the rows that are not padding."""
     return [
         (batch.tokens_BS[i, : batch.lengths_B[i]].tobytes(), batch.targets_BL[i].tobytes())
         for batch in batches
@@ -78,7 +78,7 @@ def rows_of(batches: list[Batch]) -> list[tuple[bytes, bytes]]:
     ]
 
 
-# What every batch has; of shards there is nothing from a teacher.
+# The fields of every batch; batches from shards have no soft labels.
 FIELDS = [field.name for field in dataclasses.fields(Batch) if field.default is dataclasses.MISSING]
 
 
@@ -114,7 +114,7 @@ def test_batches_are_full_but_one_and_no_longer_than_their_bucket(folder: Path) 
     sizes = [len(batches.plan.planned(step).rows) for step in range(batches.plan.steps_per_epoch)]
     assert sorted(sizes)[1:] == [12] * (len(sizes) - 1)
     lengths = [batches.plan.planned(step).length for step in range(batches.plan.steps_per_epoch)]
-    assert sum(lengths) < 0.75 * len(lengths) * max(lengths)  # the buckets are of use
+    assert sum(lengths) < 0.75 * len(lengths) * max(lengths)  # more than one bucket is used
 
 
 def test_a_stage_draws_its_tasks_in_their_shares(folder: Path) -> None:
@@ -129,7 +129,7 @@ def test_a_stage_draws_its_tasks_in_their_shares(folder: Path) -> None:
     assert sum(kinds) == pytest.approx(0.6 * len(rows), abs=1)
     assert stage.plan.drawn(WINDOW).tolist() == [len(rows) - sum(kinds), sum(kinds)]
     counts = Counter(rows)
-    assert len(counts) == NUM_TEXTS  # every record comes, and none much more often than its task's others
+    assert len(counts) == NUM_TEXTS  # every record is drawn, and about equally often within its task
     for kind in (False, True):
         of_kind = [counts[row] for row, its in zip(rows, kinds, strict=True) if its is kind]
         assert max(of_kind) - min(of_kind) <= 1
@@ -161,7 +161,7 @@ def test_going_on_after_any_step_is_as_if_nothing_had_been(folder: Path, make: M
         state = json.loads(json.dumps(iterator.get_state()))
         iterator.close()
         resumed = make(folder).iterate()
-        next(resumed)  # a position may be set after batches were taken
+        next(resumed)  # a position may be set after iteration has begun
         resumed.set_state(state)
         rest = list(resumed)
         assert len(rest) == len(expected) - step
@@ -190,7 +190,7 @@ def test_workers_lose_and_double_nothing(folder: Path, make: Make) -> None:
     with contextlib.closing(iterator):
         for batch in expected[:9]:
             assert_equal(next(iterator), batch)
-        state = iterator.get_state()  # by now the workers are several batches ahead
+        state = iterator.get_state()  # by now the workers have prefetched several batches
     resumed = part_of(make, folder, 1, 2).iterate(num_workers=1)
     resumed.set_state(state)
     with contextlib.closing(resumed):

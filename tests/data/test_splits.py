@@ -57,7 +57,7 @@ def test_other_seeds_split_otherwise():
 
 
 def test_which_examples_of_a_label_go_is_random():
-    """A file sorted by date, say, must not give its every tenth row."""
+    """The split must not take every tenth row, for instance of a file sorted by date."""
     examples = examples_of(*["a"] * 200)
     _, dev = stratified_split(examples, 0.1, seed=0)
     places = [examples.index(example) for example in dev]

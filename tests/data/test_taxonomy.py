@@ -1,4 +1,4 @@
-"""Trees of labels: their shape, what is refused, and their size."""
+"""Label trees: their structure, invalid trees, and large ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from classer.data.errors import InputError
 from classer.data.taxonomy import Label, Task, TaskKind, Taxonomy, with_ancestors
 from classer.tests.strategies import trees
 
-# a ─ b ─ c, d;  a ─ e;  f: of uneven depth, children before their parents too
+# a ─ b ─ c, d;  a ─ e;  f: of uneven depth, some children listed before their parents
 TREE = Task(
     "tree",
     TaskKind.HIERARCHICAL,

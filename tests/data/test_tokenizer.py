@@ -1,6 +1,6 @@
-"""The tokenizer against Hugging Face's over the same vocabulary, and its own promises.
+"""The tokenizer compared with Hugging Face's for the same vocabulary, and tests of its own properties.
 
-Two classes of difference are known and wanted (see the module's docstring); the tests below say where each may occur.
+Two kinds of difference are known and intended (see the module's docstring); the tests below state where each may occur.
 """
 
 import concurrent.futures
@@ -67,7 +67,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> WordPieceTokenizer:
 
 
 def real_texts(datasets: Path, count: int) -> list[str]:
-    """`count` texts drawn from all data sets, more of them from the one of 205 languages."""
+    """`count` texts sampled from all data sets, with more from the one of 205 languages."""
     rng = random.Random(0)
     texts: list[str] = []
     folders = sorted(path for path in datasets.iterdir() if path.is_dir())
@@ -94,12 +94,12 @@ def test_ids_and_offsets_equal_hugging_faces_on_real_texts(datasets: Path, ours,
         else:
             assert [tuple(span) for span in spans.tolist()] == expected.offsets
     assert len(different) <= 10, "ids must be equal on at least 99.9 % of texts"
-    # The only difference that occurs in the wild: Hugging Face lets a text spell special tokens.
+    # The only difference in real texts: Hugging Face's tokenizers recognise special tokens in a text.
     assert all(re.search(r"\[(UNK|CLS|SEP|PAD|MASK)\]", text) for text in different)
 
 
 def test_every_older_character_is_treated_alike(ours, theirs):
-    """Each character of Unicode 3.2 within a word, lest a class of characters goes unseen in the texts above."""
+    """Each character of Unicode 3.2 within a word, to cover character classes that the texts above lack."""
     old = unicodedata.ucd_3_2_0
     characters = [chr(c) for c in range(0x30000) if old.category(chr(c)) not in ("Cn", "Cs", "Co")]
     texts = [f"a{char}b {char}" for char in characters]
@@ -232,7 +232,7 @@ def test_threads_agree(small: WordPieceTokenizer):
 
 
 def test_tensorflow_comes_at_the_first_text_and_quietly(tmp_path: Path):
-    """Also where many threads come at once with tokenizers of their own; and stderr works afterwards."""
+    """Also when many threads load their own tokenizers at once; and stderr works afterwards."""
     path = vocab_file(tmp_path, VOCAB)
     code = f"""
 import concurrent.futures, pathlib, sys

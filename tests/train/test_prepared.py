@@ -15,7 +15,7 @@ import pytest
 from classer.data.errors import InputError
 from classer.data.pipeline import Batches
 from classer.data.prepare.local import prepare
-from classer.data.prepare.plan import Plan, PrepareConfig
+from classer.data.prepare.plan import PrepareConfig, PreparePlan
 from classer.data.shards import Shards
 from classer.data.taxonomy import TaskKind
 from classer.data.tokenizer import WordPieceTokenizer
@@ -25,7 +25,7 @@ from classer.model.focus import Focus
 from classer.tests.helpers import TOY_LENGTH, VOCAB, no_progress, rows_trained_on, write_shards, write_toy_data
 from classer.train.config import CurriculumStage, Recipe, TrainJob
 from classer.train.evaluation import measure
-from classer.train.prepared import is_prepared, load_splits, text_of
+from classer.train.prepared import decoded_text, is_prepared, load_splits
 from classer.train.run import run_job, train
 
 CURRICULUM = (
@@ -191,7 +191,7 @@ def test_a_task_without_texts_for_development_is_refused(tiny_encoder: Path, tmp
     (tmp_path / "rare.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rare))
     toy = write_toy_data(tmp_path / "toy.jsonl", TaskKind.MULTICLASS, 300)
     config = PrepareConfig(dev_fraction=0.05, near_duplicates=0, max_length=TOY_LENGTH)
-    plan = Plan.make(config, [toy, tmp_path / "rare.jsonl"], [], tiny_encoder, tmp_path / "shards")
+    plan = PreparePlan.make(config, [toy, tmp_path / "rare.jsonl"], [], tiny_encoder, tmp_path / "shards")
     prepare(plan, progress=no_progress)
     with pytest.raises(InputError, match="no examples of the task 'rare' for development"):
         train(job_of(tmp_path / "shards", tmp_path / "run", tiny_encoder))
@@ -209,5 +209,5 @@ def test_a_tasks_folder_with_a_manifest_of_its_own_is_not_taken_for_shards(tmp_p
 def test_a_text_is_made_of_its_tokens(tiny_encoder: Path) -> None:
     tokenizer = WordPieceTokenizer.from_folder(tiny_encoder)
     (ids,) = tokenizer.encode(["my card has not arrived"], TOY_LENGTH).ids
-    text = text_of(ids, tokenizer)
+    text = decoded_text(ids, tokenizer)
     assert tokenizer.encode([text], TOY_LENGTH).ids[0].tolist() == ids.tolist()

@@ -25,7 +25,7 @@ from classer.train.config import TrainJob
 from classer.train.datasets import load_dataset
 from classer.train.losses import SoftTargets, classification_loss
 from classer.train.soften import soften
-from classer.train.tokenized import TokenizedSplit, join, tokenize
+from classer.train.tokenized import TokenizedSplit, join_tasks, tokenize
 
 
 def test_texts_of_dev_and_test_are_no_soft_examples(tasks: Path, tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_a_student_with_its_teachers_logits_has_nothing_to_learn(task: Task, see
         )
 
     for temperature in (1.0, 2.0):
-        soft = join(taxonomy, {"t": split}, soft_share=1.0, temperature=temperature).soft
+        soft = join_tasks(taxonomy, {"t": split}, soft_share=1.0, temperature=temperature).soft
         assert soft is not None
         gradient_BL = gradient(jnp.asarray(logits_NL), jnp.asarray(soft.toarray()), temperature)
         np.testing.assert_allclose(gradient_BL, 0, atol=1e-5)
@@ -146,13 +146,13 @@ def test_joined_examples_have_their_tasks_columns(tiny_bundle) -> None:
     def split(task: Task, *labels: tuple[str, ...]) -> TokenizedSplit:
         return tokenize(task, [Example("bread", of_row, task.name) for of_row in labels], tiny_bundle.tokenizer, 8)
 
-    joined = join(taxonomy, {"topic": split(topic, ("topic 3",)), "tags": split(tags, (), ("angry", "spam"))})
+    joined = join_tasks(taxonomy, {"topic": split(topic, ("topic 3",)), "tags": split(tags, (), ("angry", "spam"))})
     assert joined.tasks_N.tolist() == [0, 1, 1]
     assert joined.vectors_NV is None
     assert [np.flatnonzero(row).tolist() for row in joined.targets.toarray()] == [[3], [], [8, 9]]
 
     known = Example("soup", ("spam",), "tags", vector=np.array([0.5, 2], np.float16))
     tagged = tokenize(tags, [Example("bread", (), "tags"), known], tiny_bundle.tokenizer, 8)
-    joined = join(taxonomy, {"topic": split(topic, ("topic 3",)), "tags": tagged})
+    joined = join_tasks(taxonomy, {"topic": split(topic, ("topic 3",)), "tags": tagged})
     assert joined.vectors_NV is not None
     assert joined.vectors_NV.tolist() == [[0, 0], [0, 0], [0.5, 2]]

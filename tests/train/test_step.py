@@ -24,7 +24,14 @@ from classer.model.sharding import make_layout
 from classer.tests.helpers import with_devices
 from classer.train.config import Recipe
 from classer.train.losses import classification_loss
-from classer.train.step import Dense, LossConfig, init_state, learning_rate_schedule, make_optimizer, make_train_step
+from classer.train.step import (
+    DenseTeacher,
+    LossConfig,
+    init_state,
+    learning_rate_schedule,
+    make_optimizer,
+    make_train_step,
+)
 
 CONFIG = EncoderConfig(vocab_size=20, num_layers=1, d_model=16, num_heads=2, d_ff=32, max_positions=16)
 RECIPE = Recipe(learning_rate=1e-2, weight_decay=0.1, max_grad_norm=0.5)
@@ -227,7 +234,7 @@ def test_the_dense_classifiers_answers_are_mixed_into_the_targets(dropout: float
     model = TextClassifier(CONFIG, 3, dropout=dropout)
     config = LossConfig(label_smoothing=0.0)
     beforehand = make_train_step(model, table_of(task.kind), optimizer, config)
-    in_step = make_train_step(model, table_of(task.kind), optimizer, config, dense=Dense(dense, 0.7))
+    in_step = make_train_step(model, table_of(task.kind), optimizer, config, dense=DenseTeacher(dense, 0.7))
     one, other = init_state(given, optimizer), init_state(given, optimizer)
     for _ in range(2):
         one, expected = beforehand(one, mixed)

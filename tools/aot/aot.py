@@ -153,7 +153,7 @@ def aot(argv: Sequence[str]) -> None:
     for program in ("train", "serve") if a.programs == "both" else (a.programs,):
         print(f"Compiling {a.preset}, {program}, for {topology} …", file=sys.stderr, flush=True)
         reports.append(compile_train(a, topology) if program == "train" else compile_serve(a, topology))
-        print(describe(reports[-1], a.texts), flush=True)
+        print(describe_report(reports[-1], a.texts), flush=True)
     if a.json is not None:
         a.json.write_text(json.dumps([dataclasses.asdict(report) for report in reports], indent=1) + "\n")
     faults = [fault for report in reports for fault in report.faults]
@@ -367,7 +367,7 @@ def _report(
     )
 
 
-def describe(report: Report, texts: int) -> str:
+def describe_report(report: Report, texts: int) -> str:
     """A report as text; for training it includes an estimate of the time for `texts` texts."""
     accelerator = Topology.parse(report.topology).accelerator
     peak = accelerator.bf16 if report.program == "train" else accelerator.int8

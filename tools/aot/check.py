@@ -11,7 +11,7 @@ from classer.tools.aot.aot import (
     captured_stderr,
     compile_serve,
     compile_train,
-    describe,
+    describe_report,
     devices_of,
     prepare_process,
 )
@@ -25,7 +25,7 @@ def main() -> int:
         a = AotArguments(preset="classer-5m", topology=name, batch_size=64, length=64, labels=1000)
         for compile_program in (compile_train, compile_serve):
             report = compile_program(a, topology)
-            print(describe(report, a.texts), flush=True)
+            print(describe_report(report, a.texts), flush=True)
             faults += report.faults
             if compile_program is compile_train and not report.collectives:
                 faults.append(f"No collectives are seen in the sharded step for {name}.")

@@ -30,7 +30,7 @@ from classer.data.tokenizer import WordPieceTokenizer
 from classer.model.pretrained import MINILM, fetch_encoder, load_encoder
 from classer.tools.cli.main import run, tune_allocator
 from classer.train.config import Recipe
-from classer.train.tokenized import join, tokenize
+from classer.train.tokenized import join_tasks, tokenize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ def main(arguments: FinetuneArguments) -> None:
     task, tokenizer = task_data.task, WordPieceTokenizer.from_folder(folder)
     split = tokenize(task, task_data.splits["train"], tokenizer, arguments.max_length)
     batches = epoch_batches(
-        join(Taxonomy((task,)), {task.name: split}),
+        join_tasks(Taxonomy((task,)), {task.name: split}),
         batch_size=arguments.batch_size,
         seed=0,
         pad_id=tokenizer.pad_id,

@@ -240,7 +240,7 @@ def stand(a: Stand) -> None:
 
 
 class OtherRuntime:
-    """A `serve.engine.Predictor` whose programs another runtime runs."""
+    """A `serve.core.models.PredictorProtocol` whose programs another runtime runs."""
 
     focused = False
 
@@ -253,6 +253,9 @@ class OtherRuntime:
     def compile(self, batch_size: int, length: int) -> OtherRuntime:
         return self
 
+    def launch_explain(self, tokens_BS: np.ndarray, lengths_B: np.ndarray) -> Any:
+        raise NotImplementedError("It has no focus, so it is never asked which tokens it kept.")
+
     def launch(self, tokens_BS: np.ndarray, lengths_B: np.ndarray) -> Callable[[], np.ndarray]:
         return lambda: self._run(tokens_BS, lengths_B)
 
@@ -263,13 +266,13 @@ class OtherRuntime:
 
 
 def behind_our_server(a: Stand) -> None:
-    from classer.serve.core import models
+    from classer.serve.core.models import ModelSettings
     from classer.serve.rpc.server import ServeConfig, serve
 
     run = _onnxruntime(a.export) if a.kind == "onnxruntime" else _openvino(a.export)
-    models.variant_predictor = lambda *_: OtherRuntime(run)  # pyright: ignore[reportAttributeAccessIssue]
-    models._golden = lambda *_: None  # pyright: ignore[reportAttributeAccessIssue]  # the accuracy is measured instead
-    serve(ServeConfig(bundles=(str(a.bundle),), port=0, precision="float32"))
+    # No check against the bundle's outputs: the accuracy is measured instead.
+    settings = ModelSettings(precision="float32", make_predictor=lambda *_: OtherRuntime(run), golden=False)
+    serve(ServeConfig(bundles=(str(a.bundle),), port=0), settings)
 
 
 def _feeds(tokens_BS: np.ndarray, lengths_B: np.ndarray) -> dict[str, np.ndarray]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MAX_CHUNK_CHARS = 16_000_000
 
 
-class Reject(NamedTuple):
+class RejectedRow(NamedTuple):
     """A row that cannot be classified: its number in the file, from 1, and why."""
 
     row: int
@@ -66,7 +66,7 @@ class Chunk:
     texts: list[str]
     rows: list[Row] | pyarrow.RecordBatch
     numbers: list[int]
-    rejects: list[Reject]
+    rejects: list[RejectedRow]
     digest: str
 
     def without(self, failed: dict[int, str]) -> Chunk:
@@ -75,7 +75,7 @@ class Chunk:
             return self
         kept = [i for i in range(len(self.texts)) if i not in failed]
         rows = [self.rows[i] for i in kept] if isinstance(self.rows, list) else _take(self.rows, kept)
-        rejects = sorted([*self.rejects, *(Reject(self.numbers[i], reason) for i, reason in failed.items())])
+        rejects = sorted([*self.rejects, *(RejectedRow(self.numbers[i], reason) for i, reason in failed.items())])
         texts, numbers = [self.texts[i] for i in kept], [self.numbers[i] for i in kept]
         return dataclasses.replace(self, texts=texts, rows=rows, numbers=numbers, rejects=rejects)
 
@@ -117,7 +117,7 @@ def _text_chunks(rows: Iterator[Row], bad: list[InputError], text_column: str) -
     kept: list[Row] = []
     texts: list[str] = []
     numbers: list[int] = []
-    rejects: list[Reject] = []
+    rejects: list[RejectedRow] = []
     digest, chars = hashlib.blake2b(digest_size=8), 0
 
     def chunk() -> Chunk:
@@ -130,7 +130,7 @@ def _text_chunks(rows: Iterator[Row], bad: list[InputError], text_column: str) -
         nonlocal number
         for error in bad:
             number += 1
-            rejects.append(Reject(number, str(error)))
+            rejects.append(RejectedRow(number, str(error)))
             digest.update(str(error).encode(errors="replace"))
         bad.clear()
 
@@ -144,7 +144,7 @@ def _text_chunks(rows: Iterator[Row], bad: list[InputError], text_column: str) -
             kept.append(row)
             numbers.append(number)
         except InputError as error:
-            rejects.append(Reject(number, str(error)))
+            rejects.append(RejectedRow(number, str(error)))
         if len(kept) + len(rejects) >= BATCH_ROWS or chars >= MAX_CHUNK_CHARS:
             yield chunk()
     take_bad()
@@ -163,7 +163,7 @@ def _columnar_chunks(path: Path, batches: Iterator[pyarrow.RecordBatch], text_co
                 kept.append(i)
                 numbers.append(number)
             except InputError as error:
-                rejects.append(Reject(number, str(error)))
+                rejects.append(RejectedRow(number, str(error)))
         digest = hashlib.blake2b(repr(batch.to_pydict()).encode(errors="replace"), digest_size=8).hexdigest()
         yield Chunk(index, texts, _take(batch, kept) if rejects else batch, numbers, rejects, digest)
 

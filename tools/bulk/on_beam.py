@@ -15,7 +15,7 @@ from classer.data.prepare.on_beam import beam, beam_options
 
 from .chunks import Chunk, open_chunks
 from .models import BulkModel
-from .output import Output, output_for
+from .output import OutputFormat, output_for
 from .parts import Parts
 from .run import BulkJob, Counts, MakeModel, predict_chunk
 
@@ -67,7 +67,7 @@ class _Read(beam.DoFn):
 class _Classify(beam.DoFn):
     """Predicts a chunk and writes its part."""
 
-    def __init__(self, job: BulkJob, parts: Parts, make_model: MakeModel, output: Output) -> None:
+    def __init__(self, job: BulkJob, parts: Parts, make_model: MakeModel, output: OutputFormat) -> None:
         self._job, self._parts, self._make_model, self._output = job, parts, make_model, output
         self._model: BulkModel | None = None
 

@@ -27,7 +27,7 @@ OUTPUT_KINDS = ("csv", "tsv", "jsonl", "parquet")
 _DELIMITERS = {"csv": ",", "tsv": "\t"}
 
 
-class Output(Protocol):
+class OutputFormat(Protocol):
     """A format that is written chunk by chunk."""
 
     def encode(self, chunk: Chunk, predictions: Predictions) -> bytes:
@@ -43,7 +43,7 @@ class Output(Protocol):
         ...
 
 
-def output_for(path: Path, kind: str | None, table: Table, columns: PredictedColumns) -> Output:
+def output_for(path: Path, kind: str | None, table: Table, columns: PredictedColumns) -> OutputFormat:
     """The format of an output file.
 
     Args:

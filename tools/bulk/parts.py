@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 from classer.data.errors import InputError
 from classer.data.files import atomic_write
 
-from .chunks import Chunk, Reject
-from .output import Output
+from .chunks import Chunk, RejectedRow
+from .output import OutputFormat
 
 
 class Part(NamedTuple):
@@ -100,7 +100,7 @@ class Parts:
             self._write(name + ".rejects", _lines(chunk.rejects))
         self._write(name + ".rows", data)
 
-    def finish(self, output: Output) -> tuple[int, int]:
+    def finish(self, output: OutputFormat) -> tuple[int, int]:
         """Makes the output of all parts, in one step, and removes them; returns the numbers of rows and rejects."""
         done = dict(self._read())
         parts = [done[index] for index in sorted(done)]
@@ -149,7 +149,7 @@ class Parts:
             unfinished.write_bytes(data)
 
 
-def _lines(rejects: Sequence[Reject]) -> bytes:
+def _lines(rejects: Sequence[RejectedRow]) -> bytes:
     return "".join(json.dumps(reject._asdict(), ensure_ascii=False) + "\n" for reject in rejects).encode(
         errors="backslashreplace"
     )

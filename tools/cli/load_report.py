@@ -148,7 +148,7 @@ class Try:
     summary: Summary
 
 
-def write_report(
+def write_load_report(
     folder: Path,
     title: str,
     settings: dict[str, Any],

@@ -21,6 +21,7 @@ import tyro
 from tqdm import tqdm
 
 from classer.data.errors import InputError
+from classer.serve.wire.limits import MAX_TEXTS
 
 from .arguments import TextsArguments, parse
 from .connection import ConnectionArguments
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
 Mode = Literal["poisson", "ramp", "step", "closed", "search"]
 MAX_SECONDS = 3_600.0
-MAX_TEXTS = 1_024
 # How near, relatively, the search comes to the highest rate.
 SEARCH_PRECISION = 0.05
 # Beyond this share of the wanted latency the delay of our own sending would be taken for the server's.
@@ -172,7 +172,7 @@ async def _run(a: LoadTestArguments, texts: Sequence[str]) -> None:
 
     from classer.serve.client.client import AsyncClient
 
-    from .load_report import describe, write_report
+    from .load_report import describe, write_load_report
 
     tls, key = a.connect_with()
     async with contextlib.AsyncExitStack() as stack:
@@ -198,12 +198,12 @@ async def _run(a: LoadTestArguments, texts: Sequence[str]) -> None:
             found = "No rate that was tried was held." if held is None else f"Highest rate held: {held:,.1f} calls/s."
             print(f"\n{found} Wanted: p99 at most {a.target_ms:g} ms, at most {a.max_failed:.1%} not answered.")
             if a.out is not None:
-                write_report(a.out, title, settings, None, None, tries, a.target_ms)
+                write_load_report(a.out, title, settings, None, None, tries, a.target_ms)
         else:
-            recorder, summary = await measure(call, a, rng)
+            recorder, summary = await measure_load(call, a, rng)
             print(f"\n{describe(summary)}")
             if a.out is not None:
-                write_report(a.out, title, settings, summary, recorder)
+                write_load_report(a.out, title, settings, summary, recorder)
         if a.out is not None:
             print(f"Report and pictures: {a.out}")
 
@@ -232,7 +232,7 @@ def make_call(
     return call
 
 
-async def measure(call: Call, a: LoadTestArguments, rng: np.random.Generator) -> tuple[Recorder, Summary]:
+async def measure_load(call: Call, a: LoadTestArguments, rng: np.random.Generator) -> tuple[Recorder, Summary]:
     """One run of any mode but search, with the server's memory watched if asked."""
     from .load_report import summarise
     from .load_runner import run_closed, run_open, watch_memory
@@ -286,7 +286,7 @@ async def search(call: Call, a: LoadTestArguments, rng: np.random.Generator) -> 
         if rate * a.seconds < 100:
             print(f"Stopped before {rate:,.2f} calls/s: in {a.seconds:g} s there are too few calls for a percentile.")
             break
-        _, summary = await measure(call, dataclasses.replace(a, mode="poisson", rate=rate), rng)
+        _, summary = await measure_load(call, dataclasses.replace(a, mode="poisson", rate=rate), rng)
         why = why_not_held(summary, a.target_ms, a.max_failed)
         tries.append(Try(rate, not why, why, summary))
         print(f"  {rate:,.1f} calls/s: p99 {summary.latency_ms.get('p99', float('nan')):,.1f} ms; {why or 'held'}")

@@ -12,9 +12,9 @@ from typing import Annotated, Any
 import tyro
 
 from classer.data.errors import InputError
-from classer.data.prepare.plan import Plan, PrepareConfig
+from classer.data.prepare.plan import PrepareConfig, PreparePlan
 
-Inputs = Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="INPUT …")]
+InputPaths = Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="INPUT …")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class PrepareArguments(PrepareConfig):
         DirectRunner for this machine. Every worker must reach all files under the same paths.
     """
 
-    inputs: Inputs = ()
+    inputs: InputPaths = ()
     out: Path = tyro.MISSING
     evaluation: tuple[Path, ...] = ()
     tokenizer: str = "sentence-transformers/all-MiniLM-L6-v2"
@@ -49,7 +49,7 @@ def prepare(argv: Sequence[str]) -> None:
     """Turn labelled texts into cleaned, deduplicated, tokenised training shards."""
     a = tyro.cli(PrepareArguments, prog="classer prepare", args=list(argv), description=prepare.__doc__)
     config = PrepareConfig(**{field.name: getattr(a, field.name) for field in dataclasses.fields(PrepareConfig)})
-    plan = Plan.make(config, a.inputs, a.evaluation, _tokenizer_folder(a.tokenizer), a.out)
+    plan = PreparePlan.make(config, a.inputs, a.evaluation, _tokenizer_folder(a.tokenizer), a.out)
     print(f"{len(plan.sources)} files of {len(plan.task_names)} tasks, {len(plan.evaluation)} evaluation files.")
     if a.runner is None:
         from classer.data.prepare.local import prepare as run
@@ -61,11 +61,11 @@ def prepare(argv: Sequence[str]) -> None:
         manifest, new = run_on_beam(plan, runner=a.runner, progress=show_progress)
     if not new:
         print(f"{a.out} holds exactly this already, whole; nothing was done.")
-    print(summarise(manifest))
+    print(manifest_summary(manifest))
     print(f"Shards and manifest: {a.out}")
 
 
-def summarise(manifest: dict[str, Any]) -> str:
+def manifest_summary(manifest: dict[str, Any]) -> str:
     """A summary of a manifest: how many rows were kept and left out, and the lengths of each split."""
     counts = manifest["counts"]
     lines = [f"{counts['read']:,} rows read"]

@@ -28,12 +28,12 @@ from classer.model.decode import Calibration
 from classer.model.manifest import FolderKind, read_json, write_json
 from classer.model.precision import Precision
 
-MANIFEST = "export.json"
+EXPORT_MANIFEST = "export.json"
 _KIND = FolderKind(
     noun="export",
     format="classer-export",
     format_version=1,
-    manifest=MANIFEST,
+    manifest=EXPORT_MANIFEST,
     needed=(
         "taxonomy.json",
         "calibration.json",
@@ -124,7 +124,7 @@ def read_export(path: Path) -> Export:
     """
     manifest = _KIND.read(path)
     unknown = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
-    if unknown := sorted(unknown - manifest["files"].keys() - {MANIFEST}):
+    if unknown := sorted(unknown - manifest["files"].keys() - {EXPORT_MANIFEST}):
         raise InputError(f"{path} was changed: it holds {unknown[0]}, which its manifest does not name.")
     taxonomy = Taxonomy.from_json(read_json(path / "taxonomy.json"), source=str(path / "taxonomy.json"))
     calibration = read_json(path / "calibration.json")

@@ -14,7 +14,11 @@ from classer.train.process_info import NUM_PROCESSES
 if TYPE_CHECKING:
     from classer.train.config import TrainJob
 
-Target = Literal["local", "slurm", "kubernetes"]
+TargetName = Literal["local", "slurm", "kubernetes"]
+# Seconds between the request to save and the end of the job.
+SECONDS_TO_SAVE = 120
+# Lines of a dead process's output that are shown.
+LAST_LINES = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Launch:
       namespace: Kubernetes: the namespace; by default kubectl's.
     """
 
-    target: Target = "local"
+    target: TargetName = "local"
     processes: int = 1
     devices_per_process: int = 0
     cpus: int = 0

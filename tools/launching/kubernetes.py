@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from classer.data.errors import InputError
-from classer.tools.launching.job import Launch, where
+from classer.tools.launching.job import SECONDS_TO_SAVE, Launch, where
 from classer.train.process_info import COORDINATOR, STOPPED_CODE
 
 if TYPE_CHECKING:
     from classer.train.config import TrainJob
 
 PORT = 8476
-SECONDS_TO_SAVE = 120
 USER_ERROR = 2  # the exit code of an error that a restart would repeat
 # The exit code of a pod that was evicted (from a drained node, say) and saved. Kubernetes counts 0 as completed.
 STOPPED = 128 + signal.SIGTERM

@@ -15,14 +15,13 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from classer.tools.launching.job import Launch, where
+from classer.tools.launching.job import LAST_LINES, Launch, where
 from classer.train.process_info import COORDINATOR, LAUNCHER, LOGS, PROCESS_ID
 
 if TYPE_CHECKING:
     from classer.train.config import TrainJob
 
 SECONDS_BETWEEN_LOOKS = 0.1
-LAST_LINES = 20
 GRACE = 600.0  # seconds that workers get to save after a stop
 
 

@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from classer.data.errors import InputError
-from classer.tools.launching.job import Launch, where
+from classer.tools.launching.job import LAST_LINES, SECONDS_TO_SAVE, Launch, where
 from classer.train.process_info import COORDINATOR, LOGS
 
 if TYPE_CHECKING:
     from classer.train.config import TrainJob
 
-SECONDS_TO_SAVE = 120  # between the signal and the time limit
-LAST_LINES = 20
 # srun's errors name the failed tasks, the first failure first.
 _FIRST_DEAD = r"sed -n 's/^srun: error: .* tasks\{0,1\} \([0-9][0-9]*\).*/\1/p' | head -n 1"
 

@@ -1,4 +1,4 @@
-"""Which training texts count as contaminated."""
+"""Training texts that count as contaminated."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from classer.data.prepare.contamination import WINDOW, EvaluationIndex
+from classer.data.prepare.contamination import WINDOW_CHARS, EvaluationIndex
 from classer.data.prepare.minhash import sketch
 from classer.data.prepare.steps import SourceRow, hash_text
 from classer.data.splits import comparable
@@ -42,7 +42,7 @@ def test_near_copies_are_found(index: EvaluationIndex) -> None:
 
 
 def test_a_text_that_contains_an_evaluation_text_is_found(index: EvaluationIndex) -> None:
-    half = LONG[: 20 + WINDOW + 8]
+    half = LONG[: 20 + WINDOW_CHARS + 8]
     assert find(index, f"{OTHER} {LONG} {OTHER}") == [(1, 1.0)]
     assert find(index, OTHER + CJK + OTHER)[0] is not None
     (drop,) = find(index, f"{OTHER} {half} {OTHER}")

@@ -1,4 +1,4 @@
-"""MinHash against the sets it estimates, and the buckets of near-duplicates."""
+"""MinHash's estimates compared with exact similarities, and the buckets of near-duplicates."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_hashes_are_those_of_each_texts_windows_and_of_no_others(texts: list[str
 
 
 def random_pairs(count: int) -> tuple[list[str], list[str], np.ndarray]:
-    """Texts, edited texts, and the Jaccard similarities of their shingles."""
+    """(texts, edited texts, the exact Jaccard similarities of their shingles)."""
     rng = np.random.default_rng(0)
     words = ["".join(rng.choice(list("abcdefghij"), 5)) for _ in range(500)]
     left, right, jaccard = [], [], []
@@ -53,7 +53,7 @@ def test_the_estimate_is_unbiased_and_as_sharp_as_theory_says() -> None:
     a, b = sketch(left, 8), sketch(right, 8)
     estimated = np.array([similarity(x[None], y)[0] for x, y in zip(a.bytes_NP, b.bytes_NP, strict=True)])
     error = estimated - jaccard
-    # A sum of 128 draws of probability s, each wrong by 1/256 of the others: σ² = s(1 − s)/128.
+    # Nearly a mean of 128 draws of probability s: σ² = s(1 − s)/128.
     expected = np.sqrt((jaccard * (1 - jaccard) / NUM_PERMUTATIONS).mean())
     assert abs(error.mean()) < 4 * expected / np.sqrt(len(error))
     assert error.std() < 1.2 * expected

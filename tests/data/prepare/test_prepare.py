@@ -1,4 +1,4 @@
-"""Whole preparations: what is kept and why the rest is not, the same bytes each time, in this process and on Beam."""
+"""Complete preparations: rows kept and dropped, reasons, and equal bytes on each run, in this process and on Beam."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from classer.data.errors import InputError
 from classer.data.prepare.local import prepare
-from classer.data.prepare.plan import Plan, PrepareConfig, read_manifest
+from classer.data.prepare.plan import PrepareConfig, PreparePlan, read_manifest
 from classer.data.prepare.steps import split_of
 from classer.data.records import decode_record
 from classer.data.tokenizer import WordPieceTokenizer
@@ -36,7 +36,7 @@ def text_of(rng: np.random.Generator) -> str:
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    """Two files of one task with everything planted, an evaluation set, and a tokenizer."""
+    """Two files of one task with rejects, duplicates and contamination, an evaluation set, and a tokenizer."""
     rng = np.random.default_rng(0)
     texts = [text_of(rng) for _ in range(300)]
     rows: list[Any] = [{"text": text, "label": f"label {i % 3}"} for i, text in enumerate(texts)]
@@ -56,9 +56,9 @@ def corpus(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def plan_of(corpus: Path, out: str = "out", **settings: Any) -> Plan:
+def plan_of(corpus: Path, out: str = "out", **settings: Any) -> PreparePlan:
     config = PrepareConfig(**({"dev_fraction": 0.2, "records_per_shard": 50, "max_length": 24} | settings))
-    return Plan.make(config, [corpus / "in"], [corpus / "held_out.jsonl"], corpus / "tokenizer", corpus / out)
+    return PreparePlan.make(config, [corpus / "in"], [corpus / "held_out.jsonl"], corpus / "tokenizer", corpus / out)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -174,11 +174,11 @@ def test_a_run_that_is_killed_while_it_clears_up_is_made_anew(corpus: Path, monk
             r"c\.csv\.gz is no complete gzip file; after line \d+:",
         ),
     ],
-    # A gzip file holds the second in which it was made; by its bytes two workers would know it by two names.
+    # Explicit, because gzip bytes contain the time: ids made from them would differ between pytest workers.
     ids=["open quotation", "cut gzip"],
 )
 def test_a_file_that_cannot_be_read_to_its_end_ends_the_run(corpus: Path, name: str, content: bytes, said: str) -> None:
-    """How many rows it would have lost nobody can tell. Once it is mended the same command goes through."""
+    """The number of lost rows would be unknown. Once the file is repaired, the same command succeeds."""
     (corpus / "in" / name).write_bytes(content)
     with pytest.raises(InputError, match=said):
         prepare(plan_of(corpus), progress=silent)
@@ -213,7 +213,7 @@ def test_task_folders_bring_their_evaluation_sets_and_their_labels(tmp_path: Pat
     )
     (folder / "test.jsonl").write_text(json.dumps(rows[3]) + "\n")
     config = PrepareConfig(dev_fraction=0, near_duplicates=0)
-    plan = Plan.make(config, [folder, corpus / "in"], [], corpus / "tokenizer", tmp_path / "out")
+    plan = PreparePlan.make(config, [folder, corpus / "in"], [], corpus / "tokenizer", tmp_path / "out")
     manifest, _ = prepare(plan, progress=silent)
     topic, other = manifest["tasks"]
     assert [label["name"] for label in topic["labels"]] == ["b", "a", "never"]
@@ -242,7 +242,7 @@ def test_datasets_saved_by_hugging_face(tmp_path: Path, corpus: Path) -> None:
         (saved / split / "state.json").write_text(json.dumps(state))
     (saved / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "test"]}))
     config = PrepareConfig(dev_fraction=0, near_duplicates=0)
-    plan = Plan.make(config, [saved], [], corpus / "tokenizer", tmp_path / "out")
+    plan = PreparePlan.make(config, [saved], [], corpus / "tokenizer", tmp_path / "out")
     assert [path.parent.name for path in plan.evaluation] == ["test"]
     manifest, _ = prepare(plan, progress=silent)
     (task,) = manifest["tasks"]
@@ -262,7 +262,7 @@ def test_datasets_saved_by_hugging_face(tmp_path: Path, corpus: Path) -> None:
 def test_inputs_that_cannot_be_used(corpus: Path, inputs: list[str], evaluation: list[str], said: str) -> None:
     (corpus / "empty").mkdir()
     with pytest.raises(InputError, match=said):
-        Plan.make(
+        PreparePlan.make(
             PrepareConfig(),
             [corpus / name for name in inputs],
             [corpus / name for name in evaluation],
@@ -273,6 +273,6 @@ def test_inputs_that_cannot_be_used(corpus: Path, inputs: list[str], evaluation:
 
 def test_when_no_row_is_usable_the_first_reason_is_said(tmp_path: Path, corpus: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"text": "no label"}\n')
-    plan = Plan.make(PrepareConfig(), [tmp_path / "bad.jsonl"], [], corpus / "tokenizer", tmp_path / "out")
+    plan = PreparePlan.make(PrepareConfig(), [tmp_path / "bad.jsonl"], [], corpus / "tokenizer", tmp_path / "out")
     with pytest.raises(InputError, match=r"None of the 1 rows can be used: .*no column 'label'"):
         prepare(plan, progress=silent)

@@ -25,7 +25,7 @@ from classer.model import predict
 from classer.model.bundle import Bundle, save_bundle
 from classer.model.focus import Focus
 from classer.model.precision import Precision
-from classer.serve.core import models as served
+from classer.model.variants import variant_predictor
 from classer.serve.core.engine import TimedProgram
 from classer.serve.core.models import Model, Models, ModelSettings, State, named_folders
 from classer.serve.proto import classifier_pb2 as pb
@@ -423,25 +423,22 @@ def test_the_version_that_is_the_default_after_a_load_is_the_one_retired(version
 
 
 def test_a_next_version_is_measured_where_its_predecessor_s_plan_does_not_hold(
-    versions: dict[str, Path], monkeypatch
+    versions: dict[str, Path],
 ) -> None:
     broken: set[str] = set()
     made: list[str] = []
-    real = served.variant_predictor
 
-    def variant_predictor(bundle: Bundle, variant: Precision, focus: Focus | None = None) -> predict.Predictor:
+    def make_predictor(bundle: Bundle, variant: Precision, focus: Focus | None = None) -> predict.Predictor:
         made.append(variant)
         if variant in broken:
             kernel = -bundle.weights["head.kernel"]
             bundle = dataclasses.replace(bundle, weights={**bundle.weights, "head.kernel": kernel})
-        return real(bundle, variant, focus)
-
-    monkeypatch.setattr(served, "variant_predictor", variant_predictor)
+        return variant_predictor(bundle, variant, focus)
 
     async def main() -> None:
-        models = Models(versions, ModelSettings(precision="int8"))
+        models = Models(versions, ModelSettings(precision="int8", make_predictor=make_predictor))
         assert (await models.load("a")).engine("").plan == {16: "int8"}
-        models._settings = ModelSettings()
+        models._settings = ModelSettings(make_predictor=make_predictor)
         made.clear()
         assert (await models.load("b", "a")).engine("").plan == {16: "int8"}
         assert made == ["float32", "int8"]  # nothing but what is checked by, and what was planned
@@ -456,6 +453,24 @@ def test_a_next_version_is_measured_where_its_predecessor_s_plan_does_not_hold(
         models.close()
 
     asyncio.run(main())
+
+
+def test_a_predictor_that_is_given_is_used_and_checked_unless_the_check_is_off(versions: dict[str, Path]) -> None:
+    def make_predictor(bundle: Bundle, variant: Precision, focus: Focus | None = None) -> predict.Predictor:
+        sign = -1.0 if variant == "int8" else 1.0
+        weights = {**bundle.weights, "head.kernel": sign * bundle.weights["head.kernel"]}
+        return variant_predictor(dataclasses.replace(bundle, weights=weights), variant, focus)
+
+    async def load(golden: bool) -> dict[int, str]:
+        models = Models(versions, ModelSettings(precision="int8", make_predictor=make_predictor, golden=golden))
+        try:
+            return dict((await models.load("a")).engine("").plan)
+        finally:
+            models.close()
+
+    assert asyncio.run(load(golden=False)) == {16: "int8"}
+    with pytest.raises(InputError):
+        asyncio.run(load(golden=True))
 
 
 @pytest.mark.parametrize("bundle", ["../one", "/etc", "secret", "", "one/../two"])

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from classer.serve.core.tokenizing import RETRY_SECONDS, TokenizedText, TokenizerStage
+from classer.serve.core.tokenizing import ENCODING_RETRY_SECONDS, TokenizedText, TokenizerStage
 from classer.serve.wire.errors import InternalError, Overloaded
 
 
@@ -98,7 +98,7 @@ def test_more_than_the_bound_is_refused_and_a_gone_caller_makes_room() -> None:
         await asyncio.sleep(0)
         with pytest.raises(Overloaded, match="takes on 10 at most") as refused:
             await stage.tokenize([""])
-        assert refused.value.retry_seconds == RETRY_SECONDS
+        assert refused.value.retry_seconds == ENCODING_RETRY_SECONDS
         waiting.cancel()
         tokenizer.go.set()
         await first

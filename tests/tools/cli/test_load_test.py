@@ -18,7 +18,7 @@ import pytest
 from scipy import stats
 
 from classer.serve.wire.errors import DeadlineExceeded, Forbidden, InternalError, Overloaded, Unauthenticated
-from classer.tools.cli.load_report import Summary, describe, summarise, write_report
+from classer.tools.cli.load_report import Summary, describe, summarise, write_load_report
 from classer.tools.cli.load_runner import OK, Call, Recorder, resident_mb, run_closed, run_open
 from classer.tools.cli.load_schedule import Segment, arrivals
 from classer.tools.cli.load_test import LoadTestArguments, search, why_not_held
@@ -232,7 +232,7 @@ def test_a_report_of_refusals_only_can_be_written(tmp_path: Path) -> None:
 
     recorder = in_no_time(run_open(call, np.linspace(0, 3, 9), timeout=2.0, texts=1, max_in_flight=100))
     summary: Summary = summarise(recorder, 3.0, memory_mb=[(0.0, 5.0), (1.0, 6.0)])
-    write_report(tmp_path / "report", "All refused", {"rate": "3"}, summary, recorder)
+    write_load_report(tmp_path / "report", "All refused", {"rate": "3"}, summary, recorder)
     assert {file.name for file in (tmp_path / "report").iterdir()} == {"load.json", "report.md", "timeline.png"}
     assert json.loads((tmp_path / "report" / "load.json").read_text())["summary"]["outcomes"] == {
         "RESOURCE_EXHAUSTED": 9

@@ -28,7 +28,7 @@ from classer.model.variants import variant_predictor
 from classer.tests.helpers import TAXONOMY, make_bundle, with_gates
 from classer.tools.cli.main import main
 from classer.tools.export import decoding, run
-from classer.tools.export.folder import MANIFEST, read_export
+from classer.tools.export.folder import EXPORT_MANIFEST, read_export
 from classer.tools.export.formats import FORMATS
 from classer.tools.export.run import export_bundle, golden, make_request, verify
 
@@ -214,13 +214,13 @@ def copy(exported: Path, tmp_path: Path) -> Path:
 
 def change_manifest(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Changes the manifest and updates its checksums, as a faulty writer would."""
-    manifest = json.loads((path / MANIFEST).read_text())
+    manifest = json.loads((path / EXPORT_MANIFEST).read_text())
     change(manifest)
     for name, entry in manifest["files"].items():
         if (path / name).is_file():
             entry |= {"bytes": (path / name).stat().st_size, "sha256": sha256_of(path / name)}
     manifest["version"] = content_hash(manifest)
-    (path / MANIFEST).write_text(json.dumps(manifest))
+    (path / EXPORT_MANIFEST).write_text(json.dumps(manifest))
 
 
 def swap_weights(path: Path) -> None:
@@ -230,7 +230,7 @@ def swap_weights(path: Path) -> None:
 
 
 def test_a_tampered_manifest_is_refused(copy: Path) -> None:
-    file = copy / MANIFEST
+    file = copy / EXPORT_MANIFEST
     file.write_text(file.read_text().replace('"max_length": 48', '"max_length": 47'))
     with pytest.raises(InputError, match=r"damaged or was changed: export\.json is not as it was written"):
         verify(copy)
