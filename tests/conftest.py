@@ -1,4 +1,4 @@
-"""What tests of several rooms share: compiled programs, real data sets, a real pretrained encoder, and tiny ones."""
+"""Shared fixtures: the compilation cache, real data sets, a real pretrained encoder, a tiny bundle and encoder."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from classer.model.bundle import Bundle
 from classer.model.pretrained import fetch_encoder
 from classer.tests.helpers import make_bundle, write_encoder
 
-# JAX's persistent cache, so that what several tests or their child processes run is compiled once.
+# JAX's persistent cache, so that a program of several tests or child processes is compiled once.
 COMPILED = {"jax_persistent_cache_min_compile_time_secs": 0.0, "jax_persistent_cache_min_entry_size_bytes": -1}
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Sets up the folder of compiled programs: $JAX_COMPILATION_CACHE_DIR, or a new one for this run.
 
-    Processes that tests start find it in their environment.
+    Child processes of tests inherit it in their environment.
     """
-    if hasattr(config, "workerinput"):  # one of pytest-xdist's, which has the folder of the run
+    if hasattr(config, "workerinput"):  # a worker of pytest-xdist, which inherits the run's folder
         return
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     if folder is None:
@@ -39,7 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def logging_as_it_was() -> Iterator[None]:
-    """A server that ran in this process has set up its log; the next test finds it as if it had not."""
+    """Restores the logging configuration, which a server in this process changes."""
     root, access = logging.getLogger("classer"), logging.getLogger("classer.access")
     before = (root.handlers, root.level, root.propagate, access.disabled)
     yield
@@ -67,11 +67,11 @@ def minilm() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A float32 bundle, not saved, of a tiny encoder with random weights."""
+    """An unsaved float32 bundle with a tiny random encoder."""
     return make_bundle(tmp_path_factory.mktemp("tiny_bundle"))
 
 
 @pytest.fixture(scope="session")
 def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny random encoder in Hugging Face's layout; not to be written to."""
+    """The folder of a tiny random encoder in Hugging Face's layout; tests must not write to it."""
     return write_encoder(tmp_path_factory.mktemp("tiny_encoder"))

@@ -1,4 +1,4 @@
-"""What tests of several rooms make: a tiny classifier, and a tiny pretrained encoder with toy texts for it."""
+"""Helpers of tests in several packages: a tiny classifier, and a tiny pretrained encoder with toy texts."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ TOY_TASKS = (
     Task("topics", TaskKind.MULTILABEL, tuple(map(Label, TOPICS))),
     TREE,
 )
-# Of those tasks.
+# A curriculum over the toy tasks.
 CURRICULUM = (
     CurriculumStage("first", kinds=("binary",), epochs=4),
     CurriculumStage(
@@ -77,19 +77,19 @@ CURRICULUM = (
 
 
 def with_devices(count: int) -> dict[str, str]:
-    """The environment in which a child process has so many devices, all of this CPU."""
+    """Environment variables that give a child process `count` virtual CPU devices."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
     return os.environ | {"XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu"}
 
 
 def make_bundle(folder: Path) -> Bundle:
-    """A float32 bundle, not saved, of a tiny encoder with random weights that reads 48 tokens and answers two tasks."""
+    """An unsaved float32 bundle with a tiny random encoder of at most 48 tokens, and two tasks."""
     (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in VOCAB))
     config = EncoderConfig(len(VOCAB), num_layers=2, d_model=32, num_heads=2, d_ff=64, max_positions=48)
     model = TextClassifier(config, TAXONOMY.num_labels)
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32), jnp.ones((1,), jnp.int32))["params"]
     weights = flatten(params)
-    weights["head.kernel"] = 20 * weights["head.kernel"]  # else all texts look alike to it
+    weights["head.kernel"] = 20 * weights["head.kernel"]  # otherwise all texts get almost equal logits
     return Bundle(
         encoder=config,
         taxonomy=TAXONOMY,
@@ -104,7 +104,7 @@ def make_bundle(folder: Path) -> Bundle:
 
 
 def with_gates(bundle: Bundle) -> Bundle:
-    """The bundle with gates of random directions, as if it had been trained for focus."""
+    """The bundle with gates of random directions, as if trained for focus."""
     rng = np.random.default_rng(0)
     encoder = dataclasses.replace(bundle.encoder, gated=True)
     gates = {
@@ -115,9 +115,9 @@ def with_gates(bundle: Bundle) -> Bundle:
 
 
 def write_encoder(folder: Path, *, seed: int = 0, **sizes: Any) -> Path:
-    """Writes a random encoder in Hugging Face's layout, by `transformers` itself, with a licence; every weight differs.
+    """Writes a random BERT in Hugging Face's layout with `transformers`, and a licence.
 
-    `sizes` are fields of `transformers.BertConfig`.
+    Every weight differs from its initial value. `sizes` are fields of `transformers.BertConfig`.
     """
     import torch
     import transformers
@@ -134,7 +134,7 @@ def write_encoder(folder: Path, *, seed: int = 0, **sizes: Any) -> Path:
     model = transformers.BertModel(transformers.BertConfig(**(defaults | sizes)))
     with torch.no_grad():
         for name, value in model.named_parameters():
-            # Biases and norms begin at 0 and 1, which would hide one that is taken for another.
+            # Biases and norms are initially 0 and 1, which would hide an exchange of two of them.
             noise = torch.randn(value.shape) * 0.1
             value.copy_(1 + noise if name.endswith("LayerNorm.weight") else noise)
     model.save_pretrained(folder)
@@ -145,7 +145,7 @@ def write_encoder(folder: Path, *, seed: int = 0, **sizes: Any) -> Path:
 
 
 def toy_text(labels: Sequence[str], rng: np.random.Generator) -> str:
-    """A text with one word of each label among three to six others."""
+    """A text with one word for each label among three to six other words."""
     words = [str(rng.choice(TOPICS[label])) for label in labels]
     words += [str(word) for word in rng.choice(FILLERS, size=rng.integers(3, 7))]
     rng.shuffle(words)
@@ -153,7 +153,7 @@ def toy_text(labels: Sequence[str], rng: np.random.Generator) -> str:
 
 
 def write_toy_data(file: Path, kind: TaskKind, count: int, *, seed: int = 0) -> Path:
-    """Writes `count` toy examples of a kind of task as JSONL; labels follow from single words."""
+    """Writes `count` toy examples of a kind of task as JSONL; single words determine the labels."""
     rng = np.random.default_rng(seed)
     names = list(TOPICS)[:2] if kind is TaskKind.BINARY else list(TOPICS)
     with file.open("w") as out:
@@ -166,7 +166,7 @@ def write_toy_data(file: Path, kind: TaskKind, count: int, *, seed: int = 0) -> 
 
 
 def write_task(folder: Path, task: Task, **splits: int) -> None:
-    """Writes a task's folder with so many toy examples a split."""
+    """Writes a task's folder; `splits` gives the number of toy examples in each split."""
     (folder / task.name).mkdir()
     (folder / task.name / "task.json").write_text(json.dumps(task.to_json()))
     kind = TaskKind.MULTICLASS if task.kind is TaskKind.HIERARCHICAL else task.kind
@@ -176,10 +176,10 @@ def write_task(folder: Path, task: Task, **splits: int) -> None:
 
 @contextlib.contextmanager
 def rows_trained_on() -> Iterator[dict[str, collections.Counter[int]]]:
-    """Counts the rows of each task, by its number, that reach the training step, for each phase of a run by folder."""
+    """Counts the rows that reach the training step: name of the phase's folder → task number → rows."""
     import pytest
 
-    from classer.train.trainer import Trainer  # here, for tests of serving do without
+    from classer.train.trainer import Trainer  # here, as tests of serving do not need it
 
     counts: dict[str, collections.Counter[int]] = {}
     run, make_step = Trainer.run, Trainer._step
@@ -206,7 +206,7 @@ def rows_trained_on() -> Iterator[dict[str, collections.Counter[int]]]:
 
 @contextlib.contextmanager
 def compiled() -> Iterator[list[str]]:
-    """Names what JAX compiles meanwhile, as "jit(function)", once for each time."""
+    """Records JAX's compilations within the block: a name such as "jit(function)" for each."""
     names: list[str] = []
 
     class Listener(logging.Handler):
@@ -228,12 +228,12 @@ TOY_LENGTH = 16
 
 @contextlib.contextmanager
 def no_progress(stage: str, unit: str, total: int | None) -> Iterator[Any]:
-    """For `prepare`, which would draw a bar."""
+    """A `progress` of `prepare` without a progress bar."""
     yield SimpleNamespace(update=lambda n: None)
 
 
 def write_shards(folder: Path, tokenizer: Path, **config: Any) -> Path:
-    """Two tasks' toy texts, different ones, as `classer prepare` makes shards of them, of `TOY_LENGTH` tokens."""
+    """Writes shards like `classer prepare`, of different toy texts of two tasks, truncated to `TOY_LENGTH` tokens."""
     one = write_toy_data(folder / "toy.jsonl", TaskKind.MULTICLASS, 300)
     other = write_toy_data(folder / "tags.jsonl", TaskKind.MULTILABEL, 300, seed=1)
     fields = {"dev_fraction": 0.2, "near_duplicates": 0, "records_per_shard": 100, "max_length": TOY_LENGTH}

@@ -1,4 +1,4 @@
-"""Child processes of tests, whose pipes are read from the start: a process never waits for its reader."""
+"""Child processes of tests. Threads read their pipes from the start, so that a process never blocks on a full pipe."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import IO
 
 TIMEOUT = 240.0  # seconds
-GRACE = 10.0  # seconds for the other processes of a job when one has failed
+GRACE = 10.0  # seconds that the other processes of a job get to end after one has failed
 
 
 class Output:
-    """What a process writes to one of its pipes; a thread reads it."""
+    """The output of a process on one of its pipes, read by a thread."""
 
     def __init__(self, pipe: IO[str]) -> None:
         self._pipe, self._lines, self._taken, self._ended = pipe, list[str](), 0, False
@@ -23,19 +23,19 @@ class Output:
         self._thread.start()
 
     def line(self, start: str = "", *, within: float = TIMEOUT) -> str:
-        """The next line that begins with `start`; earlier lines are passed over.
+        """The next line that begins with `start`; lines before it are skipped.
 
         Raises:
-          AssertionError: the output ended, or no such line came within so many seconds.
+          AssertionError: the output ended, or no such line arrived within `within` seconds.
         """
         return self._next(lambda line: line.startswith(start), start, within)
 
     def line_with(self, part: str, *, within: float = TIMEOUT) -> str:
-        """The next line that contains `part`; otherwise as `line`."""
+        """The next line that contains `part`; otherwise like `line`."""
         return self._next(lambda line: part in line, part, within)
 
     def rest(self) -> str:
-        """All that was written after the last line taken, until the end of the output."""
+        """The output after the last line returned by `line`, up to its end."""
         self._thread.join()
         return "".join(self._lines[self._taken :])
 
@@ -81,15 +81,15 @@ class Process:
         self._process.send_signal(number)
 
     def poll(self) -> int | None:
-        """The exit code, None while it runs."""
+        """The exit code; None while the process runs."""
         return self._process.poll()
 
     def wait(self, timeout: float = TIMEOUT) -> int:
-        """The exit code."""
+        """Waits for the end of the process and returns its exit code."""
         return self._process.wait(timeout)
 
     def result(self, timeout: float = TIMEOUT) -> subprocess.CompletedProcess[str]:
-        """Waits for the end; with the output that no `line` has taken."""
+        """Waits for the end; returns the exit code and the output that no call of `line` has returned."""
         code = self.wait(timeout)
         return subprocess.CompletedProcess(self._process.args, code, self.stdout.rest(), self.stderr.rest())
 
@@ -107,10 +107,10 @@ class Process:
 def run_all(
     commands: Sequence[Sequence[object]], environments: Sequence[Mapping[str, str]], *, timeout: float = TIMEOUT
 ) -> list[subprocess.CompletedProcess[str]]:
-    """Runs commands at the same time, each in its environment; when one fails, the others have `GRACE` to end.
+    """Runs commands in parallel, each in its environment; after a failure, the others get `GRACE` seconds to end.
 
     Raises:
-      AssertionError: they did not end in time; with what each has written to stderr.
+      AssertionError: the commands did not end in time; the message holds each command's stderr.
     """
     with contextlib.ExitStack() as stack:
         started = [

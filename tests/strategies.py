@@ -1,4 +1,4 @@
-"""What Hypothesis draws for tests of several rooms."""
+"""Hypothesis strategies of tests in several packages."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from classer.data.taxonomy import Label, Task, TaskKind
 
 @st.composite
 def trees(draw: st.DrawFn) -> Task:
-    """A tree of 3 to 12 labels, in any order."""
+    """A hierarchical task with 3 to 12 labels in any order."""
     count = draw(st.integers(3, 12))
     parents = [draw(st.integers(-1, i - 1)) for i in range(count)]
-    parents[1], parents[2] = draw(st.sampled_from([(0, 0), (-1, 1)]))  # two leaves at least, and one parent
+    parents[1], parents[2] = draw(st.sampled_from([(0, 0), (-1, 1)]))  # at least two leaves and one parent
     order = draw(st.permutations(range(count)))
     labels = [Label(f"l{i}", parent=None if parents[i] < 0 else f"l{parents[i]}") for i in order]
     return Task("t", TaskKind.HIERARCHICAL, tuple(labels))

@@ -31,11 +31,10 @@ from ..proto import classifier_pb2 as pb
 from ..wire.errors import InvalidRequest, NotPossible, ServeError
 from .results import Classification, Outcome, TaskInfo, read_classification
 
-# Texts that are tokenised and sorted by length at a time, and their characters: these bound a call's memory.
+# Texts, and their characters, that are tokenised and sorted by length at a time; they bound a call's memory.
 CHUNK_TEXTS = 4096
 CHUNK_CHARS = 4_000_000
-# Up to so many texts somebody may be waiting, so that a small program is compiled for them even where a large one is
-# ready.
+# Up to this many texts count as an interactive call: a small program is compiled for it even if a large one is ready.
 FEW_TEXTS = 8
 
 

@@ -381,7 +381,7 @@ class Scheduler:
         try:
             while self._wait():
                 self.step()
-        except BaseException as error:  # whatever ended the loop, every future must end
+        except BaseException as error:  # every future must end, also after a SystemExit or KeyboardInterrupt
             log_failure("The device loop died", error)
             self._die()
 

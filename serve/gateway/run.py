@@ -33,15 +33,15 @@ class GatewayConfig:
       host: address to listen on; the default is reachable from this machine only.
       port: port to listen on; 0 picks a free one and prints it.
       server_tls_ca: connect to the server with TLS, trusting these authorities, PEM.
-      server_tls_cert: a certificate to show to the server, PEM; for mutual TLS.
+      server_tls_cert: a certificate to present to the server, PEM; for mutual TLS.
       server_tls_key: the private key of --server-tls-cert, PEM.
-      tls_cert: the gateway's own certificate and chain, PEM; with it, and --tls-key, it speaks HTTPS only.
-      tls_key: the certificate's private key, PEM.
+      tls_cert: the gateway's own certificate and chain, PEM; with it and --tls-key it accepts HTTPS only.
+      tls_key: the private key of --tls-cert, PEM.
       max_in_flight: calls in flight at most; more are refused with status 429.
       max_in_flight_mb: megabytes of bodies in flight at most; more are refused with status 429.
       drain_seconds: seconds that requests in flight may take after SIGTERM or SIGINT.
       trace_endpoint: an OpenTelemetry collector (OTLP over gRPC), such as http://localhost:4317.
-      log_format: of the log, on stderr: text, or json with one object a line.
+      log_format: the format of the log, on stderr: text, or json with one object a line.
     """
 
     server: str = "localhost:50051"

@@ -1,4 +1,4 @@
-"""The check of JAX's compile cache. Programs in it are run, so that nobody else may write to the folder."""
+"""The check of JAX's compile cache. Its programs are executed, so only this user may write to the folder."""
 
 from __future__ import annotations
 

@@ -26,21 +26,21 @@ _MB = 1_000_000
 class OperationsConfig:
     """
     Attributes:
-      tls_cert: the server's certificate and chain, PEM; with it, and --tls-key, the server speaks TLS only.
-      tls_key: the certificate's private key, PEM.
-      tls_client_ca: the authorities that clients' certificates must come from, PEM; makes TLS mutual.
-      keys: a file of API keys, made by `classer keys new`; with it, only their holders are answered.
-      max_in_flight: calls that are worked on at once; what comes beyond them is refused as RESOURCE_EXHAUSTED.
-      max_in_flight_mb: likewise, megabytes of requests.
-      max_pending: calls that wait until the server comes to read them. Beyond them gRPC itself refuses, and from half
-        of them on a growing share, at once and at next to no cost. Where deadlines are short a lower number keeps
-        calls from being read too late; it must stay above the calls that callers send at once.
-      metrics_port: where Prometheus finds /metrics; 0 picks a free one; by default nowhere. Front ends take the ports
-        above it, one each.
-      metrics_host: the address that it listens on.
+      tls_cert: the server's certificate and chain, PEM; with it and --tls-key the server accepts TLS only.
+      tls_key: the private key of --tls-cert, PEM.
+      tls_client_ca: the authorities that must have signed clients' certificates, PEM; turns on mutual TLS.
+      keys: a file of API keys, made by `classer keys new`; calls without a valid key are refused.
+      max_in_flight: calls in flight at most; more are refused with RESOURCE_EXHAUSTED.
+      max_in_flight_mb: megabytes of requests in flight at most; more are refused with RESOURCE_EXHAUSTED.
+      max_pending: accepted calls that the server has not read yet, at most. gRPC refuses more at almost no cost; from
+        half of this number on it refuses a growing share. A lower number suits short deadlines. It must exceed the
+        number of calls that callers send at once.
+      metrics_port: the port of /metrics for Prometheus; 0 picks a free one; by default metrics are off. Front end
+        number N, from 1, uses this port plus N.
+      metrics_host: the address that /metrics listens on.
       trace_endpoint: an OpenTelemetry collector (OTLP over gRPC), such as http://localhost:4317.
-      log_format: of the server's log, on stderr: text, or json with one object a line.
-      access_log: whether each call gets a line, without its texts.
+      log_format: the format of the log, on stderr: text, or json with one object a line.
+      access_log: whether to log each call in one line, without its texts.
     """
 
     tls_cert: Path | None = None
@@ -58,7 +58,11 @@ class OperationsConfig:
 
     @property
     def tls(self) -> Tls | None:
-        """Raises InputError if the files do not go together."""
+        """The server's TLS files; None without TLS.
+
+        Raises:
+          InputError: a file that the others need is missing.
+        """
         if self.tls_cert is None and self.tls_key is None:
             if self.tls_client_ca is not None:
                 raise InputError("--tls-client-ca needs --tls-cert and --tls-key beside it.")
@@ -67,7 +71,7 @@ class OperationsConfig:
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> OperationsConfig:
-        """The configuration of fields as JSON has them."""
+        """The configuration from decoded JSON, in which paths are strings. Unknown fields are ignored."""
         paths = ("tls_cert", "tls_key", "tls_client_ca", "keys")
         known = {field.name for field in dataclasses.fields(OperationsConfig)}
         values: dict[str, Any] = {name: value for name, value in fields.items() if name in known}
@@ -75,7 +79,7 @@ class OperationsConfig:
         return OperationsConfig(**values)
 
     def of_front_end(self, number: int) -> OperationsConfig:
-        """The configuration of the front end of that number, from 0, of this server."""
+        """The configuration of one of this server's front ends, numbered from 0, with its own metrics port."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(OperationsConfig)}
         if self.metrics_port:
             fields["metrics_port"] = self.metrics_port + 1 + number
@@ -83,19 +87,19 @@ class OperationsConfig:
 
 
 class Operations:
-    """The parts, made from the configuration.
+    """TLS, API keys, limits, metrics and traces of one process, made from the configuration.
 
     Args:
-      config: what was asked for.
-      service: what this process is called in traces.
-      share: the part of each key's rate and quota that this process grants.
+      config: the configuration.
+      service: the service's name in traces.
+      share: this process's share of each key's rate and quota, above 0 and at most 1.
 
     Raises:
       InputError: a file cannot be used, a package is missing, or the metrics' address cannot be listened on.
 
     Attributes:
-      guard: for the server's interceptors.
-      metrics_port: where metrics are, if anywhere.
+      guard: the interceptor that authenticates, limits and counts calls.
+      metrics_port: the actual port of /metrics; None if metrics are off.
     """
 
     def __init__(self, config: OperationsConfig, *, service: str = "classer", share: float = 1.0) -> None:

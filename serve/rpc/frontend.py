@@ -42,13 +42,13 @@ from ..wire.status import error_of, error_of_call, from_status
 from .lifecycle import Lifecycle, stop_signal
 
 CLASSIFIER = pb.DESCRIPTOR.services_by_name["Classifier"]
-# While a batch is under way, unary calls are gathered for so long, or up to so many: a call between processes costs as
-# much as several requests in one.
+# While a batch is in flight, unary calls are gathered up to this time or number: a call between processes costs as much
+# as several requests in one call.
 GATHER_SECONDS = 0.002
 GATHER_REQUESTS = 64
-# Bytes of requests that may be queued here; more are refused.
+# Bytes of queued requests at most; more are refused.
 MAX_WAITING_BYTES = 64 << 20
-# Bytes of one batch; with the largest request (4 MB of text) on top still below what a message may be.
+# Bytes at which a batch is full. With the largest request (4 MB of text) on top it is still below the message limit.
 MAX_BATCH_BYTES = 4 << 20
 
 
@@ -59,16 +59,16 @@ class FrontEndConfig:
     Attributes:
       engine: the address of the engine's process: HOST:PORT, or unix:PATH.
       host: the address to listen on; the default is reachable from this machine only.
-      port: 0 picks a free one, which the line printed names.
-      drain_seconds: how long requests in flight may still take after SIGTERM or SIGINT.
+      port: the port to listen on; 0 picks a free one. The line printed names it.
+      drain_seconds: seconds that requests in flight may take after SIGTERM or SIGINT.
       shared: whether other front ends listen on the same port.
-      share: the part of each key's rate and quota that this one grants.
+      share: this front end's share of each key's rate and quota, above 0 and at most 1.
       engine_tls_ca: connect to the engine with TLS, trusting these authorities, PEM.
-      engine_tls_cert: a certificate to show to the engine, PEM; for mutual TLS.
+      engine_tls_cert: a certificate to present to the engine, PEM; for mutual TLS.
       engine_tls_key: the private key of --engine-tls-cert, PEM.
-      engine_key_env: the environment variable with this front end's own API key, for an engine that asks for one.
-        Callers' keys are not passed on: it checks them itself, against --keys.
-      operations: how it is guarded and watched.
+      engine_key_env: the environment variable with this front end's own API key, for an engine that requires one.
+        Callers' keys are not forwarded; the front end checks them against --keys.
+      operations: TLS, API keys, limits, metrics and logs of the front end.
     """
 
     engine: str
@@ -85,7 +85,7 @@ class FrontEndConfig:
 
     @property
     def engine_key(self) -> str | None:
-        """Raises InputError if the variable is not set."""
+        """The API key for the engine; None without `engine_key_env`. Raises InputError if the variable is not set."""
         if self.engine_key_env is None:
             return None
         if not (key := os.environ.get(self.engine_key_env)):
@@ -230,7 +230,7 @@ class FrontEnd:
         reflection.enable_server_reflection((CLASSIFIER.full_name, HEALTH_NAME, reflection.SERVICE_NAME), self._server)
 
     async def start(self) -> None:
-        """Starts to take calls; its health is the engine's."""
+        """Starts to listen, and to copy the engine's health."""
         await self._say(Health.NOT_SERVING)
         await self._server.start()
         self._watching = asyncio.create_task(self._watch())
@@ -311,7 +311,7 @@ class FrontEnd:
 
 @contextlib.contextmanager
 def _engine_errors() -> Iterator[None]:
-    """Makes a failed call to the engine the error that the engine meant."""
+    """Re-raises a failed call to the engine as the engine's error."""
     try:
         yield
     except grpc.aio.AioRpcError as error:

@@ -19,9 +19,9 @@ from ..ops.operations import OperationsConfig
 from .frontend import FrontEndConfig
 
 MAX_FRONT_ENDS = 64
-# How long a front end may take to start.
+# Seconds that a front end may take to start.
 _START_SECONDS = 60.0
-# The pause before a restart, so that a front end that dies at once does not keep the machine busy.
+# The pause before a restart, which limits the load of a front end that fails at every start.
 _RESTART_SECONDS = 0.5
 
 
@@ -29,10 +29,10 @@ class FrontEnds:
     """The front ends of one server. Made and used on one running event loop.
 
     Args:
-      count: how many front ends.
+      count: number of front ends.
       host: the address that they listen on.
-      port: its port; 0 picks a free one.
-      drain_seconds: how long they may take to end.
+      port: the port that they share; 0 picks a free one.
+      drain_seconds: seconds that their calls in flight may take at the end.
       operations: the security and operation of each. Keys' rates and quotas are divided evenly, and each has its own
         metrics port: the server's plus 1, plus 2, and so on.
 
@@ -143,7 +143,7 @@ async def _drain(process: asyncio.subprocess.Process) -> None:
 
 
 def _hold(host: str, port: int) -> socket.socket:
-    """A socket bound to a port that our processes may share, and nobody else has. Raises OSError."""
+    """A socket bound to a port that only this server's processes share. Raises OSError if the port is taken."""
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     if port:  # with SO_REUSEPORT alone a second server would be let in
         check_free(host, port)

@@ -11,7 +11,7 @@ import grpc.aio
 
 from ..wire.errors import Unavailable
 
-# How long the last responses may take onto the wire, once their calls have ended.
+# Seconds for sending the last responses, after their calls have ended.
 _SEND_SECONDS = 0.5
 
 
@@ -21,11 +21,11 @@ class Lifecycle:
     Used on one event loop.
 
     Args:
-      ready: whether calls are taken from the start.
+      ready: whether calls are accepted from the start.
 
     Attributes:
-      ready: whether calls are taken.
-      in_flight: how many calls run now.
+      ready: whether calls are accepted.
+      in_flight: number of running calls.
     """
 
     def __init__(self, *, ready: bool) -> None:
@@ -53,7 +53,7 @@ class Lifecycle:
                 self._idle.set()
 
     async def stop(self, servers: Sequence[grpc.aio.Server], seconds: float) -> None:
-        """Lets servers take no new calls, waits for the counted ones, at most so long, and closes the servers."""
+        """Refuses new calls, waits at most `seconds` for the running ones, and closes the servers."""
         stopping = [asyncio.create_task(server.stop(seconds)) for server in servers]
         # gRPC's own wait includes calls that watch the health, which never end.
         with contextlib.suppress(TimeoutError):

@@ -37,10 +37,10 @@ from .service import ClassifierService
 
 CLASSIFIER_NAME = pb.DESCRIPTOR.services_by_name["Classifier"].full_name
 ADMIN_NAME = pb.DESCRIPTOR.services_by_name["ModelAdmin"].full_name
-# The interpreter's switch interval: how long the event loop may hold up the device's thread. Python's default is 5 ms,
-# which is much beside a batch of some tens of milliseconds.
+# The interpreter's switch interval, which delays the device's thread while the event loop runs. Python's default, 5 ms,
+# is long beside a batch of some tens of milliseconds.
 SWITCH_SECONDS = 0.0005
-# The nice value of XLA's threads, below the threads that take calls.
+# The nice value of XLA's threads; the threads that receive calls have a higher priority.
 DEVICE_NICE = 5
 # How often the device loop is checked.
 _WATCH_SECONDS = 0.25
@@ -52,20 +52,21 @@ class ServeConfig(OperationsConfig):
 
     Attributes:
       bundles: the folders of the bundles, each FOLDER or NAME=FOLDER.
-      loadable: further bundles, likewise, that are not loaded at the start but may be through the admin port.
+      loadable: further bundles, each FOLDER or NAME=FOLDER; ModelAdmin may load them later.
       host: the address to listen on; the default is reachable from this machine only.
-      port: 0 picks a free one, which the last line printed names.
-      admin_port: where ModelAdmin (load, unload, list, default version) answers, on this machine only; 0 picks a free
-        one; by default nowhere.
-      drain_seconds: how long requests in flight may still take after SIGTERM or SIGINT.
-      stall_seconds: after how long in one batch the device counts as stuck, and the server as not healthy.
-      focus: the share of all tokens to keep on the mean over layers, or one share a layer with commas between; 1 is
-        all. The bundle must have been trained with --focus-epochs. With several, requests choose; the first is their
-        default.
-      precision: what to compute in: float32, bfloat16 or int8; auto measures which is fastest for each length.
-      max_waiting_tokens: how many tokens may wait for the device before requests are refused as RESOURCE_EXHAUSTED.
-      frontends: how many processes take the requests and hand them to the one with the device, in batches. One Python
-        process takes some thousands of calls a second; 0 is that one process for everything.
+      port: the port to listen on; 0 picks a free one. The last line printed names it.
+      admin_port: the port of ModelAdmin (load, unload, list, default version), on this machine only; 0 picks a free
+        one; by default ModelAdmin is off.
+      drain_seconds: seconds that requests in flight may take after SIGTERM or SIGINT.
+      stall_seconds: seconds after which a running batch counts as stuck; the health is then NOT_SERVING.
+      focus: the share of tokens to keep, as the mean over layers, or one share a layer, separated by commas; 1 keeps
+        all. A focus below 1 needs a bundle trained with --focus-epochs. Of several, each request may choose one; the
+        first is the default.
+      precision: the precision of the programs: float32, bfloat16 or int8; auto takes the fastest for each length, as
+        measured at the start.
+      max_waiting_tokens: tokens that wait for the device at most; more are refused with RESOURCE_EXHAUSTED.
+      frontends: number of processes that receive calls and pass them in batches to the process with the device. One
+        Python process receives some thousands of calls a second; 0 uses one process for everything.
     """
 
     bundles: tuple[str, ...]
@@ -93,7 +94,7 @@ class ServeConfig(OperationsConfig):
 def serve(config: ServeConfig, settings: ModelSettings | None = None) -> None:
     """Serves until SIGTERM or SIGINT, then drains and returns. Call it from the main thread.
 
-    If the device is lost the process stays, with its health NOT_SERVING, until its supervisor replaces it.
+    If the device is lost, the process keeps running with the health NOT_SERVING, until its supervisor restarts it.
 
     Args:
       config: how to serve.
@@ -200,7 +201,7 @@ class Server:
         reflection.enable_server_reflection((ADMIN_NAME, reflection.SERVICE_NAME), self._admin_grpc)
 
     async def start(self) -> None:
-        """Starts to take calls; they are UNAVAILABLE until `warm_up` has ended."""
+        """Starts to listen; calls fail with UNAVAILABLE until `warm_up` has ended."""
         await self._say(Health.NOT_SERVING)
         await self._grpc.start()
         await self._admin_grpc.start()

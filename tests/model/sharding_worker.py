@@ -1,4 +1,7 @@
-"""One process of `test_sharding.py`: FOLDER PORT PROCESSES RANK. Reads cases.json, rank 0 writes found.json."""
+"""One process of `test_sharding.py`. Arguments: FOLDER PORT PROCESSES RANK.
+
+Reads cases.json from FOLDER; rank 0 writes found.json.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from classer.model.sharding import Layout, make_layout, to_host
 from classer.train.losses import classification_loss
 
 ROWS, LENGTH = 16, 16  # long enough for a focus to drop tokens
-# 77 labels, which no number of devices here divides; the tree has three levels.
+# 77 labels, which is not divisible by any number of devices in the tests; the tree has three levels.
 TREE = ("a", "b", *(f"{'ab'[i % 2]}{i}" for i in range(4)), *(f"leaf {i}" for i in range(45)))
 PARENTS = (None, None, "a", "b", "a", "b", *(f"{'ab'[i % 2]}{i % 4}" for i in range(45)))
 TAXONOMY = Taxonomy(
@@ -51,13 +54,13 @@ COLLECTIVE = re.compile(r" (all-gather|all-reduce|reduce-scatter|all-to-all|coll
 
 
 def batch(kind: str) -> tuple[np.ndarray, ...]:
-    """Fixed rows of many lengths, two of them fillers; for focus, also what each row keeps."""
+    """A fixed batch of rows of different lengths, two of them fillers; for focus, also each row's units to keep."""
     rng = np.random.default_rng(0)
     tokens_BS = rng.integers(0, 30, (ROWS, LENGTH), dtype=np.int32)
     lengths_B = rng.integers(1, LENGTH + 1, ROWS).astype(np.int32)
     tasks_B = np.arange(ROWS, dtype=np.int32) % len(TAXONOMY.tasks)
     targets_BL = np.zeros((ROWS, LABELS), np.float32)
-    for row, number in enumerate(tasks_B):  # an inner label of the tree may be the answer too
+    for row, number in enumerate(tasks_B):  # the target may also be an inner label of the tree
         own = TAXONOMY.slice_of(TAXONOMY.tasks[number].name)
         many = TAXONOMY.tasks[number].kind is TaskKind.MULTILABEL
         targets_BL[row, rng.choice(np.arange(own.start, own.stop), 3 if many else 1, replace=False)] = 1
@@ -128,7 +131,7 @@ def run_mesh(layout: Layout, loss_fn: Any, params: Any, whole: tuple, expected: 
 
 
 def table_labels(program: str, width: int) -> list[int]:
-    """The other axis of each matrix of a device's program that has the table's width as one."""
+    """The sizes of the other axis of all float32 matrices in a device's program that have an axis of size `width`."""
     found = re.findall(rf"f32\[(?:{width},(\d+)|(\d+),{width})\]", program)
     return sorted({int(a or b) for a, b in found})
 

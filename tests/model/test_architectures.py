@@ -1,4 +1,4 @@
-"""The native architecture and ModernBERT's: agreement with transformers, positions, sizes."""
+"""The native architecture and ModernBERT: agreement with transformers, positions, sizes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SMALL = dataclasses.replace(
 
 
 def modernbert(folder: Path, seed: int, **fields: Any) -> transformers.ModernBertModel:
-    """A random one, on disk too; every weight differs from its initial value."""
+    """A random ModernBERT, also saved to `folder`; every weight differs from its initial value."""
     defaults: dict[str, Any] = {
         "vocab_size": 60,
         "hidden_size": 32,
@@ -87,7 +87,7 @@ def test_what_modernbert_is_not_is_said(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def small() -> tuple[EncoderConfig, dict[str, np.ndarray]]:
-    """The native architecture, small; gates, norms and head random."""
+    """A small encoder of the native architecture, with random gates, norms and head."""
     init = jax.jit(TextClassifier(SMALL, 3).init)(
         jax.random.key(0), jnp.zeros((1, 8), jnp.int32), jnp.ones((1,), jnp.int32)
     )
@@ -105,7 +105,7 @@ def test_the_native_architecture_has_no_biases_and_no_position_table(small) -> N
 
 
 def test_the_native_architecture_matches_its_formulas(small) -> None:
-    """One row, computed with plain NumPy in float64."""
+    """Compares one row with plain NumPy in float64."""
     config, weights = small
     w = {name.removeprefix("encoder."): value.astype(np.float64) for name, value in weights.items()}
     ids = np.random.default_rng(1).integers(0, 100, 11)
@@ -153,7 +153,7 @@ def test_rope_sees_distances_only() -> None:
 
 @pytest.mark.parametrize("change", [{}, {"local_window": 6, "global_every": 2}], ids=["global", "local"])
 def test_focus_works_for_the_native_architecture(small, change: dict[str, int]) -> None:
-    """Kept tokens keep their positions: alone or in company, in any bucket, the same logits."""
+    """Kept tokens keep their positions, so that logits depend neither on the batch nor on the bucket."""
     config, weights = small
     config = dataclasses.replace(config, **change)
     rng = np.random.default_rng(2)
@@ -251,7 +251,7 @@ def test_attention_text_by_text_is_that_of_all_texts_together(
     ids=["native, remat", "local, focused", "bert, both"],
 )
 def test_a_scan_computes_what_single_layers_do(config: EncoderConfig, remat: bool, focused: bool) -> None:
-    """Values and every gradient; stacking and unstacking the weights loses nothing."""
+    """Compares values and all gradients; stacking and unstacking the weights is lossless."""
     plain, scanned = TextClassifier(config, 3), TextClassifier(config, 3, scan=True, remat=remat)
     rng = np.random.default_rng(0)
     rows = [rng.integers(0, 100, n, dtype=np.int32) for n in (40, 12, 1)]

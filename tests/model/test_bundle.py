@@ -1,4 +1,4 @@
-"""Bundles come back as they were written, and everything else is refused with a sentence."""
+"""Saving and loading bundles: exact round trips, and an error for every damaged or invalid bundle."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def change_json(file: Path, change: Callable[[Any], object]) -> None:
 
 
 def vouch(path: Path) -> None:
-    """Makes the manifest true again, as a faulty writer would have left it."""
+    """Rewrites the manifest with the files' current checksums, as a faulty writer would."""
 
     def renew(manifest: dict[str, Any]) -> None:
         for name, entry in manifest["files"].items():
@@ -117,7 +117,7 @@ def test_a_bundle_is_plain_files_and_nothing_else(saved: dict[str, Bundle]) -> N
         assert {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()} == FILES
         for file in path.rglob("*.json"):
             json.loads(file.read_text())
-        # safetensors: a length, then JSON, then raw numbers; nothing in it can run.
+        # safetensors: a length, then JSON, then raw numbers, without executable content.
         raw = (path / "weights.safetensors").read_bytes()
         header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
         assert {entry["dtype"] for entry in header.values()} <= {"F32", "I8"}
@@ -161,7 +161,7 @@ def test_a_save_that_fails_leaves_nothing(tiny_bundle: Bundle, tmp_path: Path, m
     assert list(tmp_path.iterdir()) == []
 
 
-# Loading what is no bundle, or a damaged one
+# Loading folders that are no bundles, and damaged bundles
 
 
 def test_a_path_that_is_no_bundle_is_refused(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_a_newer_format_is_refused(copy: Path) -> None:
 
 
 def test_the_first_format_is_read_without_its_gates(copy: Path, saved: dict[str, Bundle]) -> None:
-    """They chose before a layer; to use them in its middle would be silently wrong."""
+    """Those gates selected tokens before a layer; in the middle of a layer they would be silently wrong."""
 
     def with_earlier_gates(weights: dict[str, np.ndarray]) -> None:
         for i in range(saved["float32"].encoder.num_layers):
@@ -288,7 +288,7 @@ def test_a_manifest_that_makes_no_sense_is_refused(copy: Path, change, says: str
         load_bundle(copy)
 
 
-# Bundles whose checksums are true, as a faulty writer would leave them
+# Invalid bundles with valid checksums, as a faulty writer would leave them
 
 
 def test_weights_that_compute_something_else_are_refused(copy: Path) -> None:

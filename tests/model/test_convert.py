@@ -1,4 +1,4 @@
-"""A BERT turned into the native architecture in closed form. Axes: B batch, S sequence, N tokens, D width."""
+"""Closed-form conversion of a BERT to the native architecture. Axes: B batch, S sequence, N tokens, D width."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def random_texts(rng: np.random.Generator, rows: int, length: int) -> tuple[np.n
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> tuple[EncoderConfig, Weights]:
-    """A random BERT that cannot tell positions apart, as what random ones say is beyond any other encoder."""
+    """A random BERT without position embeddings, as no other encoder could approximate random positions."""
     folder = write_encoder(tmp_path_factory.mktemp("bert"), hidden_size=64, intermediate_size=192)
     config, weights = load_encoder(folder)
     name = "encoder.embeddings.position.table"
@@ -76,7 +76,7 @@ def test_turning_heads_to_the_slow_dimensions_leaves_their_scores_alone() -> Non
     x_ND = rng.normal(size=(50, 32)).astype(np.float32)
     before_DE = rng.normal(size=(32, 96)).astype(np.float32)
     after_DE = _slowest_first(before_DE, x_ND, config)
-    np.testing.assert_array_equal(after_DE[:, 64:], before_DE[:, 64:])  # values stay
+    np.testing.assert_array_equal(after_DE[:, 64:], before_DE[:, 64:])  # the value projection is unchanged
 
     def heads(kernel_DE: np.ndarray, part: int) -> np.ndarray:
         return (x_ND @ kernel_DE[:, part * 32 : part * 32 + 32]).reshape(50, 4, 8)

@@ -182,7 +182,7 @@ def test_the_best_leaf_is_chosen_and_an_unsure_answer_stops_above_it():
     assert choose(TREE, probs_L, Calibration(), 0.3) == [3]
     assert choose(TREE, probs_L, Calibration(), 0.45) == [2]
     assert choose(TREE, probs_L, Calibration(), 0.6) == [1]
-    assert choose(TREE, probs_L, Calibration(), 0.9) == [1]  # no label is that sure: the top one
+    assert choose(TREE, probs_L, Calibration(), 0.9) == [1]  # no label reaches the threshold: the top one
 
 
 @given(tree_logits, st.floats(0, 1))

@@ -1,4 +1,4 @@
-"""The encoder against transformers' BertModel on PyTorch, and its gradients against plain formulas."""
+"""Agreement of the encoder with transformers' BertModel on PyTorch, and of its gradients with plain formulas."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TEXTS = [
 def our_layers(
     config: EncoderConfig, weights: Weights, tokens_BS: np.ndarray, lengths_B: np.ndarray, dtype=jnp.float32
 ):
-    """[embeddings, layer 0, …], each (B, S, D) float32."""
+    """Hidden states [embeddings, layer 0, …], each float32 (B, S, D)."""
     params = unflatten(weights)["encoder"]
 
     @jax.jit
@@ -64,7 +64,7 @@ def their_layers(folder: Path, tokens_BS: np.ndarray, lengths_B: np.ndarray) -> 
 
 
 def largest_difference(ours: list[np.ndarray], theirs: list[np.ndarray], lengths_B: np.ndarray) -> list[float]:
-    """For each layer, over real tokens only."""
+    """The largest absolute difference in each layer, over real tokens only."""
     mask_BS = np.arange(ours[0].shape[1]) < lengths_B[:, None]
     assert len(ours) == len(theirs)
     return [float(np.abs(a - b)[mask_BS].max()) for a, b in zip(ours, theirs, strict=True)]
@@ -72,7 +72,7 @@ def largest_difference(ours: list[np.ndarray], theirs: list[np.ndarray], lengths
 
 @pytest.fixture(scope="module")
 def real_batch(minilm: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Real texts, an empty one, a row of one token, and an empty row."""
+    """Tokens (B, S) and lengths (B,) of real texts, an empty text, a row of one token and an empty row."""
     tokenizer = WordPieceTokenizer.from_folder(minilm)
     ids = tokenizer.encode(TEXTS, 64).ids
     return pad_batch([*ids, ids[0][:1]], len(ids) + 2, 64, tokenizer.pad_id)
@@ -132,7 +132,7 @@ def test_a_row_depends_neither_on_its_batch_nor_on_the_bucket(minilm: Path) -> N
         np.testing.assert_allclose(among_SD, alone_SD, atol=1e-5)
 
 
-# The backward passes of `ops` are written by hand: held against what JAX derives from the textbook's formulas.
+# The hand-written backward passes of `ops`, compared with JAX's gradients of the textbook formulas.
 
 
 def plain_linear(x, kernel, bias):
@@ -176,7 +176,7 @@ def values_and_gradients(function, arguments: list[jax.Array], cotangent: np.nda
 def test_values_and_gradients_are_those_of_the_formulas(name: str, dtype, tolerance: float) -> None:
     ours, plain, shapes = OPS[name]
     rng = np.random.default_rng(0)
-    # Activations in `dtype`, parameters in float32; rounded first, so that both sides see the same numbers.
+    # Activations in `dtype`, parameters in float32; rounded first, so that both sides have the same inputs.
     x, *parameters = [jnp.asarray(rng.normal(0.3, 1.0, shape), jnp.float32) for shape in shapes]
     x = x.astype(dtype)
     cotangent = np.asarray(jnp.asarray(rng.normal(size=jax.eval_shape(ours, x, *parameters).shape), dtype), np.float32)

@@ -1,4 +1,4 @@
-"""Focused Attention: what is kept, that both ways to compute it agree, and that no row depends on its neighbours."""
+"""Focused Attention: the selection of tokens, agreement of masking and gathering, independence of rows in a batch."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ FROM_THE_START = Focus.from_shares([0.8, 0.5, 0.5])
 
 @pytest.fixture(scope="module")
 def gated(tmp_path_factory: pytest.TempPathFactory) -> tuple[EncoderConfig, Weights]:
-    """A classifier of three layers whose gates have learnt something."""
+    """A classifier of three layers with trained gates."""
     from classer.tests.helpers import write_encoder
 
     folder = write_encoder(tmp_path_factory.mktemp("gated"), num_hidden_layers=3, max_position_embeddings=128)
@@ -95,7 +95,7 @@ def test_a_text_gets_the_same_logits_in_any_bucket_and_company(gated, texts, foc
 
 @pytest.mark.parametrize("focus", [HALF, FROM_THE_START])
 def test_masking_computes_what_gathering_does(gated, texts, focus: Focus) -> None:
-    """So what is trained (masks, a budget for each row) is what is served (shorter rows)."""
+    """Training (masks, one budget per row) and serving (shorter rows) compute the same logits."""
     masked = apply_with_draw(gated, texts, 64, np.tile(focus.units, (len(texts), 1)))
     np.testing.assert_allclose(masked, logits(gated, focus, texts, 8, 64), atol=1e-5)
 
@@ -109,7 +109,7 @@ def test_each_row_of_a_batch_may_have_a_budget_of_its_own(gated, texts) -> None:
 
 
 def test_full_budget_is_the_dense_program(gated, texts) -> None:
-    """The same HLO and the same bits; and a focus that cuts is told apart."""
+    """The HLO and the logits are identical; those of a smaller budget differ."""
     config, weights = gated
 
     def lowered(focus: Focus | None) -> str:
@@ -139,7 +139,7 @@ def test_a_cut_shortens_the_feed_forward_of_its_own_layer_and_not_its_attention(
     config, weights = gated
 
     def products(focus: Focus) -> list[int]:
-        """Rows of the products with each layer's first feed-forward kernel, then of those for queries, keys, values."""
+        """Rows of each layer's products: with the first feed-forward kernels, then with the QKV kernels."""
         model = TextClassifier(config, LABELS, focus=focus)
         tokens_BS, lengths_B = jnp.zeros((4, 32), jnp.int32), jnp.ones((4,), jnp.int32)
         text = jax.jit(model.apply).lower({"params": nested(weights)}, tokens_BS, lengths_B).as_text()
@@ -154,7 +154,10 @@ def test_a_cut_shortens_the_feed_forward_of_its_own_layer_and_not_its_attention(
 
 
 def test_a_token_that_is_dropped_has_told_the_others_what_it_knows(gated) -> None:
-    """In the attention of the layer that drops it; so the first layer too may cut without losing what was said."""
+    """A layer drops tokens after its attention, so that a dropped token still influences the logits.
+
+    This also holds for tokens that the first layer drops.
+    """
     config, weights = gated
     focus = Focus.from_shares([0.3, 0.3, 0.3])
     model = TextClassifier(config, LABELS, focus=focus)
@@ -199,7 +202,7 @@ def test_soft_rows_teach_every_gate_and_all_rows_the_other_weights(gated, texts,
 
 
 def test_the_gate_learns_which_token_matters() -> None:
-    """Only one token of each text says its label: after training, a tight hard budget keeps it."""
+    """In each text a single token determines the label; after training, a tight hard budget keeps this token."""
     import optax
 
     config = EncoderConfig(vocab_size=50, num_layers=2, d_model=32, num_heads=2, d_ff=64, max_positions=64, gated=True)

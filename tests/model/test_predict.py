@@ -1,4 +1,4 @@
-"""Many texts through programs of static shapes."""
+"""Prediction of many texts with programs of static shapes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def predictor(tiny_bundle: Bundle) -> Predictor:
 
 @pytest.fixture(scope="module")
 def ids(tiny_bundle: Bundle) -> list[np.ndarray]:
-    """Nine rows, long and short in turn, so that no order of lengths is theirs by chance."""
+    """Nine rows, alternately long and short, so that they are not sorted by length."""
     rng = np.random.default_rng(0)
     lengths = [48, 1, 33, 20, 9, 33, 1, 48, 9]
     return [rng.integers(4, tiny_bundle.encoder.vocab_size, n, dtype=np.int32) for n in lengths]
@@ -29,7 +29,7 @@ def ids(tiny_bundle: Bundle) -> list[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def one_by_one_NL(predictor: Predictor, ids: list[np.ndarray]) -> np.ndarray:
-    """Each row through a program of exactly its length."""
+    """Logits (N, L), with each row run alone by a program of exactly its length."""
     rows = [predictor.compile(1, len(row))(row[None], np.array([len(row)], np.int32)) for row in ids]
     return np.concatenate(rows)
 
@@ -57,7 +57,7 @@ def test_filler_rows_change_nothing_and_are_finite(predictor: Predictor, ids: li
     tokens_BS = np.zeros((4, 48), np.int32)
     tokens_BS[0] = ids[0]
     logits_BL = program(tokens_BS, np.array([48, 0, 0, 0], np.int32))
-    tokens_BS[1:] = 7  # what stands in a filler row is not read
+    tokens_BS[1:] = 7  # the tokens of a filler row are ignored
     np.testing.assert_array_equal(program(tokens_BS, np.array([48, 0, 0, 0], np.int32))[0], logits_BL[0])
     assert np.isfinite(logits_BL).all()
 
@@ -77,7 +77,7 @@ def test_a_shape_is_compiled_once(predictor: Predictor) -> None:
 
 
 def test_a_program_beyond_what_the_system_allows_is_refused(tiny_bundle: Bundle, monkeypatch, tmp_path: Path) -> None:
-    """LLVM would end the process instead."""
+    """Without the check, LLVM would abort the process."""
     predictor = tiny_bundle.predictor()
     known = predictor.compile(3, 16)
     limit = tmp_path / "max_map_count"
@@ -85,7 +85,7 @@ def test_a_program_beyond_what_the_system_allows_is_refused(tiny_bundle: Bundle,
     monkeypatch.setattr(predict, "_MAX_MAPPINGS", limit)
     with pytest.raises(InputError, match=r"memory mappings of the 4,096 .*vm\.max_map_count=262144"):
         predictor.compile(3, 24)
-    assert predictor.compile(3, 16)._executable is known._executable  # what there is goes on
+    assert predictor.compile(3, 16)._executable is known._executable  # existing programs remain usable
     limit.write_text("1000000000\n")
     assert predictor.compile(3, 24).length == 24
     monkeypatch.setattr(predict, "_MAX_MAPPINGS", tmp_path / "missing")  # not Linux

@@ -1,4 +1,4 @@
-"""Reading encoder folders that are not quite right, and where encoders come from."""
+"""Reading damaged or incomplete encoder folders, and the sources of pretrained encoders."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def folder(tiny_encoder: Path, tmp_path: Path) -> Path:
 
 
 def change_config(folder: Path, **fields: object) -> None:
-    """Sets fields of config.json; None removes one."""
+    """Sets fields of config.json; None removes a field."""
     file = folder / "config.json"
     config = json.loads(file.read_text()) | fields
     file.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
@@ -109,7 +109,7 @@ def test_truncated_weights_are_refused(folder: Path) -> None:
 
 
 class Sources:
-    """Stands in for the hub and the package registry: copies a folder, or fails, and notes who was asked."""
+    """A stub of the hub and the package registry: copies a folder, or fails, and records the requests."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **answers: Path | Exception) -> None:
         self.asked: list[str] = []
@@ -130,7 +130,7 @@ class Sources:
 
 @pytest.fixture
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """An empty cache; and a working directory in which no folder has an encoder's name."""
+    """An empty cache, with a working directory in which no folder has an encoder's name."""
     monkeypatch.setenv("CLASSER_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     return tmp_path / "cache"

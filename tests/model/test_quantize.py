@@ -1,4 +1,4 @@
-"""INT8: what the weights become, what the compiled program multiplies, and how far the answers move."""
+"""INT8: quantised weights, product types of the compiled program, and changes of the answers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FOUR_PRODUCTS_A_LAYER = 4  # qkv, out, up, down
 
 @pytest.fixture(scope="module")
 def float_bundle(tiny_bundle: Bundle) -> Bundle:
-    """The tiny bundle with a column of a kernel and a row of a table all zero, for which no scale can be found."""
+    """The tiny bundle with a zero column in a kernel and a zero row in a table, which have no scale."""
     weights = {name: value.copy() for name, value in tiny_bundle.weights.items()}
     weights[UP][:, 3] = 0
     weights[TABLE][2] = 0
@@ -41,7 +41,7 @@ def int8_bundle(float_bundle: Bundle) -> Bundle:
 
 
 def assert_within_half_a_step(floats: Weights, ints: Weights) -> None:
-    """int8 × scale gives each float back within half a scale, and each scale fits its largest value."""
+    """Asserts that int8 × scale is within half a scale of each float, and that each scale fits its largest value."""
     for name, value in floats.items():
         if not (name.startswith("encoder.") and name.endswith((".kernel", ".table"))):
             np.testing.assert_array_equal(ints[name], value, err_msg=name)
@@ -79,7 +79,7 @@ def test_int8_logits_are_near_float_ones_but_not_equal(float_bundle: Bundle, int
 
 
 def test_an_int8_row_does_not_depend_on_its_batch(int8_bundle: Bundle) -> None:
-    """Activations have one scale a token: in one program a row's bits are the same, whatever stands beside it."""
+    """Activations have one scale per token: in one program, a row's logits are bitwise equal in any batch."""
     program = int8_bundle.predictor().compile(3, 16)
     rng = np.random.default_rng(0)
     tokens_BS = rng.integers(0, int8_bundle.encoder.vocab_size, (3, 16), dtype=np.int32)
@@ -91,7 +91,7 @@ def test_an_int8_row_does_not_depend_on_its_batch(int8_bundle: Bundle) -> None:
 
 
 def test_int8_rows_hardly_depend_on_the_bucket(int8_bundle: Bundle) -> None:
-    """Another program may sum in another order, and so round an activation the other way."""
+    """Another program may sum in another order, and thus round an activation to another step."""
     ids = int8_bundle.tokenizer.encode(TEXTS, 16).ids
     longer_NL = int8_bundle.predictor().logits(ids, batch_size=4, buckets=(48,))
     np.testing.assert_allclose(longer_NL, logits(int8_bundle), atol=0.02 * np.abs(longer_NL).max())
@@ -109,7 +109,7 @@ def test_the_int8_program_multiplies_int8_and_the_float_program_does_not(
     floats = count_products(float_bundle.predictor().compile(4, 16).as_text())
     layers = float_bundle.encoder.num_layers
     assert int8["s8×s8→s32"] == FOUR_PRODUCTS_A_LAYER * layers
-    # Left in float: attention's two products in each layer, and the head.
+    # Products that stay in float: two of attention in each layer, and the head.
     assert int8["f32×f32→f32"] == 2 * layers + 1
     assert int8.total() == floats.total() == 6 * layers + 1
     assert floats["s8×s8→s32"] == 0
@@ -167,8 +167,10 @@ def test_minilm_in_int8_is_at_most_three_tenths_of_its_float_size(minilm: Path, 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 2**-8)])
 def test_the_served_product_is_that_of_aqt(dtype, tolerance: float) -> None:
-    """Of what AQT computes in float32; in bfloat16 AQT rounds activations before it quantises them, and the int32 sums
-    before it scales them, so that there the served product is nearer to the truth.
+    """The reference is AQT in float32.
+
+    In bfloat16, AQT rounds activations before quantisation and int32 sums before scaling, which makes it less accurate
+    than the served product.
     """
     from aqt.jax.v2 import config as aqt_config
     from aqt.jax.v2.flax import aqt_flax

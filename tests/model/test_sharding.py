@@ -1,4 +1,4 @@
-"""Sharding: the table of axes, its errors; and sharded steps against unsharded ones, on 8 virtual devices."""
+"""Sharding: the table of axes and its errors, and agreement of sharded and unsharded steps on 8 virtual devices."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_every_parameter_has_an_axis_for_each_of_its_dimensions(config: EncoderC
 
 
 def test_what_is_large_is_divided_over_fsdp_and_tensor() -> None:
-    """All but 0.1 % of classer-1b's parameters lie in parts on a mesh with fsdp."""
+    """On a mesh with fsdp, all but 0.1 % of classer-1b's parameters are sharded."""
     shapes, rules = shapes_of(native("classer-1b", vocab_size=30_522), scan=True), Rules()
     divided = {name: "fsdp" in str(rules.spec(logical_axes(name), what=name)) for name in shapes}
     sizes = {name: int(np.prod(shape)) for name, shape in shapes.items()}
@@ -101,7 +101,7 @@ def test_parameters_come_back_from_the_devices_as_they_went() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What `sharding_worker.py` is asked for: a model, and the meshes to train it on."""
+    """A case of `sharding_worker.py`: a model, and the meshes to train it on."""
 
     kind: str
     scan: bool
@@ -109,13 +109,13 @@ class Case:
 
 
 def run_workers(cases: list[Case], *, processes: int = 1, devices: int = 8, folder: Path) -> list[dict[str, Any]]:
-    """Runs the cases in so many processes of one job, `devices` between them; what the first of them found."""
+    """Runs the cases in one job of `processes` processes with `devices` devices in all; returns rank 0's results."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     (folder / "cases.json").write_text(json.dumps([dataclasses.asdict(case) for case in cases]))
     environment = with_devices(devices // processes)
-    environment["TF_CPP_MIN_LOG_LEVEL"] = "1"  # warnings are looked for, whatever this process has set
+    environment["TF_CPP_MIN_LOG_LEVEL"] = "1"  # print warnings, which the tests search for
     logs = [folder / f"worker-{rank}.log" for rank in range(processes)]
     workers = []
     try:
@@ -147,12 +147,12 @@ def check(found: list[dict[str, Any]], count: int) -> None:
         assert case["table_share"] == 1 / (fsdp * tensor)
         assert -(-case["labels"] // tensor) in case["table_labels"], "a device has its share of the labels"
         if tensor > 1:
-            whole = set(range(case["labels"], case["labels"] + tensor))  # filled up or not
+            whole = set(range(case["labels"], case["labels"] + tensor))  # padded or not
             assert not whole & set(case["table_labels"]), "no device ever has the whole label table"
 
 
 def test_sharded_steps_are_the_unsharded_one(tmp_path: Path) -> None:
-    """The loss of tasks of all kinds and every gradient, float32, on meshes of 8×1×1, 1×8×1, 2×2×2 and 1×2×4."""
+    """Compares the loss and all gradients, float32, tasks of all kinds, on meshes 8×1×1, 1×8×1, 2×2×2 and 1×2×4."""
     check(run_workers([Case("native", False, (*MESHES, [2, 4]))], folder=tmp_path), 4)
 
 
@@ -165,5 +165,5 @@ def test_sharded_steps_are_the_unsharded_one_for_every_kind_of_model(tmp_path: P
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_steps_over_several_processes_are_the_unsharded_one(tmp_path: Path, processes: int) -> None:
-    """8 devices in all; each process knows the devices' memory of its own only, and feeds only its rows."""
+    """8 devices in all; each process addresses only its own devices and feeds only its own rows."""
     check(run_workers([Case("native", True, MESHES)], processes=processes, folder=tmp_path), len(MESHES))

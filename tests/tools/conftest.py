@@ -1,4 +1,4 @@
-"""The real command in real processes: one tiny training run and one server for all tests of this room."""
+"""Fixtures with the real command in real processes: one tiny training run and one server for all tests here."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ Classer = Callable[..., subprocess.CompletedProcess[str]]
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """What one `classer train` was given and left.
+    """The inputs and outputs of a `classer train`.
 
     Attributes:
       out: the run's folder.
-      data, test: its examples.
-      options: its options but --out.
-      output, errors: what it printed.
+      data, test: files of training and test examples.
+      options: the options except --out.
+      output, errors: stdout and stderr.
     """
 
     out: Path
@@ -51,7 +51,7 @@ class Trained:
 
 @pytest.fixture(scope="session")
 def classer() -> Classer:
-    """Runs `classer ARGUMENTS…` in a process of its own."""
+    """A function that runs `classer ARGUMENTS…` in a new process."""
 
     def run(
         *arguments: object, command: tuple[str, ...] = COMMAND, stdin: str | bytes = b"", **environment: str
@@ -71,13 +71,13 @@ def classer() -> Classer:
 
 @pytest.fixture(scope="session")
 def tiny_options(tiny_encoder: Path) -> tuple[str, ...]:
-    """Options that make a training run take seconds."""
+    """Options for a training run of a few seconds."""
     return ("--encoder", str(tiny_encoder), "--epochs", "1", "--max-length", "16", "--batch-size", "16")
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, classer: Classer, tiny_options: tuple[str, ...]) -> Trained:
-    """A multiclass classifier, trained for long enough to know the toy texts; not to be written to."""
+    """A multiclass classifier that has learnt the toy texts; tests must not write to its folder."""
     folder = tmp_path_factory.mktemp("trained")
     data = to_csv(write_toy_data(folder / "topics.jsonl", TaskKind.MULTICLASS, 300))
     test = to_csv(write_toy_data(folder / "held_out.jsonl", TaskKind.MULTICLASS, 60, seed=1))
@@ -89,7 +89,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, classer: Classer, tiny_opt
 
 @pytest.fixture(scope="session")
 def server(trained: Trained) -> Iterator[str]:
-    """The address of `classer serve` with the bundle of `trained`."""
+    """The address of a `classer serve` with the bundle of `trained`."""
     command = [*COMMAND, "serve", str(trained.bundle), "--port", "0"]
     with Process(command) as process:
         yield process.stdout.line("Serving").split()[-1]
@@ -98,7 +98,7 @@ def server(trained: Trained) -> Iterator[str]:
 
 
 def to_csv(jsonl: Path) -> Path:
-    """The same examples of one label each as CSV, beside the JSON Lines file."""
+    """Writes the examples of a JSON Lines file, with one label each, as CSV beside it; returns the new file."""
     rows = [json.loads(line) for line in jsonl.read_text().splitlines()]
     with jsonl.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())

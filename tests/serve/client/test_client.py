@@ -1,4 +1,4 @@
-"""What the client does by itself: what it loads, what it refuses to send, and what it says when nobody answers."""
+"""The client alone: its imports, its checks before sending, and its errors when no server answers."""
 
 from __future__ import annotations
 

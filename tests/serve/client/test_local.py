@@ -1,4 +1,4 @@
-"""A bundle in this process: the server's answers, every kind of input, threads, and one sentence for what is wrong."""
+"""A bundle in this process: parity with the server, kinds of input, threads, and errors of one sentence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever comes in whatever order: no text is lost, answered twice, starved, or batched beyond its program."""
+"""Random arrivals: no text is lost, answered twice or starved, and no batch exceeds its program."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         started = [
             device.batches[before[id(device)]] for device in self.devices if len(device.batches) > before[id(device)]
         ]
-        # The one of the lowest rank is begun or refused before any other: nobody is overtaken but by batch-mates.
+        # The text of the lowest rank starts or is refused first; only texts of its own batch may overtake it.
         if waiting:
             oldest = min(waiting, key=lambda name: self.sent[name].rank)
             assert self.sent[oldest].future.done() or self.sent[oldest].future.running()

@@ -23,7 +23,7 @@ def test_a_folder_that_others_can_write_to_is_refused(tmp_path: Path, mode: int)
     tmp_path.chmod(mode)
     with pytest.raises(InputError, match=f"chmod go-w {tmp_path}"):
         check_private(tmp_path)
-    tmp_path.chmod(0o755)  # to read is nobody's harm
+    tmp_path.chmod(0o755)  # others may read
     check_private(tmp_path)
 
 

@@ -352,7 +352,7 @@ def test_calls_beyond_what_may_wait_to_be_read_are_refused_meanwhile() -> None:
         running._loop.call_soon_threadsafe(done.wait)
         calls = [pool.submit(client.classify, f"{i}", timeout=TIMEOUT) for i in range(20)]
         refused = eventually(lambda: sum(call.done() for call in calls) >= 15)
-        done.set()  # before anything can fail, for nobody else ends the wait
+        done.set()  # before anything can fail: nothing else ends the wait
         assert refused
         errors = [error for call in calls if (error := call.exception(TIMEOUT)) is not None]
         assert 15 <= len(errors) < 20

@@ -1,4 +1,4 @@
-"""API keys by themselves: what is stored, what is accepted, and how much each may ask."""
+"""API keys: the stored entries, authentication, rates and quotas."""
 
 from __future__ import annotations
 

@@ -84,13 +84,13 @@ class Chaos:
 
     Args:
       address: the server's.
-      key: what callers show; None where nobody asks for it.
+      key: the callers' API key; None if the server requires none.
       expected: the right answers.
       front_ends: the server's, which are killed, so that calls may end as UNAVAILABLE; None if it has none.
 
     Attributes:
       trouble: what misbehaves, each once when called.
-      counts: how often what was done, and came back.
+      counts: number of calls by kind, and of their outcomes.
       stop: ends everyone.
       go_on: cleared, it lets the device's next batch hang.
     """
@@ -401,7 +401,7 @@ def test_those_who_behave_get_their_answers(
     monkeypatch: pytest.MonkeyPatch,
     count: int,
 ) -> None:
-    """No answer is wrong or lost, whatever others do and the server suffers; and nothing of it is left behind."""
+    """No answer is wrong or lost, under concurrent calls and injected faults; no resource is leaked."""
     expected = {name: expectations(path) for name, path in bundles.items()}
     assert [[text for text in TEXTS if expected[name][text] is None] for name in MODELS] == [[], [TEXTS[-1]]]
     entry, key = make_key("chaos")

@@ -1,4 +1,4 @@
-"""Three times as much as the device can do, on a fake device and a fake clock: what is taken on is answered in time."""
+"""Three times the device's capacity, on a fake device and a fake clock: accepted texts meet their deadlines."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def test_calls_in_flight_are_answered_after_sigterm(bundle_path: Path) -> None:
             model = ClassifierStub(channel)
             eventually(lambda: model.GetModel(pb.GetModelRequest(), timeout=TIMEOUT).in_flight == 2)
             process.send_signal(signal.SIGTERM)
-            # A call that meets the shutting down itself is CANCELLED by gRPC: what is asked here comes after that.
+            # gRPC cancels calls that arrive during the shutdown itself; this call comes later.
             eventually(lambda: not listens(address))
             eventually(lambda: not client.healthy())
             with pytest.raises(Unavailable):

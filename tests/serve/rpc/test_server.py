@@ -406,7 +406,7 @@ def test_an_answers_way_back_is_taken_off_deadlines(running, client: Client, mon
         (10.0, 2.0, 0.0, 2.0),
         (10.0, 1.0, 0.5, 3.0),
         (10.0, 100.0, 0.0, 5.0),  # at most half of it
-        (10.0, 0.0, 0.0, 0.04),  # what is not seen from here
+        (10.0, 0.0, 0.0, 0.04),  # costs that the server does not measure
         (0.1, 0.0, 0.0, 0.01),
     ):
         monkeypatch.setattr(pipeline, "_responses", ResponsePath(LatencyEstimate(mean, spread)))

@@ -48,7 +48,7 @@ def test_answers_come_in_order_and_no_more_is_read_than_is_worked_on(failing: st
         assert (read, first.done()) == ([0, 1], False)
         done[0].set()
         assert await first == 0
-        await others_run()  # nobody asks for the next answer
+        await others_run()  # the next answer is not requested
         assert read == [0, 1, 2]
         done[2].set()
         assert [await anext(answers), await anext(answers)] == [1, 2]

@@ -1,4 +1,4 @@
-"""What is read from optimised HLO and from jaxprs: products, collectives and FLOPs, as often as they run."""
+"""Products, collectives and FLOPs from optimised HLO and jaxprs, each counted once per execution."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from classer.data.errors import InputError
 from classer.tools.aot.accelerators import Topology
 from classer.tools.aot.hlo import Traffic, collectives, count_flops, instructions, products
 
-# Written as XLA writes it; names repeat across computations, loops say their trips.
+# In XLA's format; names repeat across computations, loops have a known trip count.
 HLO = """HloModule jit_step
 
 %fused (p.0: s8[8,16], p.1: s8[16,4]) -> s32[8,4] {
@@ -58,7 +58,7 @@ def test_collectives_count_the_whole_array_as_often_as_they_run() -> None:
     ]
 
 
-# A loop that does not say its trips, a gather in two fusions of one channel, a sum of which each device keeps its part.
+# A loop without a trip count, an all-gather in two fusions with one channel, and a reduce-scatter as an all-reduce.
 TPU_HLO = """HloModule jit_step
 
 %fused.1 (p: bf16[16,704]) -> bf16[128,704] {
@@ -137,7 +137,7 @@ def test_how_long_moving_takes() -> None:
     within = hosts.moving("all-gather", 450_000_000, group=8, hosts=1)
     assert within == pytest.approx(1e-3)
     assert hosts.moving("all-reduce", 450_000_000, group=8, hosts=1) == pytest.approx(2e-3)
-    # One device a host has its own port alone, all eight have eight.
+    # A group with one device per host uses one port per host; a group with all eight devices uses eight.
     assert hosts.moving("all-gather", 450_000_000, group=8, hosts=8) == pytest.approx(9e-3)
     assert hosts.moving("all-gather", 400_000_000, group=64, hosts=8) == pytest.approx(1e-3)
     assert Topology.parse("v5e:8x8").moving("all-gather", 200_000_000, group=64, hosts=1) == pytest.approx(1e-3)

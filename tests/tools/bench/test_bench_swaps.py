@@ -1,4 +1,4 @@
-"""The benchmark of swaps checks what it says: which version answered, and that nothing failed."""
+"""The benchmark of swaps: it verifies the versions of the answers and the absence of failures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from classer.tools.bench.swaps import Known, SwapsArguments, other_version, swap
 
 @pytest.fixture
 def path(tmp_path: Path, tiny_bundle: Bundle) -> Path:
-    """The tiny bundle, for short texts only, so that little is compiled."""
+    """The tiny bundle, limited to short texts to reduce compilation."""
     save_bundle(dataclasses.replace(tiny_bundle, max_length=16), tmp_path / "bundle")
     return tmp_path / "bundle"
 

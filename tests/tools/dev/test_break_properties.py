@@ -1,6 +1,6 @@
-"""The list of properties that are broken on purpose fits the code; to break them takes minutes.
+"""The list of deliberately broken properties matches the code. Running the breaks takes minutes and is not done here.
 
-docs/internals/properties.md lists them.
+docs/internals/properties.md lists the properties.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The GPU check: what it needs, and a tiny run of it on whatever device there is."""
+"""The GPU check: its requirements, and a tiny run on the available device."""
 
 from __future__ import annotations
 

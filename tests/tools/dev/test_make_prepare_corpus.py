@@ -1,4 +1,4 @@
-"""The corpus with planted duplicates, by which the preparation is measured."""
+"""The corpus with planted duplicates for the benchmark of `classer prepare`."""
 
 from __future__ import annotations
 

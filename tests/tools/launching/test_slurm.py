@@ -1,4 +1,4 @@
-"""A job under a real Slurm of one node: submitted, watched, killed, put back in the queue, gone on with, finished."""
+"""A job under a real Slurm with one node: submission, a killed task, requeueing, resumption and completion."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ TIMEOUT = 400
 
 @pytest.fixture
 def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """The environment in which Slurm's commands reach it."""
+    """Starts Slurm; yields the environment variables with which its commands reach it."""
     if missing := [name for name in ("slurmctld", "slurmd", "munged", "sbatch") if shutil.which(name) is None]:
         pytest.skip(f"skipped: no {missing[0]} here; on Debian: apt-get install slurm-wlm munge")
     if os.getuid() != 0:
         pytest.skip("skipped: Slurm's daemons are started as root")
     port = next(port for port in range(26817, 27817, 2) if is_free(port) and is_free(port + 1))
     script = Path(__file__).with_name("start_slurm.sh")
-    # A socket's path may not be long, and pytest's folders are.
+    # The path of a Unix socket has a maximum length, which pytest's folders can exceed.
     folder = Path(f"/tmp/classer-slurm-{os.getpid()}")
     with Process([script, folder, port]) as process:
         try:
@@ -62,7 +62,7 @@ def ask(environment: dict[str, str], *command: object) -> str:
 
 
 def state(environment: dict[str, str], job: str) -> str:
-    """Slurm's word, such as RUNNING."""
+    """The job's state in Slurm's terms, such as RUNNING; GONE if Slurm does not list the job."""
     said = ask(environment, "scontrol", "show", "job", job)
     return next((word.partition("=")[2] for word in said.split() if word.startswith("JobState=")), "GONE")
 
@@ -75,7 +75,7 @@ def wait_for(condition: Callable[[], bool], run: Path) -> None:
 
 
 def tasks_of(run: Path) -> list[int]:
-    """Process ids of the job's workers."""
+    """Process ids of the job's tasks."""
     found = subprocess.run(
         ["pgrep", "-f", "--", f"-m classer.tools.cli.main train .*{run}"], capture_output=True, text=True, check=False
     )
@@ -101,7 +101,7 @@ def test_a_job_is_requeued_after_a_kill_goes_on_and_finishes(
     os.kill(tasks_of(run)[-1], signal.SIGKILL)
     wait_for(lambda: state(slurm, job) == "PENDING", run)
     assert not (run / "bundle").exists(), "it was killed too late to show anything"
-    # Slurm waits for two minutes. Hurry it not: slurmd may be clearing up still, and would end the new tasks too.
+    # Slurm waits two minutes before a restart. Do not shorten this: slurmd may still clean up and kill the new tasks.
     wait_for(lambda: state(slurm, job) not in ("PENDING", "RUNNING", "COMPLETING"), run)
     assert state(slurm, job) == "COMPLETED"
     assert (run / "bundle").is_dir()
