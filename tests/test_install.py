@@ -164,6 +164,7 @@ def test_a_command_without_its_packages_names_the_extra(wheel: Path, tmp_path: P
     for command, extra in (
         (("train", "--data", "data.csv", "--out", "run"), "train"),
         (("serve", "bundle"), "serve"),
+        (("classify", "a text", "--bundle", "bundle"), "local"),
         (("gateway",), "http"),
     ):
         done = classer(*command)

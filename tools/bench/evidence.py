@@ -1,4 +1,4 @@
-"""Is what the model kept what decided? ERASER's two measures, beside attention weights and random tokens.
+"""Faithfulness of Focused Attention's evidence by ERASER's two measures, against attention weights and random tokens.
 
     .venv/bin/python tools/bench/evidence.py runs/imdb/bundle-float32 --data FOLDER
 
@@ -52,8 +52,8 @@ class EvidenceArguments:
       split: which of its splits.
       texts: how many texts, drawn at random.
       shares: shares of a text's tokens that are taken as evidence.
-      seed: of the draw of texts and of random tokens.
-      out: a JSON file for the figures.
+      seed: seed of the draws of texts and random tokens.
+      out: a JSON file for the results.
     """
 
     bundle: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="BUNDLE")]
@@ -105,7 +105,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def kept_words(bundle: Bundle, texts: Sequence[np.ndarray], share: float) -> list[np.ndarray]:
-    """The places, special tokens left out, that the last layer reads at a focus which falls to `share`."""
+    """The positions, without special tokens, that the last layer reads at a focus which falls to `share`."""
     num_layers = bundle.encoder.num_layers
     focus = Focus.from_shares([share ** (layer / num_layers) for layer in range(1, num_layers + 1)])
     predictor = bundle.predictor(focus=focus)
@@ -147,12 +147,12 @@ def attention_received(bundle: Bundle, texts: Sequence[np.ndarray]) -> list[np.n
 
 
 def best(scores_S: np.ndarray, count: int) -> np.ndarray:
-    """The places of the `count` highest scores, special tokens left out."""
+    """The positions of the `count` highest scores, without special tokens."""
     return 1 + np.argsort(-scores_S[1:-1], kind="stable")[: max(count, 0)]
 
 
 def edit(row: np.ndarray, places: np.ndarray, keep: bool) -> np.ndarray:
-    """The text with only those places (`keep`) or without them; the special tokens stay."""
+    """The tokens at those positions (`keep`) or the tokens at the others; special tokens always stay."""
     chosen = np.isin(np.arange(len(row)), places) == keep
     chosen[[0, -1]] = True
     return row[chosen]
@@ -161,7 +161,7 @@ def edit(row: np.ndarray, places: np.ndarray, keep: bool) -> np.ndarray:
 def falls(
     dense: Predictor, bundle: Bundle, task: Task, labels_N: np.ndarray, before_N: np.ndarray, texts: list[np.ndarray]
 ) -> float:
-    """The mean fall of each text's label's probability."""
+    """The mean decrease of the probability of each text's label."""
     after_NL = bundle.probabilities(task.name, dense.logits(texts))
     return float((before_N - after_NL[np.arange(len(texts)), labels_N]).mean())
 

@@ -1,4 +1,4 @@
-"""Exports beside Classer's own programs: how far apart, how large, how soon loaded, how fast.
+"""Exports against Classer's own programs: difference of probabilities, size, loading time and speed.
 
     .venv/bin/python tools/bench/export.py runs/x/bundle-float32 runs/x/bundle --data FOLDER …
 
@@ -67,8 +67,8 @@ class ExportBenchmarkArguments:
       batches: their sizes.
       rounds: how often each runtime is timed; 0 leaves speed out.
       only: formats to measure; none is all.
-      seed: of the draw of texts.
-      out: a JSON file for the figures.
+      seed: seed of the draw of texts.
+      out: a JSON file for the results.
     """
 
     float_bundle: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FLOAT32")]
@@ -86,7 +86,7 @@ class ExportBenchmarkArguments:
 
 @dataclasses.dataclass
 class Row:
-    """One runtime: its name, how it computes, and what was measured."""
+    """One runtime: its name, its function and its measurements."""
 
     name: str
     precision: str
@@ -172,7 +172,7 @@ def quantized_by_onnxruntime(export: Export, folder: Path) -> Row:
 
 
 def compare(row: Row, bundle: Bundle, got_NL: np.ndarray, references: dict[str, np.ndarray]) -> None:
-    """Puts down how far a runtime's probabilities are from Classer's."""
+    """Records how far a runtime's probabilities are from Classer's."""
     own_NL = references["int8" if row.precision == "int8" else "float32"]
     agreement, to_float = [], []
     for task in bundle.taxonomy.tasks:

@@ -40,12 +40,12 @@ class FinetuneArguments:
       data: a folder with task.json and the split `train`.
       encoder: a folder, or a name on the Hugging Face hub.
       max_length: tokens that a text is cut to.
-      batch_size: examples a step.
+      batch_size: examples per step.
       dropout: rate on both sides.
-      steps: steps a turn.
+      steps: steps per turn.
       turns: turns of each side.
-      warm_up: steps of each side, before, that do not count; all batch shapes should occur.
-      threads: of PyTorch.
+      warm_up: steps of each side before the measurement; all batch shapes should occur.
+      threads: threads of PyTorch.
       tuned_allocator: set glibc's allocator as `classer train` does.
     """
 

@@ -1,9 +1,9 @@
-"""Speed of the training input pipeline: tokens a second of one core, beside what models consume.
+"""Speed of the training input pipeline: tokens per second of one core, against what models consume.
 
     python tools/bench/input.py runs/shards --batch-size 1024 --steps 300
 
-Counts the processor time of one thread that makes batches, so that other work on the machine does not matter; the
-kernel's own time for reading is in it.
+Measures the CPU time of one thread that makes batches, so that other work on the machine does not matter. The kernel's
+time for reading is included.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from classer.tools.aot.hlo import count_flops
 
 
 def flops_per_token(preset: str, length: int, labels: int = 15_000) -> float:
-    """Model FLOPs of a training step (forward and backward, nothing computed twice) a token, from its jaxpr."""
+    """Model FLOPs per token of a training step (forward and backward, without recomputation), from its jaxpr."""
     layout = make_layout(jax.devices()[:1])
     config = native(preset, vocab_size=30_522, max_positions=512)
     model = TextClassifier(config, labels, jnp.dtype("bfloat16"), scan=True)

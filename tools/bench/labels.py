@@ -1,4 +1,4 @@
-"""Prints what the full loss over many labels takes of a device's memory: the label head alone, forward and backward.
+"""Prints the device memory of the full loss over many labels: the label head alone, forward and backward.
 
     .venv/bin/python tools/bench/labels.py
 
@@ -21,7 +21,7 @@ TEXTS_A_DEVICE = 16
 
 
 def compiled_memory(texts: int, labels: int, width: int, tensor: int) -> tuple[int, int]:
-    """Bytes of a device: of the table with its gradient and both moments of AdamW, and of all that the step adds."""
+    """Bytes per device: of the table with its gradient and both moments of AdamW, and of the rest of the step."""
     import jax
     import jax.numpy as jnp
 

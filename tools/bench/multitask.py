@@ -1,4 +1,4 @@
-"""One model of many tasks, beside a model a task and TF-IDF + linear SVM; the curriculum beside all tasks mixed.
+"""One model of many tasks against one model per task and TF-IDF + linear SVM; the curriculum against mixed tasks.
 
     .venv/bin/python tools/bench/multitask.py --data DATASETS --out runs/many --runs svm single curriculum mixed flat
 
@@ -12,7 +12,8 @@ so it costs what they cost:
 - mixed: the same steps, every task from the first to the last;
 - flat: the trees' leaves without the tree.
 
-A finished run is kept, a broken one goes on. The table of all that is finished comes last, and goes to OUT/table.md.
+A finished run is kept, an interrupted one is resumed. The last output is the table of all finished runs, also
+written to OUT/table.md.
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ from classer.train.baseline import tfidf_svm
 
 
 class Sample(NamedTuple):
-    """How many training examples are drawn of a task, 0 for all, and how often they are gone through."""
+    """The number of training examples of a task, 0 for all, and of epochs over them."""
 
     texts: int
     epochs: int
 
 
 class Scale(NamedTuple):
-    """What all runs share: samples of the tasks, the most examples of held-out splits, and the recipe."""
+    """Settings that all runs share: samples of the tasks, the most examples of held-out splits, and the recipe."""
 
     tasks: dict[str, Sample]
     held_out: dict[str, int]
@@ -108,8 +109,8 @@ class MultitaskArguments:
     """
     Attributes:
       data: the folder of the tasks' folders.
-      out: for the sample, the runs and the table.
-      runs: which to carry out.
+      out: the folder for the sample, the runs and the table.
+      runs: the runs to carry out.
       tasks: which of the tasks `svm`, `single` and `flat` are carried out for; by default all.
       seeds: of `curriculum` and `mixed`.
       share: of the epochs of each `Sample`.

@@ -1,9 +1,9 @@
-"""`classer predict` on many short texts: rows a second beside the bare program's, memory, and kills.
+"""`classer predict` on many short texts: rows per second against the bare program, memory, and resumption after kills.
 
     python tools/bench/predict.py runs/banking77/bundle --rows 1000000
 
-The rows are drawn from the real texts of a folder of data sets. One run goes through; another is killed three times and
-goes on each time, and its output is compared with the first one's. 20,000 rows take minutes on two cores.
+The rows are drawn from the real texts of a folder of data sets. One run is not interrupted; another is killed three
+times and continued each time, and both outputs are compared. 20,000 rows take minutes on two cores.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ import pyarrow.parquet as pq
 import tyro
 
 from classer.data.errors import InputError
-from classer.model.variants import VARIANTS
 from classer.tools.bulk.models import BulkOptions, BundleModel
 from classer.tools.cli.arguments import BundleArgument
 from classer.tools.cli.load_runner import resident_mb
@@ -45,13 +44,13 @@ class PredictBenchmarkArguments:
     Attributes:
       bundle: the bundle that predicts.
       data: the folder of data sets; by default $CLASSER_DATASETS, or `shared/datasets` beside the repository.
-      rows: how many.
+      rows: number of rows.
       max_chars: texts that are longer are left out.
       task: name of the bundle's task; needed only if it has several.
-      precision: what is computed in; by default what is fastest, as measured before the runs.
+      precision: the value of --precision.
       bare_rows: how many rows the bare program is measured on.
-      seed: of the drawing.
-      out: a file for the figures in JSON.
+      seed: seed of the draw.
+      out: a JSON file for the results.
     """
 
     bundle: BundleArgument
@@ -59,14 +58,14 @@ class PredictBenchmarkArguments:
     rows: int = 1_000_000
     max_chars: int = 80
     task: str | None = None
-    precision: str | None = None
+    precision: str = "auto"
     bare_rows: int = 20_000
     seed: int = 0
     out: Path | None = None
 
 
 def main(a: PredictBenchmarkArguments) -> None:
-    """Measures, prints, and fails where the outputs differ."""
+    """Measures and prints. Raises InputError if the outputs differ."""
     beside = Path(__file__).resolve().parents[3] / "shared" / "datasets"
     datasets = a.data or Path(os.environ.get("CLASSER_DATASETS") or beside)
     if not datasets.is_dir():
@@ -76,11 +75,11 @@ def main(a: PredictBenchmarkArguments) -> None:
         folder = Path(name)
         texts = short_texts(datasets, a.max_chars)
         drawn = write_rows(folder / "in.parquet", texts, a.rows, a.seed)
-        precision, bare = bare_program(a, drawn[: a.bare_rows])
+        bare = bare_program(a, drawn[: a.bare_rows])
         command = [sys.executable, "-m", "classer.tools.cli.main", "predict", str(a.bundle)]
-        command += ["--data", str(folder / "in.parquet"), "--precision", precision]
+        command += ["--data", str(folder / "in.parquet"), "--precision", a.precision]
         command += ["--task", a.task] if a.task else []
-        figures: dict[str, Any] = {"rows": a.rows, "distinct": len(texts), "precision": precision, "bare": bare}
+        figures: dict[str, Any] = {"rows": a.rows, "distinct": len(texts), "precision": a.precision, "bare": bare}
         figures |= uninterrupted(command, folder / "whole.parquet", a.rows)
         figures |= killed(command, folder / "killed.parquet", a.rows)
         same = (folder / "whole.parquet").read_bytes() == (folder / "killed.parquet").read_bytes()
@@ -114,23 +113,19 @@ def write_rows(file: Path, texts: Sequence[str], count: int, seed: int) -> list[
     return first
 
 
-def bare_program(a: PredictBenchmarkArguments, texts: Sequence[str]) -> tuple[str, float]:
-    """The precision to run in, and the rows a second of the compiled programs alone: no reading, tokens or writing."""
-    rates: dict[str, float] = {}
-    for precision in (a.precision,) if a.precision else VARIANTS:
-        model = BundleModel(a.bundle, BulkOptions(a.task), precision)
-        ids = [row for start in range(0, len(texts), BATCH) for row in model.prepare(texts[start : start + BATCH]).ids]
-        model.logits(ids[:BATCH])  # compiles
-        begin = time.perf_counter()
-        for start in range(0, len(ids), BATCH):
-            model.logits(ids[start : start + BATCH])
-        rates[precision] = len(ids) / (time.perf_counter() - begin)
-    best = max(rates, key=lambda precision: rates[precision])
-    return best, rates[best]
+def bare_program(a: PredictBenchmarkArguments, texts: Sequence[str]) -> float:
+    """Rows per second of the compiled programs alone, without reading, tokenising and writing."""
+    model = BundleModel(a.bundle, BulkOptions(a.task), a.precision)
+    ids = [row for start in range(0, len(texts), BATCH) for row in model.prepare(texts[start : start + BATCH]).ids]
+    model.outputs(ids[:BATCH])  # compiles
+    begin = time.perf_counter()
+    for start in range(0, len(ids), BATCH):
+        model.outputs(ids[start : start + BATCH])
+    return len(ids) / (time.perf_counter() - begin)
 
 
 def uninterrupted(command: Sequence[str], out: Path, rows: int) -> dict[str, Any]:
-    """Rows a second from the first finished chunk to the last, and memory on the way."""
+    """Rows per second from the first finished chunk to the last, and memory during the run."""
     seen: list[tuple[float, int, float]] = []
     begin = time.perf_counter()
     with started(command, out) as process:
@@ -149,7 +144,7 @@ def uninterrupted(command: Sequence[str], out: Path, rows: int) -> dict[str, Any
 
 
 def killed(command: Sequence[str], out: Path, rows: int) -> dict[str, Any]:
-    """Kills the run three times on its way, then lets it end."""
+    """Kills the run three times, then lets it finish."""
     lost = []
     for kill in range(1, KILLS + 1):
         with started(command, out) as process:
@@ -177,7 +172,7 @@ def started(command: Sequence[str], out: Path) -> Iterator[subprocess.Popen[byte
 
 
 def finished_rows(out: Path) -> int:
-    """The rows of the chunks that `classer predict` has finished: their number is in the names of the files."""
+    """The number of rows in finished chunks, from the names of their files."""
     return sum(int(path.name.split(".")[2]) for path in out.with_name(out.name + ".part").glob("*.rows"))
 
 

@@ -1,4 +1,4 @@
-"""Turbine beside other ways to serve the same weights: texts a second, latency and accuracy, in one run.
+"""Turbine against other servers of the same weights: texts per second, latency and accuracy, in one run.
 
     python tools/bench/servers.py runs/banking77/bundle-float32 runs/banking77/bundle --data FOLDER
 
@@ -47,9 +47,9 @@ class Compare:
       float_bundle: a float32 bundle.
       int8_bundle: the INT8 bundle of the same run.
       data: a folder with task.json, whose test texts are sent.
-      texts: how many of them.
+      texts: number of texts.
       seconds: how long each measurement takes.
-      rounds: how often all of them are taken, in turn; medians are printed.
+      rounds: number of rounds of all measurements; medians are printed.
       focus: also measure Turbine at this focus, which the bundle must be trained for.
       only: names of servers to measure; none is all.
     """
@@ -69,9 +69,9 @@ class Stand:
     """Runs one of the other servers until it is killed.
 
     Attributes:
-      kind: which.
-      export: what it serves.
-      bundle: the bundle, for what stands behind our gRPC server.
+      kind: which server.
+      export: the export that it serves.
+      bundle: the bundle, for runtimes behind our gRPC server.
     """
 
     kind: Literal["onnxruntime", "openvino", "fastapi", "litserve"]

@@ -1,4 +1,4 @@
-"""What the server costs: its front ends with an engine that does nothing, and its way to the device with a real one.
+"""Overhead of the server: of its front ends with an engine that does nothing, and of its layers with a real one.
 
     python tools/bench/serving.py front-end
     python tools/bench/serving.py engine --bundle runs/banking77/bundle --data FOLDER
@@ -52,9 +52,9 @@ class EngineBench:
       bundle: an INT8 or float32 bundle.
       data: a folder with task.json, whose test texts are sent.
       seconds: how long each measurement takes.
-      rounds: how often all of them are taken, in turn; medians are printed.
+      rounds: number of rounds of all measurements; medians are printed.
       callers: unary calls in flight.
-      frontends: of the server.
+      frontends: number of front ends of the server.
     """
 
     bundle: Path
@@ -152,7 +152,7 @@ def call(address: str, callers: int, batch: int, seconds: float, texts: Sequence
 def run_caller(
     command: list[str], address: str, callers: int, batch: int, seconds: float, texts: Sequence[str]
 ) -> tuple[float, float, float]:
-    """What a process answers which is told on its standard input whom to call; a command line would be too long."""
+    """Runs `call` with arguments from standard input, because a command line would be too long."""
     done = subprocess.run(
         command,
         input=json.dumps([address, callers, batch, seconds, list(texts)]),
@@ -166,7 +166,7 @@ def run_caller(
 
 
 def cpu_seconds(pid: int) -> float:
-    """CPU time that a process has had."""
+    """CPU seconds that a process has used."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -249,7 +249,7 @@ class Serving:
 
 
 def engine(a: EngineBench) -> None:
-    """Prints what each layer over the bare program costs."""
+    """Prints the overhead of each layer above the bare program."""
     from classer.data.readers import read_task_folder
     from classer.serve.core.work import Work
 
@@ -266,7 +266,7 @@ def engine(a: EngineBench) -> None:
         print("texts by bucket:", {bucket: len(rows) for bucket, rows in sorted(by_bucket.items())})
 
         def bare() -> int:
-            """The very texts in perfectly filled batches of the best program, one after the other."""
+            """Texts per second of the same texts in full batches of the best program, one after the other."""
             for bucket, rows in by_bucket.items():
                 size = one.batch_for(bucket, 1 << 20)
                 filled = (rows * (size // len(rows) + 1))[: max(len(rows) // size, 1) * size]

@@ -1,4 +1,4 @@
-"""Swaps one version of a model for another under load, again and again: does a request fail, is an answer wrong?
+"""Swaps one version of a model for another under load, repeatedly, and counts failed requests and wrong answers.
 
     .venv/bin/python tools/bench/swaps.py --bundle runs/banking77/bundle
 
@@ -35,9 +35,9 @@ class SwapsArguments:
     """Swaps a bundle for one whose head is another, and back, again and again, under load; checks every answer.
 
     Attributes:
-      bundle: what to serve.
-      swaps: how often.
-      callers: unary calls in flight meanwhile.
+      bundle: the bundle to serve.
+      swaps: number of swaps.
+      callers: unary calls in flight.
       pause: seconds from one swap to the next.
     """
 
@@ -49,14 +49,14 @@ class SwapsArguments:
 
 @dataclasses.dataclass
 class Swapped:
-    """What came of the swaps.
+    """Results of the swaps.
 
     Attributes:
-      answers: the version of each.
+      answers: the version of each answer.
       wrong: answers that are not what the version that they name computes, or of a version that did not serve then.
-      failed: what calls failed with.
+      failed: the errors of failed calls.
       megabytes: resident memory before the first swap and after each.
-      seconds: what each swap took.
+      seconds: the duration of each swap.
     """
 
     answers: list[str] = dataclasses.field(default_factory=list)

@@ -1,1 +1,1 @@
-"""`classer predict`: a file of texts in, the same file with predictions out, at any size."""
+"""Bulk prediction, behind `classer predict`: files of any size, formats, continued runs, Apache Beam."""

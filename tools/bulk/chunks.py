@@ -30,15 +30,15 @@ class RejectedRow(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """What is known of the input before its rows are read.
+    """Properties of the input that are known before its rows are read.
 
     Attributes:
       path: the file, or `PIPE`.
       kind: its format: "csv", "tsv", "jsonl", "parquet" or "arrow".
-      columns: the names of its columns; of JSON Lines, the fields of the first row.
-      header: of CSV and TSV, the header's own characters.
-      schema: of Parquet and Arrow, the types.
-      num_rows: of Parquet, how many rows there are; None where only reading tells.
+      columns: the names of its columns; JSON Lines: the fields of the first row.
+      header: CSV and TSV: the header line as it stands in the file.
+      schema: Parquet and Arrow: the types of the columns.
+      num_rows: Parquet: the number of rows; None for the other formats.
     """
 
     path: Path
@@ -55,11 +55,11 @@ class Chunk:
 
     Attributes:
       index: the position of the chunk, from 0.
-      texts: those of the rows that can be classified.
-      rows: these rows: a list of `Row`, or a batch of Arrow's.
-      numbers: their numbers in the file, from 1.
+      texts: the texts of the rows that can be classified.
+      rows: these rows, as a list of `Row` or an Arrow batch.
+      numbers: the numbers of these rows in the file, from 1.
       rejects: the other rows.
-      digest: a hash of all that the chunk was read from.
+      digest: a hash of all rows of the chunk.
     """
 
     index: int

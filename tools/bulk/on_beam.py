@@ -1,7 +1,7 @@
-"""The same prediction as a pipeline of Apache Beam, for inputs that one machine would take too long for.
+"""Bulk prediction as an Apache Beam pipeline, for inputs that take too long on one machine.
 
-One worker reads the file and hands its chunks out; every worker classifies chunks and writes each into `OUT.part`,
-from which the driver makes the output: the same bytes as in one process.
+One worker reads the file; all workers classify chunks and write them into `OUT.part`. The driver assembles the output,
+which has the same bytes as that of one process.
 """
 
 from __future__ import annotations

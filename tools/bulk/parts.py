@@ -1,7 +1,7 @@
-"""The folder `OUT.part`, in which a run keeps its finished chunks until all of them make up the output.
+"""The folder `OUT.part` of finished chunks, from which the output is assembled.
 
-A chunk that is finished is one file, which appears in one step: a run that is killed loses at most the chunk that it
-was at, and the same command goes on after the others.
+Each finished chunk is a file that is written atomically. A run that is killed loses at most its unfinished chunks, and
+the same command continues after the finished ones.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from .output import OutputFormat
 
 
 class Part(NamedTuple):
-    """A finished chunk: a file, whose name tells the rest.
+    """A finished chunk: a file whose name holds the other attributes.
 
     Attributes:
       path: the file of its rows; its rejects, if any, are in one of the same name with `.rejects`.
       digest: the hash of the input's chunk.
-      rows, rejected: how many rows it holds, and how many it left out.
+      rows, rejected: how many rows it holds, and how many were rejected.
     """
 
     path: Path
@@ -50,7 +50,7 @@ class Parts:
         self._done: dict[int, Part] = {}
 
     def check(self) -> None:
-        """Raises InputError where the output is there already, or cannot be written."""
+        """Raises InputError if the output exists already or cannot be written."""
         if self._out.exists():
             raise InputError(f"{self._out} exists already and was not touched; name a new file with --out.")
         if self._rejects.exists() and not self.folder.exists():
@@ -60,13 +60,13 @@ class Parts:
 
     @contextlib.contextmanager
     def opened(self, job: Mapping[str, Any]) -> Iterator[None]:
-        """Makes the folder, or goes on with it; only one process at a time can.
+        """Locks the folder, which is made if it does not exist.
 
         Args:
-          job: all that the output depends on but the input's rows.
+          job: see `BulkJob.fingerprint`.
 
         Raises:
-          InputError: another process is at it, or the folder is of another job.
+          InputError: another process has locked it, or it belongs to another job.
         """
         self.folder.mkdir(exist_ok=True)
         with (self.folder / "lock").open("w") as lock:
@@ -81,7 +81,7 @@ class Parts:
             yield
 
     def find(self, index: int, digest: str) -> Part | None:
-        """The finished part of a chunk; None if it is still to be done.
+        """The finished part of a chunk; None if there is none.
 
         Raises:
           InputError: it was made from other rows.
@@ -94,14 +94,14 @@ class Parts:
         return part
 
     def put(self, chunk: Chunk, data: bytes) -> None:
-        """Keeps a finished chunk. Safe in any process that reaches the folder."""
+        """Writes a finished chunk. May be called by any process that reaches the folder."""
         name = f"{chunk.index:08d}.{chunk.digest}.{len(chunk.texts)}.{len(chunk.rejects)}"
         if chunk.rejects:
             self._write(name + ".rejects", _lines(chunk.rejects))
         self._write(name + ".rows", data)
 
     def finish(self, output: OutputFormat) -> tuple[int, int]:
-        """Makes the output of all parts, in one step, and removes them; returns the numbers of rows and rejects."""
+        """Assembles the output atomically and removes the folder; returns the numbers of rows and rejects."""
         done = dict(self._read())
         parts = [done[index] for index in sorted(done)]
         whole = self.folder / "whole"
@@ -120,7 +120,7 @@ class Parts:
         return sum(part.rows for part in parts), sum(part.rejected for part in parts)
 
     def precision_of(self, bucket: int, chosen: str | None = None) -> str | None:
-        """The precision that runs a bucket in this job; the first process that chose one decided for all."""
+        """The precision of a bucket in this job, which the first process that chose one decides for all."""
         path = self.folder / f"precision-{bucket}"
         if chosen is not None and not path.exists():
             self._write(path.name, chosen.encode())

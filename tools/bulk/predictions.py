@@ -1,4 +1,4 @@
-"""Predictions of a chunk of texts, and the columns that they become. Axes: `N` texts, `L` labels."""
+"""Predictions of a chunk of texts, and the output columns made of them. Axes: `N` texts, `L` labels."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """What a model says of N texts.
+    """Predictions of N texts.
 
     Attributes:
       chosen: the names of each text's labels, highest score first; at most one where labels exclude each other.
       scores_N: the score of each text's label, or of its best label where none was chosen.
-      truncated_N: whether the model read a text only in part.
+      truncated_N: whether a text was cut to the maximum length.
       probs_NL: the score of every label, if asked for.
-      failed: position → reason, of texts that have no answer; what the others hold at these positions means nothing.
+      failed: position → reason, of texts without an answer; the other attributes are undefined at these positions.
     """
 
     chosen: list[tuple[str, ...]]
@@ -33,7 +33,7 @@ class Predictions:
     failed: dict[int, str] = dataclasses.field(default_factory=dict)
 
     def without_failed(self) -> Predictions:
-        """Those of the texts that have an answer."""
+        """The predictions of the texts that have an answer."""
         if not self.failed:
             return self
         kept = [i for i in range(len(self.chosen)) if i not in self.failed]
@@ -43,12 +43,12 @@ class Predictions:
 
 @dataclasses.dataclass(frozen=True)
 class PredictedColumns:
-    """The columns that are appended to the input's.
+    """The columns that are appended to those of the input.
 
     Attributes:
       multilabel: whether a text may have several labels or none; then `labels` is appended, else `label` and `score`.
-      scored: the labels that the object `scores` holds a score of; none appends no `scores`.
-      prefix: what the names of all of them begin with.
+      scored: the labels in the object `scores`; if empty, there is no such column.
+      prefix: the start of all their names.
     """
 
     multilabel: bool
@@ -61,7 +61,7 @@ class PredictedColumns:
         return [self.prefix + name for name in (*names, *(["scores"] if self.scored else []), "truncated")]
 
     def check_free(self, columns: Sequence[str], source: str) -> None:
-        """Raises InputError where the input has a column of one of the names."""
+        """Raises InputError if the input has a column of one of these names."""
         taken = [name for name in self.names if name in columns]
         if taken:
             raise InputError(
@@ -70,7 +70,7 @@ class PredictedColumns:
             )
 
     def values(self, predictions: Predictions) -> list[tuple[Any, ...]]:
-        """The values of each text, as Python has them; scores with the digits that float32 needs."""
+        """The values of each text as Python objects; scores have the digits that float32 needs."""
         truncated = predictions.truncated_N.tolist()
         columns: list[Sequence[Any]] = []
         if self.multilabel:
@@ -97,5 +97,5 @@ class PredictedColumns:
 
 
 def _shortest(scores: np.ndarray) -> list[float]:
-    """Python's floats that print with no more digits than tell float32 values apart."""
+    """The floats with the fewest digits that distinguish float32 values."""
     return [float(str(score)) for score in scores.astype(np.float32)]

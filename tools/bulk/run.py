@@ -1,4 +1,4 @@
-"""The loop of `classer predict` in one process: read and tokenise, predict, write, each while the others work."""
+"""`classer predict` in one process. Reading with tokenising, prediction and writing overlap, a thread each."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from .parts import Parts
 from .predictions import PredictedColumns, Predictions
 
 MakeModel = Callable[[PrecisionOf], BulkModel]
-# How many rejects are shown where no file takes them.
+# Rejects that are printed where there is no file for them.
 SHOWN_REJECTS = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class BulkJob:
-    """What to predict, and where to.
+    """A bulk prediction: input, output and options.
 
     Attributes:
       data: the input file, or `PIPE`.
       out: the output file, or `PIPE`.
-      rejects: the file of the rows that cannot be classified; None shows some of them on stderr.
-      input_kind, output_kind: the formats of pipes; None is JSON Lines, and for the output the input's.
+      rejects: the file for rows that cannot be classified; None prints the first of them on stderr.
+      input_kind, output_kind: the formats of pipes. By default the input is JSON Lines and the output has its format.
       text_column: the column of the texts.
-      prefix: what the names of the appended columns begin with.
-      options: what to ask of each text.
+      prefix: the start of the appended columns' names.
+      options: options of the prediction.
     """
 
     data: Path
@@ -45,11 +45,11 @@ class BulkJob:
     options: BulkOptions = dataclasses.field(default_factory=BulkOptions)
 
     def columns(self, model: BulkModel) -> PredictedColumns:
-        """The columns that the model's predictions become."""
+        """The columns that are appended for this model."""
         return PredictedColumns(model.multilabel, model.labels if self.options.all_scores else (), self.prefix)
 
     def fingerprint(self, model: BulkModel, precision: str) -> dict[str, Any]:
-        """All that the output depends on but the rows of the input."""
+        """Everything that determines the output, except the rows of the input."""
         own = {"text_column": self.text_column, "prefix": self.prefix, "precision": precision, "model": model.version}
         return {**own, **dataclasses.asdict(self.options)}
 
@@ -62,16 +62,16 @@ class Counts(NamedTuple):
 
 
 def predict_to_file(job: BulkJob, make_model: MakeModel, precision: str, progress: Any) -> Counts:
-    """Writes the whole output, going on with what an earlier run has finished.
+    """Writes the output, continuing after the chunks that an earlier run finished.
 
     Args:
-      job: what and where to; `out` is a file.
+      job: with a file as its `out`.
       make_model: loads the model.
-      precision: as the model was asked to compute, for the fingerprint.
-      progress: called with the number of rows of the input, if it is known; the bar has `update(rows)`.
+      precision: the value of --precision, for the fingerprint.
+      progress: makes a progress bar of the number of rows of the input, if that is known.
 
     Raises:
-      InputError: the input, the output or the model cannot be used. What is finished stays in `OUT.part`.
+      InputError: the input, the output or the model cannot be used. Finished chunks stay in `OUT.part`.
     """
     assert job.rejects is not None
     parts = Parts(job.out, job.rejects)
@@ -93,7 +93,7 @@ def predict_to_file(job: BulkJob, make_model: MakeModel, precision: str, progres
 
 
 def predict_to_pipe(job: BulkJob, make_model: MakeModel, progress: Any) -> Counts:
-    """Writes predictions to standard output as they are made.
+    """Writes the predictions to standard output, chunk by chunk.
 
     Raises:
       InputError: the input or the model cannot be used.
@@ -127,12 +127,15 @@ def _unfinished(chunks: Iterator[Chunk], parts: Parts, bar: Any) -> Iterator[Chu
         if part is None:
             yield chunk
         else:
-            bar.initial += part.rows + part.rejected  # not of this run's rate
+            bar.initial += part.rows + part.rejected  # excluded from the rate of this run
             bar.n += part.rows + part.rejected
 
 
 def _pipeline(chunks: Iterator[Chunk], model: BulkModel, write: Callable[[Chunk, Predictions], None]) -> None:
-    """Predicts and writes all chunks, in order. One thread reads and tokenises the next, another writes the last."""
+    """Predicts and writes all chunks, in order.
+
+    One thread reads and tokenises the next chunk, another writes the previous one.
+    """
 
     def read() -> tuple[Chunk, Any] | None:
         chunk = next(chunks, None)

@@ -1,4 +1,4 @@
-"""What the arguments of several commands share."""
+"""Arguments that several commands share."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ BundleArgument = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="BU
 
 
 def parse(kind: type, argv: Sequence[str], prog: str, doc: str | None) -> Any:
-    """Arguments as a `kind`; `doc` says what the command does."""
+    """Parses a command line into a `kind`; `doc` is the command's description in its help."""
     return tyro.cli(kind, prog=prog, args=list(argv), description=doc)
 
 
 def check_can_make(folder: Path, *, new: bool = False) -> None:
-    """Raises InputError where no folder of that name can be made, before the work that is to go into it is done."""
+    """Raises InputError if the folder cannot be made. Called before the work whose results go into it."""
     if new and folder.exists():
         raise InputError(f"{folder} exists already and was not touched; name a new folder with --out.")
     nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())

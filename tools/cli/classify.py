@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Annotated
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -16,6 +18,10 @@ from classer.data.errors import InputError
 from .arguments import parse
 from .connection import ConnectionArguments
 
+if TYPE_CHECKING:
+    from classer.serve.client.results import Classification
+
+DEFAULT_SERVER = "localhost:50051"
 MAX_TIMEOUT = 86_400
 
 
@@ -25,25 +31,31 @@ class ClassifyArguments(ConnectionArguments):
     Attributes:
       texts: the texts; none means one text a line from standard input.
       server: address of a running `classer serve`, HOST:PORT.
+      bundle: a bundle that classifies in this process, in place of a server.
       task: name of the task; needed only if the model has several.
       top_k: how many labels to show of each text; chosen ones are shown in any case.
       threshold: the score from which a label is chosen, 0 to 1, instead of the model's own thresholds; in a tree, an
         answer that is less sure stops at a label above.
-      timeout: seconds to wait for each answer.
-      evidence: also show what the model read to its last layer; the server must run with --focus below 1.
+      focus: the share of all tokens to keep on the mean over layers; of a server one that it was started with.
+      timeout: seconds to wait for each answer of a server.
+      evidence: also show what the model read to its last layer; needs a focus below 1.
       json: print one JSON object a text.
     """
 
     texts: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[TEXT …]")] = ()
-    server: str = "localhost:50051"
+    server: str = DEFAULT_SERVER
+    bundle: Path | None = None
     task: str | None = None
     top_k: int = 3
     threshold: float | None = None
+    focus: str | None = None
     timeout: float = 10.0
     evidence: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
     def __post_init__(self) -> None:
+        if self.bundle is not None and self.server != DEFAULT_SERVER:
+            raise InputError("Give --server or --bundle, not both: one of them classifies.")
         if ":" not in self.server:
             raise InputError(f"--server is '{self.server}'; an address is HOST:PORT, such as localhost:50051.")
         if self.top_k < 1:
@@ -55,39 +67,53 @@ class ClassifyArguments(ConnectionArguments):
 
 
 def classify(argv: Sequence[str]) -> None:
-    """Ask a running server which labels a text has."""
+    """Show the labels of a text, by a running server or a bundle."""
     arguments: ClassifyArguments = parse(ClassifyArguments, argv, "classer classify", classify.__doc__)
-    from classer.serve.client.client import ClassifyOptions, Client
     from classer.serve.wire.errors import InvalidRequest
 
-    options: ClassifyOptions = {"top_k": arguments.top_k, "evidence": arguments.evidence}
-    if arguments.threshold is not None:
-        options["threshold"] = arguments.threshold
     texts: Iterable[str] = arguments.texts or _lines_of_stdin()
-    tls, key = arguments.connect_with()
-    with Client(arguments.server, tls=tls, key=key) as client:
+    with _classifier(arguments) as ask:
         for number, text in enumerate(texts, start=1):
             started = time.perf_counter()
             try:
-                answer = client.classify(
-                    text,
-                    arguments.task,
-                    timeout=arguments.timeout,
-                    **options,
-                )
+                answer = ask(text)
             except InvalidRequest as e:
                 raise InvalidRequest(f"Text {number}: {e}") from None
-            milliseconds = (time.perf_counter() - started) * 1e3
-            if arguments.json:
-                print(json.dumps({**answer.as_json(), "milliseconds": round(milliseconds, 2)}))
-                continue
-            for label in answer.labels:
-                print(f"{'→' if label.chosen else ' '} {label.score:7.2%}  {' › '.join(label.path) or label.label}")
-            if answer.evidence:
-                spans = " · ".join(f"{text[span.start : span.end]} {span.score:.0%}" for span in answer.evidence)
-                print(f"  read to the end: {spans}")
-            cut = ", cut to them" if answer.truncated else ""
-            print(f"  {answer.tokens} tokens{cut}, {milliseconds:.1f} ms, model {answer.model_version}")
+            _show(arguments, text, answer, (time.perf_counter() - started) * 1e3)
+
+
+@contextlib.contextmanager
+def _classifier(a: ClassifyArguments) -> Iterator[Callable[[str], Classification]]:
+    """A function that classifies one text, by a bundle in this process or by a server."""
+    options: dict[str, Any] = {"top_k": a.top_k, "evidence": a.evidence}
+    if a.threshold is not None:
+        options["threshold"] = a.threshold
+    if a.bundle is not None:
+        from classer import load
+
+        with load(a.bundle, focus=a.focus or 1) as model:
+            yield lambda text: model.classify(text, a.task, **options)
+        return
+    from classer.serve.client.client import Client
+
+    if a.focus is not None:
+        options["focus"] = a.focus
+    tls, key = a.connect_with()
+    with Client(a.server, tls=tls, key=key) as client:
+        yield lambda text: client.classify(text, a.task, timeout=a.timeout, **options)
+
+
+def _show(a: ClassifyArguments, text: str, answer: Classification, milliseconds: float) -> None:
+    if a.json:
+        print(json.dumps({**answer.as_json(), "milliseconds": round(milliseconds, 2)}))
+        return
+    for label in answer.labels:
+        print(f"{'→' if label.chosen else ' '} {label.score:7.2%}  {' › '.join(label.path) or label.label}")
+    if answer.evidence:
+        spans = " · ".join(f"{text[span.start : span.end]} {span.score:.0%}" for span in answer.evidence)
+        print(f"  read to the end: {spans}")
+    cut = ", cut to them" if answer.truncated else ""
+    print(f"  {answer.tokens} tokens{cut}, {milliseconds:.1f} ms, model {answer.model_version}")
 
 
 def _lines_of_stdin() -> Iterator[str]:

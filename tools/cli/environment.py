@@ -26,7 +26,7 @@ def from_environment(
       environment: variables by name; unknown ones are left alone.
 
     Returns:
-      The values of positional arguments by field, and the command line with the options of the environment before it.
+      The values of positional arguments by field, and the command line with the options of the environment after it.
     """
     hints = typing.get_type_hints(kind, include_extras=True)
     given = {argument.partition("=")[0] for argument in argv if argument.startswith("--")}
@@ -43,7 +43,7 @@ def from_environment(
             options.append(flag if value.lower() in ("1", "true", "yes", "on") else f"--no-{flag[2:]}")
         else:
             options += [flag, *shlex.split(value)] if "tuple" in str(hints[field.name]) else [flag, value]
-    # Options before positional arguments would swallow them; tyro takes both in any order.
+    # An option with several values would take the positional arguments that follow it.
     return positional, [*argv, *options]
 
 

@@ -19,7 +19,7 @@ class InfoArguments:
 
 
 def info(argv: Sequence[str]) -> None:
-    """Check a bundle and say what is in it."""
+    """Check a bundle and describe what it holds."""
     from classer.model.bundle import load_bundle
 
     bundle = load_bundle(parse(InfoArguments, argv, "classer info", info.__doc__).bundle)

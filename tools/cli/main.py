@@ -1,4 +1,4 @@
-"""The command `classer`, and what all of its commands share."""
+"""The command `classer`: its table of commands, and what turns their errors into exit codes."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ class Command:
         return getattr(importlib.import_module(self.module or f"{__package__}.{function}"), function)
 
 
-# In the order in which a newcomer meets them. Modules are imported when their command runs.
+# In the order of `classer --help`. Modules are imported when their command runs.
 COMMANDS: dict[str, Command] = {
     "train": Command("Train a classifier on labelled texts; leaves a bundle to serve in OUT/bundle.", "train"),
     "serve": Command("Serve bundles over gRPC.", "serve"),
-    "classify": Command("Ask a running server which labels a text has.", ""),
+    "classify": Command("Show the labels of a text, by a running server or a bundle.", ""),
     "predict": Command("Classify a file of texts: every column is kept, predictions are appended.", "local"),
     "evaluate": Command("Measure a bundle on labelled texts.", "train"),
-    "info": Command("Check a bundle and say what is in it.", "local"),
+    "info": Command("Check a bundle and describe what it holds.", "local"),
     "export": Command("Write a bundle for another runtime, checked in that runtime.", "export"),
     "verify-export": Command(
         "Check an export: checksums, and the golden texts in its runtime.", "export", "classer.tools.cli.export"
@@ -67,12 +67,19 @@ COMMANDS: dict[str, Command] = {
         "classer.tools.aot.aot",
     ),
 }
+# The first command of each group → the group's heading in `classer --help`.
+HEADINGS = {
+    "train": "First steps",
+    "export": "Other runtimes",
+    "gateway": "Operating a server",
+    "quantize": "More of training",
+}
 # A command's former name → its name. Works for one more version.
 RENAMED = {"upcycle": "convert"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. What the user can mend is one sentence on stderr and exit code 2."""
+    """Runs one command. User errors print one sentence on stderr; the exit code is then 2."""
     if argv is None:
         argv = sys.argv[1:]
         if argv[:1] in (["train"], ["convert"], ["upcycle"]):
@@ -112,12 +119,12 @@ def _run_command(name: str, argv: Sequence[str]) -> None:
 
 def run(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     """Calls a command and turns its errors into an exit code."""
-    # gRPC's core would print its own account of a port in use before our sentence.
+    # Otherwise gRPC's core prints its own message about a port in use before ours.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     keep_compiled_programs()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # Line by line, so that in a file our lines and those on stderr stand in their order; and a terminal that lacks
-        # a character gets its code instead of a traceback.
+        # Line buffering keeps the lines of stdout and stderr in order where both go to one file. A character that the
+        # terminal lacks is printed as its code instead of raising.
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         try:
@@ -127,7 +134,7 @@ def run(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     except ClasserError as e:
         return _fail(str(e))
     except BrokenPipeError:
-        # Who read the output wants no more of it (`| head`). What is left in the buffer goes nowhere.
+        # The reader of the output has stopped (`| head`). The rest of the buffer is discarded.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as e:
@@ -148,23 +155,23 @@ def _fail(sentence: str) -> int:
 
 
 def keep_compiled_programs() -> None:
-    """Lets JAX keep what it compiles in the cache folder, unless $JAX_COMPILATION_CACHE_DIR says otherwise.
+    """Sets JAX's cache of compiled programs to the cache folder, unless $JAX_COMPILATION_CACHE_DIR is set.
 
-    What is kept there is code: a folder that others may write to is left alone. Call it before JAX is imported.
+    The cache holds code, so a folder that others may write to is not used. Call it before JAX is imported.
     """
     folder = cache_folder() / "programs"
-    with contextlib.suppress(InputError):  # with no private folder everything is compiled anew
+    with contextlib.suppress(InputError):  # without a private folder nothing is cached
         check_private(folder)
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 
 def tune_allocator() -> None:
-    """Starts this process anew with glibc's allocator set for training, unless its tunables are set already.
+    """Restarts this process with glibc's allocator tuned for training, unless its tunables are set already.
 
-    A training step on a CPU allocates and frees some hundred megabytes. As glibc comes, it returns them to the system
-    each time, and a third of a step goes into page faults. Here it keeps what it was given, in one arena of huge pages.
-    glibc reads its tunables only when a process starts.
+    A training step on a CPU allocates and frees some hundred megabytes. By default glibc returns them to the system
+    each time, and page faults take a third of a step. Tuned, it keeps them in one arena of huge pages. glibc reads its
+    tunables only when a process starts.
     """
     if sys.platform != "linux" or "GLIBC_TUNABLES" in os.environ:
         return
@@ -175,10 +182,19 @@ def tune_allocator() -> None:
 
 
 def _usage() -> str:
-    lines = ["usage: classer COMMAND [OPTIONS]", "", "Train, quantise, serve and query text classifiers.", ""]
+    lines = ["usage: classer COMMAND [OPTIONS]", "", "Train, serve and query text classifiers on your own machines."]
     for name, command in COMMANDS.items():
+        if name in HEADINGS:
+            lines += ["", f"{HEADINGS[name]}:"]
         lines.append(f"  {name:13} {command.summary}")
-    lines += ["", "`classer COMMAND --help` lists a command's options."]
+    lines += [
+        "",
+        "A first classifier, from a CSV file with the columns text and label:",
+        "  classer train --data tickets.csv --out runs/tickets",
+        '  classer classify "my card has not arrived" --bundle runs/tickets/bundle',
+        "",
+        "`classer COMMAND --help` lists a command's options.",
+    ]
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""What `evaluate`, `focus-report` and `focus-plan` share: a bundle, one of its tasks, and labelled texts."""
+"""Arguments of `evaluate`, `focus-report` and `focus-plan`: a bundle, one of its tasks, and labelled texts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class MeasureArguments(ExamplesArguments):
 
 
 def load_measured(a: MeasureArguments) -> tuple[Bundle, Task, TokenizedSplit]:
-    """The bundle, its task, and the texts that are to be measured."""
+    """The bundle, its task, and the tokenised examples. Raises InputError."""
     from classer.data.readers import check_labels, data_file, read_examples
     from classer.model.bundle import load_bundle
     from classer.train.tokenized import tokenize

@@ -44,9 +44,9 @@ class PredictArguments(TextsArguments, ConnectionArguments):
       threshold: the score from which a label is chosen, 0 to 1, instead of the model's own thresholds.
       focus: the share of all tokens to keep on the mean over layers, or one share a layer with commas between; 1 is
         all.
-      precision: what the bundle is computed in; auto is the bundle's own.
+      precision: what the bundle is computed in; auto measures which is fastest for each length of text.
       all_scores: also append `scores`, an object with the score of every label.
-      prefix: what the names of the appended columns begin with.
+      prefix: the start of the appended columns' names, such as predicted_.
       runner: run on Apache Beam: the name of a runner and its options, such as "FlinkRunner --parallelism=8", or
         DirectRunner for this machine. Every worker must reach all files under the same paths.
     """
@@ -90,7 +90,7 @@ class PredictArguments(TextsArguments, ConnectionArguments):
 def predict(argv: Sequence[str]) -> None:
     """Classify a file of texts: every column is kept, predictions are appended.
 
-    A run that was killed goes on with the same command.
+    The same command continues a run that was killed.
     """
     a: PredictArguments = parse(PredictArguments, argv, "classer predict", predict.__doc__)
     job = _job(a)

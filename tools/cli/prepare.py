@@ -19,7 +19,8 @@ InputPaths = Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(met
 
 @dataclasses.dataclass(frozen=True)
 class PrepareArguments(PrepareConfig):
-    __doc__ = f"""{PrepareConfig.__doc__}
+    """
+    Attributes:
       inputs: files (CSV, TSV, JSONL, Parquet, Arrow), folders of them, folders with task.json, and datasets of Hugging
         Face saved to disk; splits other than `train` are taken as evaluation sets.
       out: a new folder for the shards, or one of an earlier run of the same inputs.

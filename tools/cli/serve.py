@@ -19,13 +19,14 @@ def serve(argv: Sequence[str]) -> None:
 
     @dataclasses.dataclass(frozen=True)
     class ServeArguments(ServeConfig):
+        """`ServeConfig` with the bundles as positional arguments."""
+
         bundles: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="BUNDLE")] = ()
 
     more, argv = from_environment(ServeArguments, argv, os.environ)
     description = f"{serve.__doc__} Every option is also an environment variable: --max-waiting-tokens is " + (
         "CLASSER_MAX_WAITING_TOKENS, the bundles are CLASSER_BUNDLES; the command line goes before it."
     )
-    ServeArguments.__doc__ = ServeConfig.__doc__
     default: dict[str, Any] = {"default": ServeArguments(**more)} if more else {}
     arguments = tyro.cli(ServeArguments, prog="classer serve", args=argv, description=description, **default)
     run_server(ServeConfig(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(ServeConfig)}))

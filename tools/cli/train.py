@@ -1,7 +1,8 @@
-"""`classer train`, and what `tools/launch.py` shares with it. Heavy modules are imported where they are needed."""
+"""The command `classer train`; `tools/launch.py` uses its parser. Heavy modules are imported inside functions."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import pkgutil
 import shlex
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from classer.data.errors import InputError
+from classer.data.readers import data_file
 
 from .arguments import check_can_make
 
@@ -47,12 +49,11 @@ def train(argv: Sequence[str]) -> None:
             print(f"The run in {job.out} is finished; its bundle is {job.out / 'bundle'}.")
         return
     print_result(result, time.monotonic() - started)
-    print(f"\nServe it:  classer serve {shlex.quote(str(job.out / 'bundle'))}")
-    print('Ask it:    classer classify "some text" --server localhost:50051')
+    print(_next_steps(job, result))
 
 
 def parse_job(argv: Sequence[str], *, prog: str) -> TrainJob:
-    """A training job from command-line arguments; `--preset NAME` sets what the other options default to.
+    """A training job from command-line arguments; `--preset NAME` sets the defaults of the other options.
 
     Raises:
       InputError: no such preset, or a value out of range.
@@ -84,6 +85,24 @@ def print_result(result: TrainResult, seconds: float) -> None:
     else:
         _print_tasks(result)
     print(f"{seconds / 60:.1f} minutes. Reports and pictures: {_path(result.bundle).parent / 'results'}")
+
+
+def _next_steps(job: TrainJob, result: TrainResult) -> str:
+    """Commands that use the bundle, on the examples of the run where `classer predict` reads these."""
+    bundle, data = shlex.quote(str(job.out / "bundle")), "FILE"
+    with contextlib.suppress(InputError):
+        data_file(job.data, "test")
+        data = shlex.quote(str(job.data))
+    column = "" if job.text_column == "text" else f" --text-column {shlex.quote(job.text_column)}"
+    task = "" if len(result.tasks) == 1 else f" --task {shlex.quote(result.tasks[0].task)}"
+    out = shlex.quote(str(job.out / "predicted.csv"))
+    return "\n".join(
+        (
+            f'\nAsk it:    classer classify "some text" --bundle {bundle}{task}',
+            f"Use it:    classer predict {bundle} --data {data} --out {out} --prefix predicted_{column}{task}",
+            f"Serve it:  classer serve {bundle}",
+        )
+    )
 
 
 def _print_task(result: TrainResult) -> None:

@@ -3,7 +3,7 @@
     .venv/bin/python tools/dev/finetune_teacher.py --encoder FOLDER --data FOLDER --out runs/teacher
 
 Teachers are larger than what is served, and often of families that Classer does not run itself (MPNet, DeBERTa); so
-they are trained where they are at home, on a CUDA GPU if there is one. Needs the extra `teachers`.
+they are trained with PyTorch, on a CUDA GPU if there is one. Needs the extra `teachers`.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class FinetuneTeacherArguments:
       data: a folder with task.json; a share of its split `train` is set aside to watch the progress.
       out: a new folder for the teacher.
       epochs: passes over the training examples.
-      batch_size: examples a step.
-      learning_rate: its peak.
+      batch_size: examples per step.
+      learning_rate: peak learning rate.
       max_length: tokens that a text is cut to.
-      seed: of the split, the shuffles and the head.
+      seed: seed of the split, the shuffles and the head.
     """
 
     encoder: str
@@ -123,7 +123,7 @@ def _right(
     dev: list[Example],
     a: FinetuneTeacherArguments,
 ) -> int:
-    """How many examples get exactly their labels (multilabel: at 0.5)."""
+    """Number of examples that get exactly their labels (multilabel: at 0.5)."""
     model.eval()
     right = 0
     with torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16):

@@ -1,4 +1,4 @@
-"""What only a GPU can show, on a machine that has one: `make gpu-check GPU_PYTHON=…`, or, in a bare CUDA image,
+"""Measurements that need a GPU: `make gpu-check GPU_PYTHON=…`, or, in a bare CUDA image,
 
     pip install 'jax[cuda12]' flax optax && mkdir -p .pyright && ln -sfn .. .pyright/classer
     PYTHONPATH=.pyright python tools/dev/gpu_check.py --out gpu-report
@@ -89,7 +89,7 @@ def main() -> int:
 
 
 def random_weights(config: EncoderConfig, labels: int, precision: str) -> Any:
-    """Variables of a classifier, random as at the beginning of training; INT8 ones with a scale a channel."""
+    """Variables of a classifier, random as at the beginning of training; INT8 ones with a scale per channel."""
     model = TextClassifier(config, labels)
     ids = jnp.zeros((1, 8), jnp.int32), jnp.ones((1,), jnp.int32)
     params = jax.jit(model.init)(jax.random.key(0), *ids)["params"]

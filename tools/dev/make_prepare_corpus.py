@@ -3,8 +3,8 @@
     python tools/dev/make_prepare_corpus.py --datasets ../shared/datasets --rows 2000000 --out runs/corpus
 
 Base texts are sentences of the data sets' training texts, joined at random, so that no two resemble each other by
-themselves. Planted rows and what they were made from stand in planted.jsonl; `--check FOLDER` holds a prepared folder
-against it and prints the recall of each kind.
+themselves. Planted rows and their sources are listed in planted.jsonl; `--check FOLDER` compares a prepared folder
+with it and prints the recall of each kind.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def looks_same(text: str, rng: random.Random) -> str:
 
 
 class Corpus:
-    """Makes rows; knows what it planted."""
+    """Makes rows and records the planted ones."""
 
     def __init__(self, datasets: Path, seed: int) -> None:
         self._rng = random.Random(seed)
@@ -74,7 +74,7 @@ class Corpus:
         return ". ".join(self._rng.sample(self._pieces, self._rng.choice((1, 2, 2, 3, 4))))
 
     def row(self) -> tuple[str, str]:
-        """(text, what it is: "base", "bad" or a kind of `PLANTED`)."""
+        """(text, kind): the kind is "base", "bad" or one of `PLANTED`."""
         rng = self._rng
         kind = rng.choices([*PLANTED, "bad", "base"], [*PLANTED.values(), BAD, 1 - BAD - sum(PLANTED.values())])[0]
         if kind in ("duplicate", "near-duplicate"):

@@ -65,7 +65,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _prose(text: str) -> str:
-    """Text of the code as Markdown: what is no code span must not be read as markup."""
+    """Prose from the code as Markdown, with markup characters outside code spans escaped."""
     parts = re.split(r"(`[^`]*`)", " ".join(text.split()))
     return "".join(part if part.startswith("`") else re.sub(r"([<>*_\[\]])", r"\\\1", part) for part in parts)
 
@@ -78,10 +78,10 @@ class Option:
     """One row of a `--help`: an option or a positional argument.
 
     Attributes:
-      group: the title of the box that it stands in.
-      name: with its metavar.
-      default: empty where there is none to tell.
-      text: what it does.
+      group: the title of its box.
+      name: its name with its metavar.
+      default: its default; empty if there is none.
+      text: its description.
     """
 
     group: str
@@ -91,7 +91,7 @@ class Option:
 
 
 def help_of(*command: str) -> str:
-    """What `classer COMMAND --help` prints on a terminal of 120 columns."""
+    """The output of `classer COMMAND --help` on a terminal of 120 columns."""
     from classer.tools.cli.main import main
 
     printed = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
@@ -104,7 +104,7 @@ def help_of(*command: str) -> str:
 
 def commands() -> dict[str, str]:
     """The summary of each command of `classer --help`, by name, in its order."""
-    return dict(re.findall(r"^  ([a-z][a-z-]*) +(\S.*)$", help_of(), flags=re.MULTILINE))
+    return dict(re.findall(r"^  ([a-z][a-z-]*) +([A-Z].*)$", help_of(), flags=re.MULTILINE))
 
 
 def subcommands(text: str) -> list[str]:

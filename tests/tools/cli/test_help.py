@@ -9,6 +9,7 @@ import tomllib
 
 import pytest
 
+from classer.data.extras import install_command
 from classer.tools.cli.main import COMMANDS, RENAMED, main
 
 from ..conftest import LAUNCHER, ROOT, Classer
@@ -91,3 +92,13 @@ def test_help_of_classify_loads_nothing_heavy() -> None:
 
 def test_classify_loads_neither_jax_nor_tensorflow(server: str) -> None:
     assert loaded_by("classify", "rain", "--server", server) == {"grpc"}
+
+
+def test_classify_with_a_bundle_and_only_the_base_installed_names_the_extra() -> None:
+    code = "import sys\nsys.modules['jax'] = None  # as if it were not installed\n"
+    code += "from classer.tools.cli.main import main\nsys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "classify", "rain", "--bundle", "bundle"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith(f"needs jax, not installed here: {install_command('local')}")
+    assert "Traceback" not in done.stderr

@@ -310,6 +310,7 @@ def many(tmp_path: Path, count: int = 40_000) -> Path:
     return write(tmp_path / "many.csv", {"n": list(range(count)), "text": [*texts, " "]})
 
 
+@pytest.mark.slow
 def test_killed_three_times_it_goes_on_to_the_same_output(bundle: Path, tmp_path: Path, classer: Classer) -> None:
     data, out = many(tmp_path), tmp_path / "out.parquet"
     options = ("--data", data, "--task", "topic", "--precision", "float32")
@@ -342,6 +343,7 @@ def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(
 ) -> None:
     data, out = many(tmp_path, 9_000), tmp_path / "out.csv"
     command = [*COMMAND, "predict", str(bundle), "--data", str(data), "--out", str(out), "--task", "topic"]
+    command += ["--precision", "float32"]
     full = subprocess.run(
         ["bash", "-c", 'ulimit -f 400; exec "$@"', "bash", *command],  # KB
         capture_output=True,
@@ -361,7 +363,7 @@ def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(
 
 
 def test_pipes(bundle: Path, classer: Classer) -> None:
-    options = ("predict", bundle, "--task", "topic", "--data", "-", "--out", "-")
+    options = ("predict", bundle, "--task", "topic", "--precision", "float32", "--data", "-", "--out", "-")
     done = classer(*options, stdin=b'{"text": "snow", "n": 1.0}\n{"text": ""}\n')
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith('{"text": "snow", "n": 1.0, "label": "topic ')
@@ -374,6 +376,7 @@ def test_pipes(bundle: Path, classer: Classer) -> None:
 def test_a_reader_that_stops_is_one_sentence(bundle: Path, tmp_path: Path) -> None:
     data = many(tmp_path, 9_000)
     command = [*COMMAND, "predict", str(bundle), "--data", str(data), "--out", "-", "--task", "topic"]
+    command += ["--precision", "float32"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stderr is not None
