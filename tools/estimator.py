@@ -61,8 +61,7 @@ class ClasserClassifier(ClassifierMixin, BaseEstimator):
     matrix (N, L): a NumPy array, SciPy sparse matrix or data frame of zeros and ones. `predict` returns the same form.
 
     Args:
-      encoder, max_length, epochs, focus_epochs, batch_size, learning_rate, warmup, weight_decay, label_smoothing,
-        class_weights, dropout, compute_dtype, dev_fraction, patience, seed: as in `train.config.Recipe`.
+      encoder: as in `train.config.Recipe`, as is every parameter from here to `seed`.
       precision: what to predict in: "float32", "bfloat16" or "int8"; "auto" measures which is fastest for each length,
         so that the last digits of a probability may depend on the machine's load.
       verbose: whether `fit` prints what it does and shows a progress bar.

@@ -119,7 +119,7 @@ def test_a_copy_answers_the_same(fitted: classer.ClasserClassifier, copied: str)
 
 
 def test_a_clone_is_not_fitted(fitted: classer.ClasserClassifier) -> None:
-    other = clone(fitted)
+    other: Any = clone(fitted)
     assert other.get_params() == fitted.get_params()
     for call in (other.predict, other.predict_proba, other.save):
         with pytest.raises(NotFittedError):
@@ -219,9 +219,9 @@ def test_an_indicator_matrix(make: Make, fitted_lists: classer.ClasserClassifier
 
 def test_cross_validation(make: Make) -> None:
     numbers = np.array([NAMES.index(label) for label in LABELS]) * 10
-    probs_NL = cross_val_predict(make(), pd.Series(TEXTS), numbers, cv=2, method="predict_proba")
-    np.testing.assert_allclose(np.sum(probs_NL, axis=1), 1, rtol=1e-5)
-    assert (np.argmax(probs_NL, axis=1) * 10 == numbers).mean() > 0.5
+    probs_NL: Any = cross_val_predict(make(), pd.Series(TEXTS), numbers, cv=2, method="predict_proba")
+    np.testing.assert_allclose(probs_NL.sum(axis=1), 1, rtol=1e-5)
+    assert (probs_NL.argmax(axis=1) * 10 == numbers).mean() > 0.5
 
 
 def test_cross_validation_of_several_labels(make: Make) -> None:
@@ -238,17 +238,13 @@ def test_cross_validation_of_lists(make: Make) -> None:
 
 @pytest.mark.slow
 def test_a_grid_in_a_pipeline_in_two_processes(make: Make) -> None:
-    lower = FunctionTransformer(lower_case)
+    lower = FunctionTransformer(np.char.lower)
     pipeline = Pipeline([("lower", lower), ("classify", make())])
-    grid = GridSearchCV(pipeline, {"classify__epochs": np.array([1, 8])}, cv=2, n_jobs=2, error_score="raise")
+    grid: Any = GridSearchCV(pipeline, {"classify__epochs": np.array([1, 8])}, cv=2, n_jobs=2)
     grid.fit(TEXTS, LABELS)
     assert grid.best_params_ == {"classify__epochs": 8}
     assert grid.score([text.upper() for text in TEXTS], LABELS) > 0.8
     assert grid.predict_proba(TEXTS[:2]).shape == (2, 3)
-
-
-def lower_case(texts: Any) -> list[str]:
-    return [text.lower() for text in texts]
 
 
 def test_calibration_on_held_out_texts(fitted: classer.ClasserClassifier) -> None:
