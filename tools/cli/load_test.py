@@ -131,7 +131,7 @@ class LoadTestArguments(TextsArguments, ConnectionArguments):
 
 
 def load_test(argv: Sequence[str]) -> None:
-    """Load a running server with real texts, in random order, and report its latency and throughput."""
+    """Load a running server with real texts and report its latency and throughput."""
     run_load_test(parse(LoadTestArguments, argv, "classer load-test", load_test.__doc__))
 
 
