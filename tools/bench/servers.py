@@ -30,6 +30,7 @@ import tyro
 from classer.data.readers import read_task_folder
 from classer.model.bundle import load_bundle
 from classer.tools.bench.serving import call, run_caller
+from classer.tools.pipes import drain
 
 try:
     import litserve as lit  # pyright: ignore[reportMissingImports]
@@ -153,6 +154,7 @@ def start(command: Sequence[str], protocol: str) -> tuple[subprocess.Popen[str],
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("Serving "):
+            drain(process.stdout)
             return process, protocol, line.split()[-1]
     raise RuntimeError(f"It ended before it served: {' '.join(command)}")
 

@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
+from classer.tools.pipes import drain
+
 if TYPE_CHECKING:
     from classer.serve.proto.classifier_pb2_grpc import ModelAdminStub
 
@@ -182,6 +184,7 @@ def front_end(a: FrontEndBench) -> None:
             )
             assert processes[0].stdout is not None
             processes[0].stdout.readline()
+            drain(processes[0].stdout)
             config = json.dumps({"engine": engine, "port": 0})
             processes.append(
                 subprocess.Popen(
@@ -194,6 +197,7 @@ def front_end(a: FrontEndBench) -> None:
             front = processes[1]
             assert front.stdout is not None
             address = front.stdout.readline().split()[-1]
+            drain(front.stdout)
             texts = ["my card has not arrived, and I have been waiting for two weeks now"] * 1024
             call(address, 4, 0, 1.0, texts)
             for what, to, process, callers, batch in (

@@ -24,6 +24,7 @@ from classer.data.splits import find_duplicates, stratified_split
 from classer.serve.client.client import Client
 from classer.tools.cli.main import run, tune_allocator
 from classer.tools.cli.train import print_result
+from classer.tools.pipes import drain
 from classer.train.config import Recipe, TrainJob
 from classer.train.run import train
 
@@ -103,6 +104,7 @@ def ask_server(bundle: Path, held_out: list[Example]) -> None:
                 break
         else:
             raise InputError("The server stopped before it was ready; its output stands above.")
+        drain(server.stdout)
         with Client(lines[-1].split()[-1]) as client:
             for example in held_out[:: len(held_out) // 6][:6]:
                 answer = client.classify(example.text, top_k=2)
