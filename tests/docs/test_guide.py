@@ -165,7 +165,7 @@ def test_the_blocks_of_a_page_run(path: Path, page_of: Page) -> None:
         elif block.language == "yaml":
             (page_of.folder / ("stages.yaml" if "replay" in block.text else "task.yaml")).write_text(block.text)
         elif block.language == "python":
-            text = block.text.replace("ClasserClassifier(", 'ClasserClassifier(encoder="./encoder", ')
+            text = block.text.replace("ClasserClassifier(", 'ClasserClassifier(encoder="./encoder", max_length=16, ')
             if "Client(" in text and SERVER not in page_of.addresses:
                 page_of.run("classer serve runs/tickets/bundle")
             run([sys.executable, "-c", text.replace(SERVER, page_of.addresses.get(SERVER, SERVER))], page_of.folder)
