@@ -396,7 +396,7 @@ def test_a_text_of_10_mb(server: str, classer: Classer) -> None:
     done = classer("classify", "--server", server, stdin="ä" * 9_000_000)
     assert done.returncode == 2
     assert done.stderr == (
-        "classer: error: Text 1: The request has 18000007 bytes; the server takes 16777216 at most.\n"
+        "classer: error: Text 1: The request has 18000009 bytes; the server takes 16777216 at most.\n"
     )
 
 
