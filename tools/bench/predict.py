@@ -48,6 +48,7 @@ class PredictBenchmarkArguments:
       max_chars: texts that are longer are left out.
       task: name of the bundle's task; needed only if it has several.
       precision: the value of --precision.
+      focus: the value of --focus; needs a bundle that was trained for it.
       bare_rows: how many rows the bare program is measured on.
       seed: seed of the draw.
       out: a JSON file for the results.
@@ -59,6 +60,7 @@ class PredictBenchmarkArguments:
     max_chars: int = 80
     task: str | None = None
     precision: str = "auto"
+    focus: str | None = None
     bare_rows: int = 20_000
     seed: int = 0
     out: Path | None = None
@@ -79,7 +81,9 @@ def main(a: PredictBenchmarkArguments) -> None:
         command = [sys.executable, "-m", "classer.tools.cli.main", "predict", str(a.bundle)]
         command += ["--data", str(folder / "in.parquet"), "--precision", a.precision]
         command += ["--task", a.task] if a.task else []
-        figures: dict[str, Any] = {"rows": a.rows, "distinct": len(texts), "precision": a.precision, "bare": bare}
+        command += ["--focus", a.focus] if a.focus else []
+        figures: dict[str, Any] = {"rows": a.rows, "distinct": len(texts), "precision": a.precision}
+        figures |= {"focus": a.focus or "1", "bare": bare}
         figures |= uninterrupted(command, folder / "whole.parquet", a.rows)
         figures |= killed(command, folder / "killed.parquet", a.rows)
         same = (folder / "whole.parquet").read_bytes() == (folder / "killed.parquet").read_bytes()
@@ -115,7 +119,7 @@ def write_rows(file: Path, texts: Sequence[str], count: int, seed: int) -> list[
 
 def bare_program(a: PredictBenchmarkArguments, texts: Sequence[str]) -> float:
     """Rows per second of the compiled programs alone, without reading, tokenising and writing."""
-    model = BundleModel(a.bundle, BulkOptions(a.task), a.precision)
+    model = BundleModel(a.bundle, BulkOptions(a.task, focus=a.focus), a.precision)
     ids = [row for start in range(0, len(texts), BATCH) for row in model.prepare(texts[start : start + BATCH]).ids]
     model.outputs(ids[:BATCH])  # compiles
     begin = time.perf_counter()
@@ -181,7 +185,7 @@ def table(figures: dict[str, Any]) -> str:
     rate, bare, kills = figures["rate"], figures["bare"], ", ".join(f"{done:,}" for done in figures["killed_at"])
     return "\n".join(
         [
-            f"{figures['rows']:,} rows of {figures['distinct']:,} real texts, {figures['precision']}",
+            f"{figures['rows']:,} rows of {figures['distinct']:,} real texts, precision {figures['precision']}, focus {figures['focus']}",
             f"classer predict  {rate:10,.0f} rows a second, {figures['seconds']:,.0f} s with the start",
             f"bare program     {bare:10,.0f} rows a second, of which classer predict reaches {rate / bare:.1%}",
             f"resident memory  {memory}",
