@@ -183,9 +183,10 @@ def finished_rows(out: Path) -> int:
 def table(figures: dict[str, Any]) -> str:
     memory = ", ".join(f"{mb:,.0f} MB at {share}" for share, mb in figures["memory_mb"].items())
     rate, bare, kills = figures["rate"], figures["bare"], ", ".join(f"{done:,}" for done in figures["killed_at"])
+    setting = f"precision {figures['precision']}, focus {figures['focus']}"
     return "\n".join(
         [
-            f"{figures['rows']:,} rows of {figures['distinct']:,} real texts, precision {figures['precision']}, focus {figures['focus']}",
+            f"{figures['rows']:,} rows of {figures['distinct']:,} real texts, {setting}",
             f"classer predict  {rate:10,.0f} rows a second, {figures['seconds']:,.0f} s with the start",
             f"bare program     {bare:10,.0f} rows a second, of which classer predict reaches {rate / bare:.1%}",
             f"resident memory  {memory}",
