@@ -225,7 +225,7 @@ def test_a_run_stopped_between_its_bundles_can_be_resumed(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(run_module, "quantize", stop)
+        patched.setattr(run_module, "quantize_bundle", stop)
         with pytest.raises(KeyboardInterrupt):
             train(job)
     assert (job.out / "bundle-float32").is_dir()
