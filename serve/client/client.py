@@ -58,6 +58,7 @@ from ..wire.errors import (
     Unavailable,
     UnknownTask,
 )
+from ..wire.limits import DEFAULT_SERVER
 from ..wire.status import error_of, error_of_call, from_status
 from .requests import ClassifyOptions, batch_requests, lists_of, one_request
 from .results import (
@@ -90,7 +91,6 @@ __all__ = [
     "UnknownTask",
 ]
 
-DEFAULT_SERVER = "localhost:50051"
 # Texts of one message of a stream: a few batches of the device.
 _STREAM_TEXTS = 128
 _POLL_SECONDS = 0.1

@@ -13,3 +13,5 @@ MAX_TEXTS = 1024
 DEFAULT_TOP_K = 5
 # Characters of a request id.
 MAX_REQUEST_ID = 128
+# The address of a server that is not named: the default port of `classer serve` on this machine.
+DEFAULT_SERVER = "localhost:50051"

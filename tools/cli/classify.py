@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from classer.data.errors import InputError
+from classer.serve.wire.limits import DEFAULT_SERVER
 
 from .arguments import parse
 from .connection import ConnectionArguments
@@ -21,7 +22,6 @@ from .connection import ConnectionArguments
 if TYPE_CHECKING:
     from classer.serve.client.results import Classification
 
-DEFAULT_SERVER = "localhost:50051"
 MAX_TIMEOUT = 86_400
 
 
