@@ -12,10 +12,9 @@ from typing import Any
 
 from .errors import InputError, listed
 from .examples import Example
+from .limits import MAX_TEXT_CHARS
 from .tables import SUFFIXES, Row, check_file, kind_of, read_rows, suffix_of
 from .taxonomy import Label, Task, TaskKind
-
-MAX_TEXT_CHARS = 1_000_000
 
 TASK_FILES = ("task.json", "task.yaml", "task.yml")
 

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ...data.readers import MAX_TEXT_CHARS
+from ...data.limits import MAX_TEXT_CHARS
 from ..ops.log import log_failure
 from ..wire.errors import InternalError, InvalidRequest, Overloaded, ServeError
 

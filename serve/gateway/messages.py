@@ -13,7 +13,7 @@ import grpc
 from google.rpc import status_pb2
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
-from ...data.readers import MAX_TEXT_CHARS
+from ...data.limits import MAX_TEXT_CHARS
 from ..proto import classifier_pb2 as pb
 from ..wire.enums import value_of, word_of
 from ..wire.errors import ServeError

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from classer.data.errors import InputError
 from classer.data.examples import Example
+from classer.data.limits import MAX_TEXT_CHARS
 from classer.data.readers import (
-    MAX_TEXT_CHARS,
     check_labels,
     data_file,
     infer_task,

@@ -110,7 +110,7 @@ def predict(argv: Sequence[str]) -> None:
     print(f"{counts.rows:,} rows classified in {seconds:,.1f} s: {_shown(job.out)}", file=sys.stderr)
     if counts.rejected:
         where = f"; {job.rejects} says why" if job.rejects is not None else "; --rejects FILE takes them"
-        print(f"{counts.rejected:,} rows could not be classified{where}", file=sys.stderr)
+        print(f"{counts.rejected:,} row{'s' * (counts.rejected != 1)} could not be classified{where}", file=sys.stderr)
 
 
 def _predict(a: PredictArguments, job: BulkJob) -> Any:

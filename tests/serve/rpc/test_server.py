@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from classer.data.errors import InputError
-from classer.data.readers import MAX_TEXT_CHARS
+from classer.data.limits import MAX_TEXT_CHARS
 from classer.data.tokenizer import WordPieceTokenizer
 from classer.model.bundle import load_bundle
 from classer.serve.client.client import (
