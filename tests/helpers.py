@@ -5,14 +5,15 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import io
 import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,7 @@ from classer.model.precision import Precision
 from classer.model.quantize import flatten
 from classer.train.config import CurriculumStage
 
+Result = TypeVar("Result")
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 TOPICS = {
     "food": ("bread", "cheese", "soup", "apple"),
@@ -74,6 +76,13 @@ CURRICULUM = (
         learning_rate=3e-3,
     ),
 )
+
+
+def printed(call: Callable[[], Result]) -> tuple[Result, list[str]]:
+    """The result of a call, and the lines that it printed on stdout."""
+    with contextlib.redirect_stdout(io.StringIO()) as stdout:
+        result = call()
+    return result, stdout.getvalue().splitlines()
 
 
 def with_devices(count: int) -> dict[str, str]:

@@ -15,7 +15,7 @@ import math
 import shutil
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +91,10 @@ class Checkpoints:
     Args:
       folder: made if missing.
       config: the run's settings; kept in each checkpoint, for people and tools.
-      say: called with warnings.
     """
 
-    def __init__(
-        self, folder: Path, *, config: dict[str, Any] | None = None, say: Callable[[str], object] = say
-    ) -> None:
-        self._folder, self._config, self._say = folder.resolve(), config or {}, say
+    def __init__(self, folder: Path, *, config: dict[str, Any] | None = None) -> None:
+        self._folder, self._config = folder.resolve(), config or {}
         self._closed = threading.Event()
         self._watcher: threading.Thread | None = None
         on_primary(self._put_damaged_aside)
@@ -174,7 +171,7 @@ class Checkpoints:
             if restored is not None and not reason:
                 state, progress = restored
                 if progress.epoch and progress.best_step not in self._manager.all_steps():
-                    self._say("Warning: the checkpoint of the best epoch is lost; the best of those to come counts.")
+                    say("Warning: the checkpoint of the best epoch is lost; the best of those to come counts.")
                     progress = dataclasses.replace(progress, best_score=-1.0, best_step=step)
                 return state, progress
             self._manager.close()
@@ -198,7 +195,7 @@ class Checkpoints:
             if kind is None:
                 raise
             # The error that ends the run is the one to report.
-            self._say(f"Warning: the last checkpoint may be missing: {e}")
+            say(f"Warning: the last checkpoint may be missing: {e}")
         finally:
             self._closed.set()
             if self._watcher is not None:
@@ -236,7 +233,7 @@ class Checkpoints:
 
     def _put_damaged_aside(self) -> None:
         for path in sorted(self._folder.glob("*.orbax-checkpoint-tmp*")):  # Orbax removes them
-            self._say(f"Warning: a checkpoint was half written when the run ended ({path.name}); it is passed over.")
+            say(f"Warning: a checkpoint was half written when the run ended ({path.name}); it is passed over.")
         for step in self._steps():
             try:
                 expected = json.loads(self._checksums_of(step).read_text(encoding="utf-8"))
@@ -259,7 +256,7 @@ class Checkpoints:
         self._checksums_of(step).unlink(missing_ok=True)
         before = [other for other in self._steps() if other < step]
         going_on = f"going on from step {before[-1]:,}" if before else "there is none before it, so the run begins anew"
-        self._say(f"Warning: the checkpoint of step {step:,} is damaged ({reason}); {going_on}. It is now {aside}.")
+        say(f"Warning: the checkpoint of step {step:,} is damaged ({reason}); {going_on}. It is now {aside}.")
 
     def _checksums_of(self, step: int) -> Path:
         return self._folder / f"checksums-{step}.json"

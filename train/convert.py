@@ -42,6 +42,7 @@ from ..model.pretrained import MINILM, fetch_encoder, load_encoder, save_encoder
 from ..model.quantize import Weights, flatten, unflatten
 from .checkpoints import Checkpoints, Progress
 from .config import Recipe
+from .distributed import say
 from .runlog import RunLog
 from .step import TrainState, init_state, learning_rate_schedule, make_optimizer
 
@@ -105,12 +106,11 @@ class Similarity(NamedTuple):
         return f"cosine to the teacher {self.tokens:.4f} (tokens), {self.texts:.4f} (mean of a text)"
 
 
-def run_convert(job: ConvertJob, say: Callable[[str], object] = print) -> Similarity:
+def run_convert(job: ConvertJob) -> Similarity:
     """Converts an encoder and writes it to `job.out`, an encoder folder for `--encoder`, with `metrics.jsonl` in it.
 
     Args:
       job: the conversion.
-      say: receives progress messages.
 
     Returns:
       The similarity of the healed encoder to its teacher on held-out texts.
@@ -133,7 +133,7 @@ def run_convert(job: ConvertJob, say: Callable[[str], object] = print) -> Simila
     folder = fetch_encoder(job.encoder)
     teacher, teacher_weights = load_encoder(folder)
     tokenizer = WordPieceTokenizer.from_folder(folder)
-    train, held_out = _read(job, tokenizer, say)
+    train, held_out = _read(job, tokenizer)
 
     started = time.monotonic()
     some, total = [], 0
@@ -165,9 +165,7 @@ def run_convert(job: ConvertJob, say: Callable[[str], object] = print) -> Simila
     return after
 
 
-def _read(
-    job: ConvertJob, tokenizer: WordPieceTokenizer, say: Callable[[str], object]
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def _read(job: ConvertJob, tokenizer: WordPieceTokenizer) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Token ids of the training texts and of the held-out texts, both in random order.
 
     Raises:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from ..data.curriculum import sampling_shares
 from ..data.errors import InputError, listed
 from ..data.taxonomy import Taxonomy
 from .config import CurriculumStage
+from .distributed import say
 from .pictures import draw_curriculum
 
 
@@ -42,9 +43,7 @@ class PlannedStage:
     num_evals: int
 
 
-def stages_for(
-    stages: Sequence[CurriculumStage], taxonomy: Taxonomy, say: Callable[[str], object]
-) -> tuple[CurriculumStage, ...]:
+def stages_for(stages: Sequence[CurriculumStage], taxonomy: Taxonomy) -> tuple[CurriculumStage, ...]:
     """A preset's stages without those of kinds that no task has, and without replay where no task came before.
 
     What a user wrote himself is taken as it is, and refused by `plan_curriculum` where it does not fit.

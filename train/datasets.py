@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from ..data.soft_labels import read_soft_labels, read_teachers, read_vectors, ve
 from ..data.splits import describe_duplicates, find_duplicates, stratified_split
 from ..data.taxonomy import Task, Taxonomy
 from .config import TrainJob
+from .distributed import say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,6 @@ class Dataset:
 
 def load_dataset(
     job: TrainJob,
-    say: Callable[[str], object],
     examples: Mapping[str, Sequence[Example]] | None = None,
     task: Task | None = None,
 ) -> Dataset:
@@ -54,7 +54,7 @@ def load_dataset(
     """
     folders = task_folders(job.data) if examples is None and job.data.is_dir() else []
     if not folders:
-        loaded = [_load_task(job, say, examples, task)]
+        loaded = [_load_task(job, examples, task)]
     else:
         if job.dev is not None or job.test is not None:
             raise InputError(f"{job.data} holds several tasks, which bring their own splits; give no --dev or --test.")
@@ -64,7 +64,7 @@ def load_dataset(
             if "train" not in read_task_folder(folder, ()).there:
                 say(f"{folder} has no split 'train' and is left out.")
             else:
-                loaded.append(_load_task(one, say))
+                loaded.append(_load_task(one))
         if not loaded:
             raise InputError(f"No folder in {job.data} has a split 'train'.")
     taxonomy = Taxonomy(tuple(task for task, _ in loaded))
@@ -74,17 +74,16 @@ def load_dataset(
     }
     dataset = Dataset(taxonomy, **splits)
     if job.soft_labels is not None:
-        dataset = add_soft_labels(dataset, job.soft_labels, say)
+        dataset = add_soft_labels(dataset, job.soft_labels)
         for teacher in read_teachers(job.soft_labels):
             say(f"Teacher {teacher}")
         if job.recipe.relation_share:
-            dataset = add_vectors(dataset, job.soft_labels, say)
+            dataset = add_vectors(dataset, job.soft_labels)
     return dataset
 
 
 def _load_task(
     job: TrainJob,
-    say: Callable[[str], object],
     examples: Mapping[str, Sequence[Example]] | None = None,
     task: Task | None = None,
 ) -> tuple[Task, dict[str, list[Example]]]:
@@ -121,15 +120,15 @@ def _load_task(
         _check_trainable(task, given["train"])
     for split in ("dev", "test"):
         _check_learnt(given["train"], given.get(split, []))
-    train = _draw(given["train"], job.texts, job.recipe.seed, "training", say)
+    train = _draw(given["train"], job.texts, job.recipe.seed, "training")
     if "dev" in given:
         dev = given["dev"]
     else:
         with _naming(job.data):
             train, dev = stratified_split(train, job.recipe.dev_fraction, job.recipe.seed)
         say(f"Set {len(dev):,} of {len(train) + len(dev):,} training examples aside for development.")
-    dev = _draw(dev, job.held_out_texts, job.recipe.seed, "development", say)
-    test = _draw(given.get("test", []), job.held_out_texts, job.recipe.seed, "test", say)
+    dev = _draw(dev, job.held_out_texts, job.recipe.seed, "development")
+    test = _draw(given.get("test", []), job.held_out_texts, job.recipe.seed, "test")
     say(f"Examples: {len(train):,} to train on, {len(dev):,} for development, {len(test):,} to test.")
     for name, split in (("dev", dev), ("test", test)):
         if sentence := describe_duplicates(find_duplicates(train, split), "train", name):
@@ -139,7 +138,7 @@ def _load_task(
     return task, {"train": train, "dev": dev, "test": test, "undrawn": undrawn}
 
 
-def _draw(examples: list[Example], most: int, seed: int, name: str, say: Callable[[str], object]) -> list[Example]:
+def _draw(examples: list[Example], most: int, seed: int, name: str) -> list[Example]:
     if not most or most >= len(examples):
         return examples
     say(f"Drew {most:,} of {len(examples):,} {name} examples.")
@@ -147,7 +146,7 @@ def _draw(examples: list[Example], most: int, seed: int, name: str, say: Callabl
     return [examples[row] for row in sorted(rows)]
 
 
-def add_soft_labels(dataset: Dataset, path: Path, say: Callable[[str], object]) -> Dataset:
+def add_soft_labels(dataset: Dataset, path: Path) -> Dataset:
     """Gives training examples a teacher's answers, by task and text; texts of their own become examples without labels.
 
     Texts that stand in dev or test too are left out: the model would be measured on what it has seen. So are those of
@@ -184,13 +183,12 @@ def add_soft_labels(dataset: Dataset, path: Path, say: Callable[[str], object]) 
     return dataclasses.replace(dataset, train=train)
 
 
-def add_vectors(dataset: Dataset, path: Path, say: Callable[[str], object]) -> Dataset:
+def add_vectors(dataset: Dataset, path: Path) -> Dataset:
     """Gives training examples the teachers' vectors of their texts.
 
     Args:
       dataset: whose training examples have their soft labels.
       path: these; the vectors stand beside them.
-      say: is told how many there are.
 
     Raises:
       InputError: as `read_vectors`; of no training example's text there is one.

@@ -97,7 +97,10 @@ def is_quiet() -> bool:
 
 
 def say(sentence: object) -> None:
-    """Prints a line in the primary process; does nothing in the others and where `is_quiet`."""
+    """Prints a line in the primary process; does nothing in the others and where `is_quiet`.
+
+    No logger: these lines are a command's output, and each thread is quiet on its own.
+    """
     if is_primary() and not is_quiet():
         print(sentence, flush=True)
 

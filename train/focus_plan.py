@@ -30,6 +30,7 @@ from ..model.decode import probabilities
 from ..model.focus import UNITS, Focus, FocusDraw, kept_length
 from ..model.precision import Precision
 from ..model.quantize import unflatten
+from .distributed import say
 from .evaluation import measure
 from .tokenized import TokenizedSplit
 
@@ -66,7 +67,6 @@ def plan_focus(
     max_loss: float | None = None,
     speedup: float | None = None,
     compute_dtype: Precision = Precision.bfloat16,
-    say: Callable[[str], object] = print,
 ) -> FocusPlan:
     """The fastest focus within a loss of accuracy, or the most faithful one of a given speed.
 
@@ -77,7 +77,6 @@ def plan_focus(
       max_loss: points of accuracy on `dev` that may be lost.
       speedup: how many times as fast as the dense classifier; give this or `max_loss`.
       compute_dtype: of activations.
-      say: called with a sentence after each step.
 
     Raises:
       InputError: the bundle was not trained for focus; not one target is given, or one out of range.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from ..model.bundle import Bundle
 from ..model.focus import Focus, kept_length
 from ..model.precision import Precision
 from ..model.predict import Predictor, Program
+from .distributed import say
 from .evaluation import measure
 from .pictures import draw_focus_curve
 from .tokenized import TokenizedSplit
@@ -57,7 +58,6 @@ def focus_report(
     compute_dtype: Precision = Precision.bfloat16,
     timed_texts: int = 1024,
     rounds: int = 5,
-    say: Callable[[str], object] = print,
 ) -> list[FocusRow]:
     """Measures each focus on one split; the dense classifier comes first in the answer.
 
@@ -72,7 +72,6 @@ def focus_report(
       compute_dtype: of activations.
       timed_texts: how many texts, drawn at random, the time is measured on.
       rounds: how often each focus runs through them.
-      say: called with a sentence after each part.
 
     Raises:
       InputError: the bundle was not trained for focus.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from ..data.errors import InputError
 from ..data.examples import Example
@@ -12,6 +12,7 @@ from ..data.taxonomy import Task, Taxonomy
 from ..data.tokenizer import WordPieceTokenizer
 from .config import TrainJob
 from .datasets import Dataset, load_dataset
+from .distributed import say
 from .prepared import check_tokenizer, decoded_text, is_prepared, load_splits, open_prepared
 from .tokenized import TokenizedSplit, tokenize
 
@@ -45,7 +46,6 @@ class Inputs:
 
 def open_data(
     job: TrainJob,
-    say: Callable[[str], object],
     examples: Mapping[str, Sequence[Example]] | None = None,
     task: Task | None = None,
 ) -> Dataset | Shards:
@@ -54,32 +54,28 @@ def open_data(
         return open_prepared(job)
     if job.input_workers:
         raise InputError(f"{job.data} is no prepared data, of which alone workers make batches; see `classer prepare`.")
-    return load_dataset(job, say, examples, task)
+    return load_dataset(job, examples, task)
 
 
-def load_inputs(
-    job: TrainJob, data: Dataset | Shards, tokenizer: WordPieceTokenizer, say: Callable[[str], object]
-) -> Inputs:
+def load_inputs(job: TrainJob, data: Dataset | Shards, tokenizer: WordPieceTokenizer) -> Inputs:
     """Tokenises texts, or samples prepared data.
 
     Raises:
       InputError: prepared data were made for another encoder, or lack examples for development.
     """
     if isinstance(data, Dataset):
-        splits = _tokenize(job, data, tokenizer, say)
+        splits = _tokenize(job, data, tokenizer)
         count = sum(len(split) for split in data.train.values())
         return Inputs(data.taxonomy, splits, _golden_texts(data), count, dataset=data)
     check_tokenizer(job, tokenizer)
-    splits = load_splits(job, data, say)
+    splits = load_splits(job, data)
     dev = splits["dev"].values()
     turns = [split.ids[turn] for turn in range(GOLDEN_TEXTS) for split in dev if turn < len(split.ids)]
     golden = [decoded_text(ids, tokenizer) for ids in turns[:GOLDEN_TEXTS]]
     return Inputs(data.taxonomy, splits, golden, len(data), shards=data)
 
 
-def _tokenize(
-    job: TrainJob, dataset: Dataset, tokenizer: WordPieceTokenizer, say: Callable[[str], object]
-) -> dict[str, dict[str, TokenizedSplit]]:
+def _tokenize(job: TrainJob, dataset: Dataset, tokenizer: WordPieceTokenizer) -> dict[str, dict[str, TokenizedSplit]]:
     """Split → task → examples."""
     tasks, length = dataset.taxonomy.tasks, job.recipe.max_length
     splits = {

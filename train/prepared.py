@@ -5,7 +5,7 @@ Held in memory are the examples for development, and a sample of each task's tra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -18,6 +18,7 @@ from ..data.shards import Shards
 from ..data.taxonomy import Task
 from ..data.tokenizer import WordPieceTokenizer
 from .config import TrainJob
+from .distributed import say
 from .probe import MAX_EXAMPLES
 from .tokenized import TokenizedSplit
 
@@ -64,7 +65,7 @@ def check_tokenizer(job: TrainJob, tokenizer: WordPieceTokenizer) -> None:
         )
 
 
-def load_splits(job: TrainJob, train: Shards, say: Callable[[str], object]) -> dict[str, dict[str, TokenizedSplit]]:
+def load_splits(job: TrainJob, train: Shards) -> dict[str, dict[str, TokenizedSplit]]:
     """Split → task → examples: for development, and a sample of those to train on.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,7 @@ def run_job(
     layout = make_layout(fsdp=job.fsdp, tensor=job.tensor)
     if layout.mesh.size > 1:
         say(f"{layout.mesh.size} devices: " + ", ".join(f"{axis} {n}" for axis, n in layout.mesh.shape.items()) + ".")
-    data = open_data(job, say, examples, task)
+    data = open_data(job, examples, task)
     start = primary_first(lambda: choose_start(job.recipe.encoder))
     encoder = dataclasses.replace(start.encoder, gated=job.recipe.focus_epochs > 0)
     if job.recipe.max_length > encoder.max_positions:
@@ -119,16 +119,16 @@ def run_job(
         )
     if not start.weights:
         say(f"{job.recipe.encoder} begins with random weights; a pretrained or converted one learns from far fewer.")
-    inputs = load_inputs(job, data, start.tokenizer, say)
+    inputs = load_inputs(job, data, start.tokenizer)
     for task in inputs.taxonomy.tasks:
         if sentence := without_thresholds(task, inputs.splits["dev"][task.name].targets):
             say(sentence)
-    weights = _begin_with(job, start, inputs, say)
+    weights = _begin_with(job, start, inputs)
     on_primary(lambda: _write_job(job))
     execution = ExecutionConfig(layout, job.save_steps, job.save_minutes, _job_json(job))
     recipe = job.recipe
     if job.curriculum is None:
-        recipe = dataclasses.replace(recipe, curriculum=stages_for(recipe.curriculum, inputs.taxonomy, say))
+        recipe = dataclasses.replace(recipe, curriculum=stages_for(recipe.curriculum, inputs.taxonomy))
     context = TrainContext(
         recipe,
         inputs.taxonomy,
@@ -172,7 +172,7 @@ def run_job(
     return TrainResult(int8_bundle, float_bundle, tuple(scores))
 
 
-def _begin_with(job: TrainJob, start: Start, inputs: Inputs, say: Callable[[str], object]) -> Weights:
+def _begin_with(job: TrainJob, start: Start, inputs: Inputs) -> Weights:
     """The initial weights: without the head of other labels, and without gates where the recipe has no focus."""
     weights = dict(start.weights)
     if not job.recipe.focus_epochs:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -28,6 +28,7 @@ from ..data.soft_labels import (
 )
 from ..data.taxonomy import Task, with_ancestors
 from ..model.bundle import MANIFEST, load_bundle
+from .distributed import say
 
 _BATCH_SIZE = 32
 
@@ -94,7 +95,7 @@ class Teacher(Protocol):
     def __call__(self, texts: Sequence[str]) -> Answers: ...
 
 
-def teach(job: TeachJob, say: Callable[[str], object] = print) -> None:
+def teach(job: TeachJob) -> None:
     """Writes the teachers' mean answers to `job.out`; a file that is there is whole.
 
     Raises:

@@ -17,7 +17,7 @@ import pytest
 
 from classer.model.classifier import TextClassifier
 from classer.model.config import EncoderConfig
-from classer.tests.helpers import with_devices
+from classer.tests.helpers import printed, with_devices
 from classer.tests.processes import run_all
 from classer.train.checkpoints import Checkpoints, Progress
 from classer.train.step import TrainState, abstract_state, init_state
@@ -44,9 +44,9 @@ def save_steps(folder: Path, *steps: int) -> None:
             checkpoints.save(state_at(step), progress_at(step))
 
 
-def restored(folder: Path, said: list[str] | None = None) -> tuple[int, int] | None:
+def restored(folder: Path) -> tuple[int, int] | None:
     """(what the parameters say, what the progress says) of the newest checkpoint."""
-    with Checkpoints(folder, say=said.append if said is not None else print) as checkpoints:
+    with Checkpoints(folder) as checkpoints:
         found = checkpoints.restore_latest(abstract_state(MODEL, OPTIMIZER))
     if found is None:
         return None
@@ -85,8 +85,8 @@ def test_a_damaged_newest_checkpoint_is_put_aside_and_the_one_before_is_used(tmp
         victim.unlink()
     else:
         (folder / "3" / "progress" / "metadata").write_text("{")
-    said: list[str] = []
-    assert restored(folder, said) == (2, 2)
+    found, said = printed(lambda: restored(folder))
+    assert found == (2, 2)
     assert "the checkpoint of step 3 is damaged (its file" in said[0]
     assert "going on from step 2" in said[0]
     assert (tmp_path / "checkpoints-damaged" / "3").is_dir()
@@ -101,8 +101,8 @@ def test_damage_that_no_checksum_tells_of_is_found_in_reading(tmp_path: Path) ->
     (folder / "checksums-2.json").unlink()
     victim = largest_file(folder / "2")
     victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
-    said: list[str] = []
-    assert restored(folder, said) == (1, 1)
+    found, said = printed(lambda: restored(folder))
+    assert found == (1, 1)
     assert "the checkpoint of step 2 is damaged" in said[0]
 
 
@@ -124,33 +124,33 @@ def test_a_damaged_checkpoint_is_one_sentence_and_no_traceback(tmp_path: Path) -
 def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
     save_steps(tmp_path, 1, 2)
     (tmp_path / "2").rename(tmp_path / "3.orbax-checkpoint-tmp-7")
-    said: list[str] = []
-    assert restored(tmp_path, said) == (1, 1)
+    found, said = printed(lambda: restored(tmp_path))
+    assert found == (1, 1)
     assert said == [
         "Warning: a checkpoint was half written when the run ended (3.orbax-checkpoint-tmp-7); it is passed over."
     ]
     assert not list(tmp_path.glob("*tmp*"))
-    assert restored(tmp_path, said) == (1, 1)
-    assert len(said) == 1
+    assert printed(lambda: restored(tmp_path)) == ((1, 1), [])
 
 
 def test_when_all_are_damaged_the_run_begins_anew(tmp_path: Path) -> None:
     save_steps(tmp_path / "checkpoints", 1)
     largest_file(tmp_path / "checkpoints" / "1").write_bytes(b"")
-    said: list[str] = []
-    assert restored(tmp_path / "checkpoints", said) is None
+    found, said = printed(lambda: restored(tmp_path / "checkpoints"))
+    assert found is None
     assert "there is none before it, so the run begins anew" in said[0]
 
 
-def test_where_the_best_checkpoint_is_lost_the_best_to_come_counts(tmp_path: Path) -> None:
+def test_where_the_best_checkpoint_is_lost_the_best_to_come_counts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     save_steps(tmp_path / "checkpoints", 1, 2, 3)
     largest_file(tmp_path / "checkpoints" / "1").unlink()
-    said: list[str] = []
-    with Checkpoints(tmp_path / "checkpoints", say=said.append) as checkpoints:
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         found = checkpoints.restore_latest(abstract_state(MODEL, OPTIMIZER))
     assert found is not None
     assert (found[1].best_score, found[1].best_step) == (-1.0, 3)
-    assert "the best epoch is lost" in said[1]
+    assert "the best epoch is lost" in capsys.readouterr().out.splitlines()[1]
 
 
 def run_helper(*arguments: object, devices: int = 1) -> subprocess.CompletedProcess[str]:

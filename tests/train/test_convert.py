@@ -11,7 +11,7 @@ import pytest
 from classer.data.errors import InputError
 from classer.data.taxonomy import TaskKind
 from classer.model.pretrained import load_encoder
-from classer.tests.helpers import write_encoder, write_toy_data
+from classer.tests.helpers import printed, write_encoder, write_toy_data
 from classer.train import convert as module
 from classer.train.config import Recipe, TrainJob
 from classer.train.convert import ConvertJob, run_convert
@@ -28,9 +28,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> ConvertJob:
 
 @pytest.fixture(scope="module")
 def said(job: ConvertJob) -> list[str]:
-    lines: list[str] = []
-    run_convert(job, lines.append)
-    return lines
+    return printed(lambda: run_convert(job))[1]
 
 
 def cosine(line: str) -> float:

@@ -11,17 +11,16 @@ from classer.data.errors import InputError
 from classer.data.examples import Example
 from classer.data.readers import read_examples
 from classer.data.taxonomy import Task, TaskKind
-from classer.tests.helpers import write_toy_data
+from classer.tests.helpers import printed, write_toy_data
 from classer.train.config import Recipe, TrainJob
 from classer.train.datasets import Dataset, load_dataset
 
 
 def load(data: Path, **fields: object) -> tuple[Dataset, list[str]]:
     """The data set, and the sentences said."""
-    said: list[str] = []
     recipe = Recipe(dev_fraction=0.2, seed=3)
     job = TrainJob(data=data, out=data.parent / "out", recipe=recipe, **fields)  # pyright: ignore[reportArgumentType]
-    return load_dataset(job, said.append), said
+    return printed(lambda: load_dataset(job))
 
 
 def write_rows(file: Path, *rows: tuple[str, str]) -> Path:
@@ -72,9 +71,7 @@ def test_examples_in_memory_are_treated_as_those_of_files(tmp_path: Path, kind: 
         split: read_examples(file, text_column="text", label_column=None, task="") for split, file in files.items()
     }
     job = TrainJob(data=tmp_path / "train", out=tmp_path / "out", recipe=Recipe(dev_fraction=0.2, seed=3))
-    told: list[str] = []
-    assert load_dataset(job, told.append, examples) == expected
-    assert told == said
+    assert printed(lambda: load_dataset(job, examples)) == (expected, said)
 
 
 def test_the_split_follows_the_seed_alone(tmp_path: Path) -> None:

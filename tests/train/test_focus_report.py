@@ -15,7 +15,9 @@ from classer.train.focus_report import focus_report, focus_table
 from classer.train.tokenized import TokenizedSplit
 
 
-def test_budgets_side_by_side(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_budgets_side_by_side(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Labels are what the dense model answers. A process may not hold the programs of all budgets in all shapes."""
     gated = with_gates(tiny_bundle)
     task = gated.taxonomy.tasks[0]
@@ -36,7 +38,6 @@ def test_budgets_side_by_side(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Predictor, "compile", spy)
     layers = gated.encoder.num_layers
     focuses = [Focus.pyramid(1, layers), Focus.pyramid(0.5, layers)]  # the dense one is there without being asked for
-    said: list[str] = []
     rows = focus_report(
         gated,
         task,
@@ -45,7 +46,6 @@ def test_budgets_side_by_side(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPat
         compute_dtype=Precision.float32,
         timed_texts=40,
         rounds=2,
-        say=lambda s: said.append(s),
     )
     assert [row.focus.full for row in rows] == [True, False]
     assert rows[0].accuracy == 1.0
@@ -54,7 +54,7 @@ def test_budgets_side_by_side(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPat
     assert rows[1].kept[-1] < rows[0].kept[-1] == pytest.approx(25)
     assert all(row.texts_per_second > 0 and row.latency_ms > 0 for row in rows)
     assert focus_table(rows).count("\n") == 3
-    assert said[-1] == "Timed 2 rounds of 40 texts each."
+    assert capsys.readouterr().out.splitlines()[-1] == "Timed 2 rounds of 40 texts each."
     # One budget in all four shapes, or all budgets in one.
     assert max(held) == 4
     assert not any(predictor.executables for predictor in predictors)

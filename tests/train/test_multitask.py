@@ -16,7 +16,16 @@ from classer.data.soft_labels import read_vectors, vectors_file
 from classer.model.bundle import load_bundle, save_bundle
 from classer.model.classifier import TextClassifier
 from classer.model.quantize import unflatten
-from classer.tests.helpers import CURRICULUM, TOPICS, TREE, compiled, rows_trained_on, write_encoder, write_task
+from classer.tests.helpers import (
+    CURRICULUM,
+    TOPICS,
+    TREE,
+    compiled,
+    printed,
+    rows_trained_on,
+    write_encoder,
+    write_task,
+)
 from classer.tools.cli.main import main
 from classer.train.config import Recipe, TrainJob
 from classer.train.datasets import load_dataset
@@ -234,13 +243,13 @@ def test_a_task_in_yaml_is_the_same_task(tasks: Path, tmp_path: Path) -> None:
         "- {name: sport, parent: outside}\n- {name: weather, parent: outside}\n"
     )
     (folder / "train.jsonl").write_text((tasks / "where" / "train.jsonl").read_text())
-    dataset = load_dataset(TrainJob(data=folder, out=tmp_path / "run"), lambda _: None)
+    dataset = load_dataset(TrainJob(data=folder, out=tmp_path / "run"))
     assert dataset.taxonomy.tasks == (TREE,)
 
 
 def test_folders_without_training_examples_are_left_out_and_named(tasks: Path, tmp_path: Path) -> None:
-    said: list[str] = []
-    dataset = load_dataset(TrainJob(data=tasks, out=tmp_path / "run", texts=50, held_out_texts=10), said.append)
+    job = TrainJob(data=tasks, out=tmp_path / "run", texts=50, held_out_texts=10)
+    dataset, said = printed(lambda: load_dataset(job))
     assert [task.name for task in dataset.taxonomy.tasks] == ["topic", "topics", "where"]
     assert any("later has no split 'train' and is left out" in sentence for sentence in said)
     assert {name: len(examples) for name, examples in dataset.test.items()} == dict.fromkeys(dataset.test, 10)

@@ -101,7 +101,7 @@ def test_a_classifier_on_shards_learns_to_focus(shards: Path, tiny_encoder: Path
         assert set(tops) == {"params", "opt_state", "step"}
         assert tops["params"] == len(result.float_bundle.weights)
         assert tops["opt_state"] - 2 * tops["params"] <= 4  # two moments each, and counts
-    dev = load_splits(job_of(shards, tmp_path, tiny_encoder), Shards(shards), lambda _: None)["dev"]["toy"]
+    dev = load_splits(job_of(shards, tmp_path, tiny_encoder), Shards(shards))["dev"]["toy"]
     focus = Focus.pyramid(0.5, result.float_bundle.encoder.num_layers)
     taxonomy = result.float_bundle.taxonomy
     logits_NL = result.float_bundle.predictor(focus=focus).logits(dev.ids, columns=taxonomy.slice_of("toy"))

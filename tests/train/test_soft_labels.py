@@ -19,7 +19,7 @@ from classer.data.examples import Example
 from classer.data.soft_labels import read_soft_labels, write_soft_labels
 from classer.data.taxonomy import Label, Task, TaskKind, Taxonomy
 from classer.model.decode import Calibration, probabilities
-from classer.tests.helpers import TREE
+from classer.tests.helpers import TREE, printed
 from classer.tests.strategies import trees
 from classer.train.config import TrainJob
 from classer.train.datasets import load_dataset
@@ -36,9 +36,8 @@ def test_texts_of_dev_and_test_are_no_soft_examples(tasks: Path, tmp_path: Path)
     soft.write_text(
         "".join(json.dumps({"text": text, "probabilities": {"food": p, "sport": 1 - p}}) + "\n" for text, p in answers)
     )
-    said: list[str] = []
     job = TrainJob(data=tasks / "topic", out=tmp_path / "run", soft_labels=soft)
-    dataset = load_dataset(job, said.append)
+    dataset, said = printed(lambda: load_dataset(job))
     assert said[-1].endswith("1 texts without other labels; 1 left out, which are to be measured on.")
     extra = [example for example in dataset.train["topic"] if not example.labels]
     assert [(example.text, example.soft) for example in extra] == [("a new text", {"food": 0.5, "sport": 0.5})]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -36,15 +37,15 @@ def focus_plan(argv: Sequence[str]) -> None:
     bundle, task, split = load_measured(a)
     from classer.train.focus_plan import plan_focus
 
-    plan = plan_focus(
-        bundle,
-        task,
-        split.sample(a.texts) if a.texts else split,
-        max_loss=a.max_loss,
-        speedup=a.speedup,
-        compute_dtype=a.compute_dtype,
-        say=lambda sentence: print(sentence, file=sys.stderr, flush=True),
-    )
+    with contextlib.redirect_stdout(sys.stderr):  # stdout gets the result alone
+        plan = plan_focus(
+            bundle,
+            task,
+            split.sample(a.texts) if a.texts else split,
+            max_loss=a.max_loss,
+            speedup=a.speedup,
+            compute_dtype=a.compute_dtype,
+        )
     print(f"--focus {plan.focus}")
     print(
         f"about {plan.speedup:.1f} times as fast as the dense classifier, accuracy {plan.accuracy:.2%} instead of "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -45,16 +46,16 @@ def focus_report(argv: Sequence[str]) -> None:
     from classer.train.focus_report import focus_table, write_focus_report
 
     split = split.sample(a.texts) if a.texts else split
-    rows = measure_focuses(
-        bundle,
-        task,
-        split,
-        [Focus.parse(focus, bundle.encoder.num_layers) for focus in a.focuses],
-        compute_dtype=a.compute_dtype,
-        timed_texts=a.timed_texts,
-        rounds=a.rounds,
-        say=lambda sentence: print(sentence, file=sys.stderr, flush=True),
-    )
+    with contextlib.redirect_stdout(sys.stderr):  # stdout gets the result alone
+        rows = measure_focuses(
+            bundle,
+            task,
+            split,
+            [Focus.parse(focus, bundle.encoder.num_layers) for focus in a.focuses],
+            compute_dtype=a.compute_dtype,
+            timed_texts=a.timed_texts,
+            rounds=a.rounds,
+        )
     title = f"{task.name}, {len(split.ids):,} texts, {bundle.precision} weights, {a.compute_dtype}"
     print(f"\n{title}\n\n{focus_table(rows)}")
     if a.out is not None:

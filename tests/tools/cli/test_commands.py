@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import importlib.metadata
 import json
 import re
@@ -26,7 +27,7 @@ from classer.serve.core.tokenizing import TokenizedText
 from classer.serve.core.work import Output, Scored
 from classer.serve.proto import classifier_pb2 as pb
 from classer.serve.proto.classifier_pb2_grpc import ClassifierServicer, add_ClassifierServicer_to_server
-from classer.tests.helpers import write_toy_data
+from classer.tests.helpers import printed, write_toy_data
 from classer.tests.processes import Process
 from classer.tools.cli import main as cli
 from classer.tools.cli.main import main
@@ -253,8 +254,8 @@ def test_a_parquet_of_lists_and_of_names(tmp_path: Path) -> None:
         toy = write_toy_data(tmp_path / "toy.jsonl", kind, 40)
         rows = [json.loads(line) for line in toy.read_text().splitlines()]
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / f"{kind}.parquet")
-        said = []
-        dataset = load_dataset(TrainJob(data=tmp_path / f"{kind}.parquet", out=tmp_path / "run"), said.append)
+        job = TrainJob(data=tmp_path / f"{kind}.parquet", out=tmp_path / "run")
+        dataset, said = printed(functools.partial(load_dataset, job))
         (task,) = dataset.taxonomy.tasks
         assert task.kind is kind
         assert said[0].endswith(f" 3 distinct: a {kind} task.")
